@@ -1,0 +1,111 @@
+// Checks of arguments, with one wording per error: maskops/_checks.py says the same sentences.
+// std::invalid_argument reaches Python as ValueError, std::out_of_range as IndexError.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <cstdint>
+#include <initializer_list>
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+
+namespace maskops {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+constexpr int64_t kAny = -1;  // a size that may be anything
+inline constexpr std::initializer_list<ScalarType> kFloats = {
+    ScalarType::Float, ScalarType::Double, ScalarType::BFloat16, ScalarType::Half};
+inline constexpr std::initializer_list<ScalarType> kInt64 = {ScalarType::Long};
+inline constexpr std::initializer_list<ScalarType> kInt32 = {ScalarType::Int};
+inline constexpr std::initializer_list<ScalarType> kBool = {ScalarType::Bool};
+
+inline std::string dtype_name(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float: return "float32";
+    case ScalarType::Double: return "float64";
+    case ScalarType::BFloat16: return "bfloat16";
+    case ScalarType::Half: return "float16";
+    case ScalarType::Long: return "int64";
+    case ScalarType::Int: return "int32";
+    case ScalarType::Short: return "int16";
+    case ScalarType::Char: return "int8";
+    case ScalarType::Byte: return "uint8";
+    case ScalarType::Bool: return "bool";
+    default: return "another dtype";
+  }
+}
+
+template <class Sizes>
+std::string join_sizes(const Sizes& sizes) {
+  std::ostringstream text;
+  text << "[";
+  bool first = true;
+  for (int64_t size : sizes) {
+    if (!first) text << ", ";
+    first = false;
+    if (size == kAny) text << "*";
+    else text << size;
+  }
+  text << "]";
+  return text.str();
+}
+
+inline std::string describe(const Tensor& x) { return dtype_name(x.scalar_type()) + " " + join_sizes(x.sizes()); }
+
+template <class Got>
+[[noreturn]] void fail(const char* op, const std::string& arg, const std::string& expected, const Got& got) {
+  std::ostringstream text;
+  text << op << ": " << arg << " must " << expected << ", got " << got;
+  throw std::invalid_argument(text.str());
+}
+
+[[noreturn]] inline void fail_index(const char* op, const std::string& at, const std::string& expected, const std::string& got) {
+  throw std::out_of_range(std::string(op) + ": " + at + " must " + expected + ", got " + got);
+}
+
+inline std::string device_name(const Tensor& x) {
+  if (x.is_cpu()) return "cpu";
+  return "cuda:" + std::to_string(static_cast<int>(x.get_device_index()));
+}
+
+// One sentence for a wrong dtype, rank, size or device. shape: the sizes in words, "[B, N, D]".
+inline void check_tensor(const char* op, const char* arg, const Tensor& x, const std::string& shape,
+                         std::initializer_list<ScalarType> dtypes, std::initializer_list<int64_t> sizes, const Tensor& like) {
+  bool known = false;
+  std::string names;
+  for (ScalarType type : dtypes) {
+    known = known || x.scalar_type() == type;
+    names += (names.empty() ? "" : " or ") + dtype_name(type);
+  }
+  if (!known) fail(op, arg, "be " + names + " " + shape, describe(x));
+  bool fits = x.dim() == static_cast<int64_t>(sizes.size());
+  int64_t axis = 0;
+  for (int64_t size : sizes) {
+    if (fits && size != kAny && x.size(axis) != size) fits = false;
+    ++axis;
+  }
+  if (!fits) fail(op, arg, "have shape " + shape + " = " + join_sizes(sizes), describe(x));
+  if (device_name(x) != device_name(like)) fail(op, arg, "be on " + device_name(like), "a tensor on " + device_name(x));
+}
+
+// A tensor whose last axis is contiguous: itself, or a copy. Kernels then read rows in place through their strides.
+inline Tensor with_contiguous_rows(const Tensor& x) {
+  const int64_t last = x.dim() - 1;
+  return x.dim() == 0 || x.size(last) <= 1 || x.stride(last) == 1 ? x : torch::stable::contiguous(x);
+}
+
+inline Tensor empty_like_device(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType type) {
+  return torch::stable::new_empty(like, sizes, type);
+}
+
+inline Tensor empty_like_device(const Tensor& like, std::initializer_list<int64_t> sizes) {
+  return torch::stable::new_empty(like, sizes);
+}
+
+}  // namespace maskops

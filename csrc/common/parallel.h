@@ -1,0 +1,39 @@
+// The CPU loop: torch's own thread pool. Exceptions must not leave the body (they would lose their type): note a fault and
+// throw after the loop.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+
+namespace maskops {
+
+// body(begin, end) over [0, count); work is the cost of one item in bytes moved or flops, so that tiny jobs stay on one thread.
+template <class Body>
+void parallel_for(int64_t count, int64_t work, const Body& body) {
+  constexpr int64_t kWorkPerThread = 32 * 1024;
+  if (count <= 0) return;
+  const int64_t grain = std::max<int64_t>(1, kWorkPerThread / std::max<int64_t>(1, work));
+  if (count <= grain) return body(static_cast<int64_t>(0), count);
+  torch::stable::parallel_for(0, count, grain, body);
+}
+
+// Keeps the smallest position at which something was wrong, from any thread.
+class FirstFault {
+ public:
+  void note(int64_t position) {
+    int64_t seen = first_.load(std::memory_order_relaxed);
+    while (position < seen && !first_.compare_exchange_weak(seen, position)) {
+    }
+  }
+  bool any() const { return first_.load() != kNone; }
+  int64_t position() const { return first_.load(); }
+
+ private:
+  static constexpr int64_t kNone = INT64_MAX;
+  std::atomic<int64_t> first_{kNone};
+};
+
+}  // namespace maskops

@@ -1,0 +1,38 @@
+// Input checks of the family mask_sampling, shared by the CPU and the CUDA op functions.
+#pragma once
+
+#include "common/check.h"
+#include "math/mask_sampling.h"
+
+namespace maskops {
+
+inline void check_sampling_counts(const Tensor& num_keep, const std::optional<Tensor>& lengths, int64_t batch, int64_t max_keep,
+                                  int64_t max_mask) {
+  const char* op = "random_masking";
+  check_tensor(op, "num_keep", num_keep, "[B]", kInt64, {batch}, num_keep);
+  if (lengths) check_tensor(op, "lengths", *lengths, "[B]", kInt64, {num_keep.size(0)}, num_keep);
+  if (max_keep < 0) fail(op, "max_keep", "be at least 0", max_keep);
+  if (max_mask < 0) fail(op, "max_mask", "be at least 0", max_mask);
+}
+
+inline void check_sampling_uniform(const Tensor& seed, const Tensor& num_keep, const std::optional<Tensor>& lengths,
+                                   const std::optional<Tensor>& mask, int64_t tokens, int64_t max_keep, int64_t max_mask) {
+  const char* op = "random_masking";
+  check_sampling_counts(num_keep, lengths, kAny, max_keep, max_mask);
+  check_tensor(op, "seed", seed, "[2]", kInt64, {2}, num_keep);
+  if (tokens < 0 || tokens >= kMaxTokens) fail(op, "N", "be in [0, 2^30)", tokens);
+  if (mask) check_tensor(op, "mask", *mask, "[B, N]", kBool, {num_keep.size(0), tokens}, num_keep);
+}
+
+inline void check_sampling_rank(const Tensor& noise, const Tensor& num_keep, const std::optional<Tensor>& lengths,
+                                int64_t max_keep, int64_t max_mask) {
+  const char* op = "random_masking";
+  check_tensor(op, "noise", noise, "[B, N]", {ScalarType::Float, ScalarType::Double}, {kAny, kAny}, noise);
+  check_sampling_counts(num_keep, lengths, noise.size(0), max_keep, max_mask);
+  if (device_name(num_keep) != device_name(noise)) {
+    fail(op, "num_keep", "be on " + device_name(noise), "a tensor on " + device_name(num_keep));
+  }
+  if (noise.size(1) >= kMaxTokens) fail(op, "N", "be in [0, 2^30)", noise.size(1));
+}
+
+}  // namespace maskops

@@ -1,0 +1,129 @@
+"""The only file that picks a backend: names, availability with reasons, resolve().
+
+The choice is plain Python on the device type, so it compiles with fullgraph=True; no environment switch, no swapped global.
+"""
+
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from maskops import _extension
+from maskops._registry import NAMESPACES, OPS, register_triton
+
+BACKENDS = ("auto", *NAMESPACES)
+_TRITON_KEYS = {"cuda": "CUDA", "xpu": "XPU"}
+_triton_reason = ""
+
+PUBLIC: dict[str, str] = {}
+"""Public function name -> name of the op that it calls, over all families."""
+
+_SUPPORT = """
+
+    Backends:
+        native: {native}.
+        triton: {triton}.
+        reference: plain PyTorch, every device and floating dtype.
+    """
+
+
+def public(op: str, *, native: str = "", triton: str = "") -> Callable[[Callable], Callable]:
+    """Mark the public function of an op, and let its docstring end with what its backends take."""
+    native = native or "C++ on CPU (AVX-512, AVX2, portable) and CUDA C++; float32, float64, bfloat16, float16"
+    triton = triton or "CUDA, ROCm and XPU; float32, float64, bfloat16, float16"
+
+    def mark(function: Callable) -> Callable:
+        PUBLIC[function.__name__] = op
+        before, example = function.__doc__.rstrip().split("\n\n    Example:", 1)
+        support = _SUPPORT.format(native=native, triton=triton).rstrip()
+        function.__doc__ = f"{before}{support}\n\n    Example:{example}\n    "
+        return function
+
+    return mark
+
+
+def register_backends() -> None:
+    """Load the compiled libraries and register Triton where it can run. Called once, by maskops/__init__.py."""
+    global _triton_reason
+    _extension.load("_C")
+    _extension.load_host()
+    _extension.load("_C_cuda")
+    if importlib.util.find_spec("triton") is None:
+        _triton_reason = "the package triton is not installed"
+        return
+    for key in _TRITON_KEYS.values():
+        register_triton(key)
+        # Native on a GPU: CUDA C++ where it was built, Triton for the rest.
+        register_triton(key, "maskops")
+    if _extension.interpreting():
+        register_triton("CPU")
+
+
+def has_kernel(backend: str, name: str, device: str) -> bool:
+    """Whether a kernel of its own, not the reference, is registered for this op, backend and device type."""
+    key = {"cpu": "CPU", **_TRITON_KEYS}.get(device)
+    return key is not None and torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACES[backend]}::{name}", key)
+
+
+def why_not(backend: str, name: str, device: str) -> str:
+    """The sentence why a backend cannot run this op on this device type, or an empty string if it can."""
+    if backend == "reference" or has_kernel(backend, name, device):
+        return ""
+    if backend == "triton":
+        if _triton_reason:
+            return _triton_reason
+        return f"Triton kernels run on cuda and xpu tensors, on {device} only interpreted (TRITON_INTERPRET=1 before the import)"
+    if backend == "emulated":
+        return "the emulator is for the tests: maskops.testing.emulator.load()"
+    library = "_C_cuda" if device == "cuda" else "_C"
+    return f"no native kernel for {device}: {library} is {_extension.status().get(library, 'not loaded')}"
+
+
+def find_op(name: str, device: str, backend: str) -> Any:
+    """The op to call. auto: the native namespace, which falls back on the reference where no kernel exists."""
+    if backend == "auto":
+        return getattr(torch.ops.maskops, name)
+    if backend not in NAMESPACES:
+        raise ValueError(f"{name}: backend must be one of {BACKENDS}, got {backend!r}")
+    reason = why_not(backend, name, device)
+    if reason:
+        raise RuntimeError(f"{name}: backend {backend!r} cannot run here: {reason}")
+    return getattr(getattr(torch.ops, NAMESPACES[backend]), name)
+
+
+def explain(op: str, *args: Any) -> str:
+    """Say which backend runs an op on these arguments, and why each other one does not.
+
+    Args:
+        op: a public function's name ("gather_tokens") or an op's name ("visible_tokens_gather").
+        *args: the op's arguments; the first tensor decides the device. Without tensors: the CPU.
+
+    Returns:
+        A text of one line per backend, the chosen one first.
+
+    Example:
+        >>> print(maskops.explain("visible_tokens_gather", torch.ones(1, 4, 8)).splitlines()[0])  # doctest: +ELLIPSIS
+        visible_tokens_gather on cpu: auto runs ...
+    """
+    name = PUBLIC.get(op, op)
+    if name not in OPS:
+        raise ValueError(f"explain: op must be one of {sorted(PUBLIC)}, got {op!r}")
+    device = next((a.device.type for a in args if isinstance(a, Tensor)), "cpu")
+    order = ["native", "triton", "reference"] if device in ("cpu", "cuda") else ["triton", "reference"]
+    reasons = {backend: why_not(backend, name, device) for backend in order}
+    chosen = "native" if not reasons.get("native", "x") else "reference" if device == "cpu" else order[0]
+    lines = [f"{name} on {device}: auto runs {_kind(chosen, name, device)}"]
+    lines += [f"  {backend}: {reason or 'can run'}" for backend, reason in reasons.items()]
+    return "\n".join(lines)
+
+
+def _kind(backend: str, name: str, device: str) -> str:
+    if backend == "reference":
+        return "the reference (plain PyTorch)"
+    if backend == "native" and device == "cpu":
+        from maskops import _host
+
+        return f"the C++ kernel ({_host.isa_in_use()})"
+    return "the CUDA C++ kernel" if _extension.status().get("_C_cuda") == "loaded" else "the Triton kernel"

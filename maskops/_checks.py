@@ -1,0 +1,70 @@
+"""The wording of every error about an argument; csrc/common/check.h says the same sentences for the C++ backends."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def fail(op: str, arg: str, expected: str, got: object) -> None:
+    raise ValueError(f"{op}: {arg} must {expected}, got {got}")
+
+
+def describe(x: Tensor) -> str:
+    """'float32 [2, 3]' of a tensor."""
+    return f"{str(x.dtype).removeprefix('torch.')} [{', '.join(str(int(s)) for s in x.shape)}]"
+
+
+def check_tensor(
+    op: str, arg: str, x: Tensor, shape: str, dtypes: Sequence[torch.dtype], sizes: Sequence[int | None], like: Tensor
+) -> None:
+    """One sentence for a wrong dtype, rank, size or device.  shape: the sizes in words, "[B, N, D]"; None = any size."""
+    if x.dtype not in dtypes:
+        names = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
+        fail(op, arg, f"be {names} {shape}", describe(x))
+    if x.dim() != len(sizes) or any(want is not None and have != want for have, want in zip(x.shape, sizes, strict=True)):
+        known = ", ".join("*" if s is None else str(int(s)) for s in sizes)
+        fail(op, arg, f"have shape {shape} = [{known}]", describe(x))
+    if x.device != like.device:
+        fail(op, arg, f"be on {like.device}", f"a tensor on {x.device}")
+
+
+def check_ids(op: str, arg: str, ids: Tensor, tokens: int, *, allow_pad: bool = True) -> None:
+    """ids [B, K] of distinct tokens in [0, tokens), -1 for an empty slot. Looks at the data: not for fake tensors."""
+    low = -1 if allow_pad else 0
+    if ids.device.type != "cpu":
+        _assert_ids_on_device(op, arg, ids, tokens, low)
+        return
+    outside = (ids < low) | (ids >= tokens)
+    if outside.any():
+        b, k = torch.nonzero(outside)[0].tolist()
+        raise IndexError(f"{op}: {arg}[{b}, {k}] must be in [{low}, {tokens}), got {int(ids[b, k])}")
+    # Padding becomes distinct negative numbers, so that any equal neighbours after sorting are a real duplicate.
+    spread = torch.where(ids < 0, -1 - torch.arange(ids.shape[1]), ids)
+    ordered, order = spread.sort(1, stable=True)
+    repeated = ordered[:, 1:] == ordered[:, :-1]
+    if repeated.any():
+        row = int(torch.nonzero(repeated)[0, 0])
+        k = int(order[row, 1:][repeated[row]].min())
+        raise IndexError(f"{op}: {arg}[{row}, {k}] must be unique in its row, got {int(ids[row, k])} again")
+
+
+def _assert_ids_on_device(op: str, arg: str, ids: Tensor, tokens: int, low: int) -> None:
+    """The same two rules as device-side assertions: no host sync, so the message cannot name the position."""
+    inside = (ids >= low) & (ids < tokens)
+    torch._assert_async(inside.all(), f"{op}: {arg} must be in [{low}, {tokens})")
+    counts = torch.zeros(ids.shape[0], tokens + 1, dtype=torch.int64, device=ids.device)
+    counts.scatter_add_(1, torch.where(ids < 0, tokens, ids).clamp(0, tokens), torch.ones_like(ids))
+    torch._assert_async((counts[:, :tokens] <= 1).all(), f"{op}: {arg} must be unique in its row")
+
+
+def check_values(op: str, arg: str, good: Tensor, expected: str, values: Tensor) -> None:
+    """Every element of `good` must hold; the first bad element of `values` is named."""
+    if good.device.type != "cpu":
+        torch._assert_async(good.all(), f"{op}: {arg} must {expected}")
+    elif not good.all():
+        at = torch.nonzero(~good)[0].tolist()
+        where = ", ".join(str(i) for i in at)
+        raise ValueError(f"{op}: {arg}[{where}] must {expected}, got {values[tuple(at)].item()}")

@@ -103,7 +103,9 @@ struct VecF {
   static inline VecF zero() { return {_mm512_setzero_ps()}; }
   static inline VecF all(float x) { return {_mm512_set1_ps(x)}; }
   static inline __mmask16 first(int64_t n) { return __mmask16((1u << n) - 1u); }
-  static inline VecF widen(__m256i x, bf16) { return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16))}; }
+  static inline VecF widen(__m256i x, bf16) {
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16))};
+  }
   static inline VecF widen(__m256i x, f16) { return {_mm512_cvtph_ps(x)}; }
   inline __m256i narrow(bf16) const {
     const __m512i bits = _mm512_castps_si512(v);
@@ -193,8 +195,14 @@ static inline VecD where_less(VecD a, VecD b, VecD x, VecD y) {
 // AVX2 and portable: GCC / Clang vector types of 32 and 16 bytes; arithmetic operators come with them.
 #if MASKOPS_ISA_LEVEL == 1
 constexpr int kVectorBytes = 32;
+static inline __m256 multiply_add(__m256 a, __m256 b, __m256 c) { return _mm256_fmadd_ps(a, b, c); }
+static inline __m256d multiply_add(__m256d a, __m256d b, __m256d c) { return _mm256_fmadd_pd(a, b, c); }
 #else
 constexpr int kVectorBytes = 16;
+template <class Raw>
+static inline Raw multiply_add(Raw a, Raw b, Raw c) {
+  return a * b + c;  // two roundings: the baseline instruction sets have no FMA to rely on
+}
 #endif
 
 template <class S, class Bits>
@@ -276,7 +284,9 @@ struct VecOf {
   }
 
 #if MASKOPS_ISA_LEVEL == 1
-  static inline __m256 widen(__m128i x, bf16) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16)); }
+  static inline __m256 widen(__m128i x, bf16) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16));
+  }
   static inline __m256 widen(__m128i x, f16) { return _mm256_cvtph_ps(x); }
   static inline __m128i narrow(__m256 x, bf16) {
     const __m256i bits = _mm256_castps_si256(x);
@@ -287,7 +297,9 @@ struct VecOf {
     const __m256i high = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet, nan), 16);
     return _mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1));
   }
-  static inline __m128i narrow(__m256 x, f16) { return _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  static inline __m128i narrow(__m256 x, f16) {
+    return _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  }
 #endif
 
   // Friends, so that overload resolution finds them for VecF and VecD alike.
@@ -295,7 +307,7 @@ struct VecOf {
   friend inline VecOf operator-(VecOf a, VecOf b) { return {a.v - b.v}; }
   friend inline VecOf operator*(VecOf a, VecOf b) { return {a.v * b.v}; }
   friend inline VecOf operator/(VecOf a, VecOf b) { return {a.v / b.v}; }
-  friend inline VecOf fma(VecOf a, VecOf b, VecOf c) { return {a.v * b.v + c.v}; }  // contracted where FMA exists
+  friend inline VecOf fma(VecOf a, VecOf b, VecOf c) { return {multiply_add(a.v, b.v, c.v)}; }
   friend inline VecOf max(VecOf a, VecOf b) { return {a.v > b.v ? a.v : b.v}; }
   friend inline VecOf min(VecOf a, VecOf b) { return {a.v < b.v ? a.v : b.v}; }
   friend inline VecOf abs(VecOf a) { return {Raw(Mask(a.v) & ~Mask(-Raw{}))}; }  // clears the sign bit

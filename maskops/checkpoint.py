@@ -43,6 +43,16 @@ def save(folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optim
     return final
 
 
+def save_model(folder: Path, model: nn.Module, config: dict[str, Any]) -> None:
+    """Write the weights and config.json, the config last: where it stands, the model is whole."""
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / f".model.partial-{os.getpid()}"
+    save_file(_contiguous(model.state_dict()), partial)
+    _sync(partial)
+    partial.replace(folder / "model.safetensors")
+    write_atomic(folder / "config.json", json.dumps(config, indent=2) + "\n")
+
+
 def finished(folder: Path) -> list[Path]:
     """The complete checkpoints below `folder`, oldest first."""
     return sorted(path for path in folder.glob(f"{_PREFIX}*") if path.is_dir())

@@ -1,0 +1,168 @@
+"""The command maskops: pretrain, info, bench, demo. Exit codes: 0 good, 1 failed, 2 wrong use, 130 interrupted."""
+
+import platform
+import subprocess
+import sys
+from enum import Enum
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+try:
+    import typer
+except ModuleNotFoundError:
+    sys.exit("maskops: the command line needs the extra `train`: pip install 'torch-maskops[train]'")
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+_BENCHMARKS = Path(__file__).parent.parent / "benchmarks" / "run.py"
+
+
+class System(str, Enum):
+    """Systems that can be pre-trained."""
+
+    mae = "mae"
+
+
+class Size(str, Enum):
+    """Names in maskops.models.mae.SIZES."""
+
+    tiny = "tiny"
+    small = "small"
+    base = "base"
+    large = "large"
+
+
+def main() -> None:
+    """Run the command; Ctrl-C ends it with 130 and no traceback."""
+    try:
+        app()
+    except KeyboardInterrupt:
+        print("maskops: interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+@app.callback()
+def _root() -> None:
+    """Kernels for masked models, and models that are trained with them."""
+
+
+@app.command()
+def pretrain(
+    images: Annotated[Path, typer.Option(help="Folder of images, searched with its subfolders.")],
+    out: Annotated[Path, typer.Option(help="Where losses.jsonl, checkpoints/ and model/ go.")],
+    system: Annotated[System, typer.Option(help="What to train.")] = System.mae,
+    epochs: Annotated[float, typer.Option(min=0.0, help="Passes over the images.")] = 100,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images per step and process.")] = 64,
+    mask_ratio: Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of patches that are masked.")] = 0.75,
+    size: Annotated[Size, typer.Option(help="Size of the model.")] = Size.base,
+    image_size: Annotated[int, typer.Option(min=1, help="Height and width of the crops.")] = 224,
+    patch_size: Annotated[int, typer.Option(min=1, help="Height and width of a patch.")] = 16,
+    norm_pix: Annotated[bool, typer.Option(help="Predict patches normalised by their mean and deviation.")] = True,
+    lr: Annotated[float, typer.Option(min=0.0, help="Learning rate for 256 images a step; scaled with the batch.")] = 1.5e-4,
+    warmup_epochs: Annotated[float | None, typer.Option(min=0.0, help="Default: 5% of the epochs.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the weights, the crops and the masks.")] = 0,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that load images, per training process.")] = 2,
+    bf16: Annotated[bool, typer.Option("--bf16", help="Mixed precision in bfloat16.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in --out, if there is one.")] = False,
+    save_every: Annotated[int | None, typer.Option(min=1, help="Steps between checkpoints. Default: every 5 minutes.")] = None,
+) -> None:
+    """Pre-train a model on a folder of images. On several processes or machines: `accelerate launch -m maskops pretrain ...`."""
+    _need("accelerate", "safetensors", "PIL", "rich")
+    from maskops.checkpoint import CheckpointError
+    from maskops.data import EmptyFolderError
+    from maskops.models.mae import MAEConfig
+    from maskops.train import Settings, TrainingError
+    from maskops.train import pretrain as train
+
+    try:
+        config = MAEConfig.of_size(
+            size.value, image_size=image_size, patch_size=patch_size, mask_ratio=mask_ratio, norm_pix=norm_pix
+        )
+        result = train(
+            config,
+            Settings(
+                images, out, epochs, batch_size, lr, seed=seed, workers=workers, bf16=bf16, resume=resume,
+                warmup_epochs=0.05 * epochs if warmup_epochs is None else warmup_epochs, save_every=save_every,
+            ),
+        )  # fmt: skip
+    except (EmptyFolderError, CheckpointError, ValueError) as error:
+        _fail(error, 2)
+    except TrainingError as error:
+        _fail(error, 1)
+    except KeyboardInterrupt:
+        print(f"maskops: interrupted; add --resume to go on from the last checkpoint in {out}", file=sys.stderr)
+        raise typer.Exit(130) from None
+    print(f"{result.step} steps, loss {result.loss:.4f}, {result.images_per_second:.0f} images/s: {result.model_folder}")
+    if result.unreadable:
+        print(f"{len(result.unreadable)} unreadable images were skipped")
+
+
+@app.command()
+def info() -> None:
+    """Versions, CPU features and the instruction set in use, compiled libraries and GPU backends, each with the reason if it is missing."""
+    print("\n".join(f"{name:<14}{value}" for name, value in _facts().items()))
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def bench(context: typer.Context) -> None:
+    """Run the benchmarks of a source tree; arguments are those of benchmarks/run.py (see `maskops bench --family visible_tokens`)."""
+    if not _BENCHMARKS.exists():
+        _fail("the benchmarks are in the source tree only: clone it, `pip install -e '.[bench]'`, then run this again", 2)
+    raise typer.Exit(subprocess.call([sys.executable, str(_BENCHMARKS), *context.args]))
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Where pictures, tables and the run go; a run there is replaced.")] = Path("out/demo"),
+    seconds: Annotated[float, typer.Option(min=1.0, help="Time for training; a slow machine takes fewer steps.")] = 210.0,
+) -> None:
+    """Pre-train a small MAE on the photos that scikit-image and scikit-learn ship, and judge it on regions it has not seen."""
+    _need("accelerate", "safetensors", "PIL", "rich", "matplotlib", "skimage", "sklearn")
+    from maskops.demo import run
+
+    try:
+        passed = run(out, seconds)
+    except (ValueError, RuntimeError) as error:
+        _fail(error, 1)
+    raise typer.Exit(0 if passed else 1)
+
+
+def _facts() -> dict[str, str]:
+    import torch
+
+    import maskops
+    from maskops import _extension
+
+    facts = {
+        "maskops": maskops.__version__,
+        "torch": torch.__version__,
+        "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
+    }
+    status = _extension.status()
+    if status.get("_host") == "loaded":
+        from maskops import _host
+
+        features = _host.cpu_features()
+        features = [k for k, v in features.items() if v] if isinstance(features, dict) else features
+        facts["cpu features"] = " ".join(features)
+        facts["isa in use"] = _host.isa_in_use()
+    facts |= {name: reason for name, reason in status.items()}
+    if torch.cuda.is_available():
+        facts["cuda"] = f"{torch.cuda.get_device_name()}, torch built for {' '.join(torch.cuda.get_arch_list())}"
+    else:
+        facts["cuda"] = "no device" if torch.version.cuda else "no device, and this torch is a CPU build"
+    for name in ("triton", "transformers", "accelerate"):
+        facts[name] = metadata.version(name) if find_spec(name) else "not installed"
+    return facts
+
+
+def _need(*modules: str) -> None:
+    missing = [name for name in modules if find_spec(name) is None]
+    if missing:
+        _fail(f"{', '.join(missing)} missing: pip install 'torch-maskops[train,demo]'", 2)
+
+
+def _fail(error: object, code: int) -> NoReturn:
+    print(f"maskops: {error}", file=sys.stderr)
+    raise typer.Exit(code)

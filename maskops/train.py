@@ -1,0 +1,327 @@
+"""Pre-training on a folder of images, on Hugging Face Accelerate: one process, or many under `accelerate launch` or `torchrun`.
+
+The same losses come out of an unbroken run, of a run killed and resumed, and of two processes with half the batch each: crops and masks
+depend on (seed, position in the stream of samples) alone, and a checkpoint holds everything else.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+import maskops
+from maskops import TokenSplit, checkpoint
+from maskops.checkpoint import CheckpointError
+from maskops.data import Crop, GlobalBatches, ImageFolder
+from maskops.models.mae import MAE, MAEConfig
+from maskops.progress import TrainingProgress
+
+_LOG_EVERY = 10  # steps between two looks at the losses, each of which waits for the device
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to train. lr is for 256 images a step and scaled linearly with the batch, as MAE does; batch_size is per process."""
+
+    images: Path
+    out: Path
+    epochs: float = 800
+    batch_size: int = 64
+    lr: float = 1.5e-4
+    weight_decay: float = 0.05
+    warmup_epochs: float = 40
+    crop_scale: tuple[float, float] = (0.2, 1.0)
+    seed: int = 0
+    workers: int = 2
+    bf16: bool = False
+    resume: bool = False
+    save_every: int | None = None  # steps; default: every save_minutes
+    save_minutes: float = 5.0
+    keep_checkpoints: int = 2
+    max_seconds: float | None = None  # stop early, with a checkpoint
+
+
+@dataclass(frozen=True)
+class Result:
+    """What pretrain returns. unreadable: {file: reason}."""
+
+    step: int
+    total_steps: int
+    loss: float
+    images_per_second: float
+    model_folder: Path
+    unreadable: dict[str, str]
+
+
+def pretrain(config: MAEConfig, settings: Settings) -> Result:
+    """Train an MAE on settings.images; writes losses.jsonl, checkpoints/ and model/ below settings.out.
+
+    Raises:
+        EmptyFolderError: no readable image.
+        CheckpointError: settings.out holds a run and resume is off, or the run there was started with other settings.
+        TrainingError: the loss is not finite.
+    """
+    accelerator = Accelerator(mixed_precision="bf16" if settings.bf16 else None)
+    if accelerator.scaler is not None:
+        raise TrainingError("mixed precision must be bf16 or off, got fp16")
+    run = _Run(accelerator, config, settings)
+    with TrainingProgress(run.total_steps, run.step, title="mae", shown=accelerator.is_main_process) as progress:
+        run.train(progress)
+    return run.finish(progress.images_per_second)
+
+
+class _Run:
+    """The state of one training run in one process."""
+
+    def __init__(self, accelerator: Accelerator, config: MAEConfig, settings: Settings) -> None:
+        self.accelerator, self.config, self.settings = accelerator, config, settings
+        self.data = ImageFolder(settings.images, Crop(config.image_hw, settings.crop_scale), settings.seed)
+        self.global_batch = settings.batch_size * accelerator.num_processes
+        self.total_steps = max(1, math.ceil(settings.epochs * len(self.data) / self.global_batch))
+        # Every process starts from the same weights.
+        torch.manual_seed(settings.seed)
+        self.plain_model = MAE(config)
+        optimizer = make_optimizer(self.plain_model, settings.weight_decay)
+        # Placed by hand: the saved state of the optimiser must find its parameters where they stay.
+        self.plain_model.to(accelerator.device)
+        self.checkpoints = settings.out / "checkpoints"
+        self.loss = math.nan
+        self.step = self._saved_step = self._resume(optimizer)
+        self.model, self.optimizer = accelerator.prepare(self.plain_model, optimizer)
+        self._pending: list[tuple[int, float, Tensor]] = []
+        self._undecodable: set[int] = set()
+        self._saved = time.monotonic()
+        self._report(self.data.unreadable)
+
+    # ------------------------------------------------------------ the loop
+
+    def train(self, progress: TrainingProgress) -> None:
+        began = time.monotonic()
+        self.model.train()
+        for images, unreadable in self._loader():
+            self._train_step(images)
+            self._undecodable.update(i for i in unreadable.tolist() if i >= 0)
+            if self._due_to_look():
+                self._write_losses()
+            progress.update(self.step, self.loss, self.global_batch)
+            if self._due_to_save():
+                self._save()
+            if self._out_of_time(time.monotonic() - began):
+                break
+
+    def _train_step(self, images: Tensor) -> None:
+        images = images.to(self.accelerator.device, non_blocking=True)
+        lr = self.settings.lr * self.global_batch / 256 * self._schedule()
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        loss = self.model(images, split=self._draw_split()).loss
+        self.accelerator.backward(loss)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        self._pending.append((self.step, lr, loss.detach()))
+
+    def _out_of_time(self, seconds: float) -> bool:
+        """Whether max_seconds is over for one of the processes; all of them get the same answer."""
+        if self.settings.max_seconds is None:
+            return False
+        over = torch.tensor([float(seconds > self.settings.max_seconds)], device=self.accelerator.device)
+        return bool(self.accelerator.reduce(over, "sum") > 0)
+
+    def _draw_split(self) -> TokenSplit:
+        """This process's rows of the masks of the whole step."""
+        seed = torch.tensor([self.settings.seed, self.step], device=self.accelerator.device)
+        split = maskops.random_masking(
+            self.global_batch, self.config.num_patches, num_keep=self.config.num_keep, seed=seed, device=seed.device
+        )
+        first = self.accelerator.process_index * self.settings.batch_size
+        return rows_of(split, first, first + self.settings.batch_size)
+
+    def _schedule(self) -> float:
+        """Linear warm-up, then half a cosine down to 0, as a factor of the learning rate."""
+        warmup = self.total_steps * min(1.0, self.settings.warmup_epochs / self.settings.epochs)
+        if self.step < warmup:
+            return self.step / warmup
+        return 0.5 * (1 + math.cos(math.pi * (self.step - warmup) / (self.total_steps - warmup)))
+
+    def _loader(self) -> Iterator[tuple[Tensor, Tensor]]:
+        a = self.accelerator
+        batches = GlobalBatches(
+            len(self.data), self.settings.batch_size, self.settings.seed, self.step, self.total_steps, a.process_index,
+            a.num_processes,
+        )  # fmt: skip
+        # Not prepared by Accelerate, which would hand out the samples in another order.
+        return iter(
+            DataLoader(
+                self.data, batch_sampler=batches, num_workers=self.settings.workers, pin_memory=a.device.type == "cuda"
+            )
+        )
+
+    # ------------------------------------------------------------ losses
+
+    def _due_to_look(self) -> bool:
+        return self.accelerator.device.type == "cpu" or self.step % _LOG_EVERY == 0 or self.step == self.total_steps
+
+    def _write_losses(self) -> None:
+        """Append the losses since the last call, averaged over the processes, to losses.jsonl."""
+        losses = self.accelerator.reduce(torch.stack([loss for _, _, loss in self._pending]), "mean").tolist()
+        rows = [
+            {"step": step, "epoch": step * self.global_batch / len(self.data), "loss": loss, "lr": lr}
+            for (step, lr, _), loss in zip(self._pending, losses, strict=True)
+        ]
+        self._pending.clear()
+        self.loss = losses[-1]
+        if self.accelerator.is_main_process:
+            with open(self._losses, "a") as file:
+                file.write("".join(json.dumps(row) + "\n" for row in rows))
+        if not all(map(math.isfinite, losses)):
+            raise TrainingError(f"the loss is not finite at step {self.step}: try a lower lr")
+
+    @property
+    def _losses(self) -> Path:
+        return self.settings.out / "losses.jsonl"
+
+    # ------------------------------------------------------------ checkpoints
+
+    def _due_to_save(self) -> bool:
+        if self.settings.save_every is not None:
+            return self.step % self.settings.save_every == 0
+        # The clocks of the processes differ: only where a save needs no talk between them, that is with no losses pending.
+        return not self._pending and time.monotonic() - self._saved > self.settings.save_minutes * 60
+
+    def _save(self) -> None:
+        if self._pending:
+            self._write_losses()
+        self._saved, self._saved_step = time.monotonic(), self.step
+        if self.accelerator.is_main_process:
+            state = {"step": self.step, "mask_seed": [self.settings.seed, self.step], **self._identity()}
+            optimizer = self.optimizer.optimizer
+            checkpoint.save(
+                self.checkpoints, self.step, self.plain_model, optimizer, state, self.settings.keep_checkpoints
+            )
+
+    def _identity(self) -> dict[str, Any]:
+        """What a resumed run must have in common with the run that it continues."""
+        names = "\n".join(path.relative_to(self.settings.images).as_posix() for path in self.data.paths)
+        same = ("epochs", "lr", "weight_decay", "warmup_epochs", "seed")
+        return {
+            "system": "mae", "model": _jsonable(dataclasses.asdict(self.config)), "total_steps": self.total_steps,
+            "global_batch": self.global_batch, "crop_scale": list(self.settings.crop_scale),
+            "mixed_precision": self.accelerator.mixed_precision, "images": len(self.data),
+            "image_names": hashlib.sha256(names.encode()).hexdigest(),
+            **{name: getattr(self.settings, name) for name in same},
+        }  # fmt: skip
+
+    def _resume(self, optimizer: torch.optim.Optimizer) -> int:
+        """The step to go on from: 0, or that of the newest checkpoint, which is loaded."""
+        done = checkpoint.finished(self.checkpoints)
+        if (done or self._losses.exists()) and not self.settings.resume:
+            raise CheckpointError(f"{self.settings.out} holds a run already: resume it, or choose another folder")
+        step = 0
+        if done:
+            state = checkpoint.load_state(done[-1])
+            _check_same_run(done[-1], state, self._identity())
+            checkpoint.load_model(done[-1], self.plain_model)
+            checkpoint.load_optimizer(done[-1], self.plain_model, optimizer)
+            step = state["step"]
+        if self.accelerator.is_main_process:
+            self.settings.out.mkdir(parents=True, exist_ok=True)
+            checkpoint.remove_partial(self.checkpoints)
+            self.loss = _truncate_losses(self._losses, step)
+        self.accelerator.wait_for_everyone()
+        return step
+
+    # ------------------------------------------------------------ the end
+
+    def finish(self, images_per_second: float) -> Result:
+        """Save, report the files that could not be read, and write the model alone to out/model."""
+        if self._saved_step != self.step:
+            self._save()
+        undecodable = sorted(set(gather_object(sorted(self._undecodable))))
+        late = {self.data.paths[i]: "the file cannot be decoded" for i in undecodable}
+        self._report(late)
+        folder = self.settings.out / "model"
+        if self.accelerator.is_main_process:
+            checkpoint.save_model(folder, self.plain_model, _jsonable(dataclasses.asdict(self.config)))
+        self.accelerator.wait_for_everyone()
+        self.accelerator.end_training()
+        unreadable = {str(path): reason for path, reason in {**self.data.unreadable, **late}.items()}
+        return Result(self.step, self.total_steps, self.loss, images_per_second, folder, unreadable)
+
+    def _report(self, unreadable: dict[Path, str]) -> None:
+        if unreadable:
+            lines = [f"  {path}: {reason}" for path, reason in unreadable.items()]
+            count = f"{len(lines)} unreadable image{'s' if len(lines) > 1 else ''} skipped:"
+            self.accelerator.print("\n".join([count, *lines]))
+
+
+def make_optimizer(model: nn.Module, weight_decay: float) -> torch.optim.AdamW:
+    """AdamW as MAE: betas 0.9 and 0.95, no weight decay on biases and norms."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.dim() > 1], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95))
+
+
+def rows_of(split: TokenSplit, start: int, stop: int) -> TokenSplit:
+    """Rows [start, stop) of a split that keeps the same number of tokens in every row."""
+    rows = [t[start:stop] for t in (split.ids_keep, split.ids_mask, split.ids_restore, split.num_keep, split.num_mask)]
+    cu_seqlens = split.cu_seqlens[start : stop + 1] - split.cu_seqlens[start]
+    return TokenSplit(*rows, cu_seqlens, split.max_seqlen, (stop - start) * split.max_seqlen)
+
+
+def load_pretrained(folder: str | Path) -> MAE:
+    """The model of a run: its out/model folder, or out itself."""
+    folder = Path(folder)
+    folder = folder if (folder / "config.json").exists() else folder / "model"
+    try:
+        fields = json.loads((folder / "config.json").read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{folder} holds no trained model: {error}") from error
+    size = fields["image_size"]
+    model = MAE(MAEConfig(**{**fields, "image_size": size if isinstance(size, int) else tuple(size)}))
+    checkpoint.load_model(folder, model)
+    return model.eval()
+
+
+def _jsonable(fields: dict[str, Any]) -> dict[str, Any]:
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
+
+
+def _check_same_run(folder: Path, saved: dict[str, Any], now: dict[str, Any]) -> None:
+    different = [f"{name} was {saved.get(name)}, now {now[name]}" for name in now if saved.get(name) != now[name]]
+    if different:
+        raise CheckpointError(f"{folder} is of a run with other settings: {'; '.join(different)}")
+
+
+def _truncate_losses(path: Path, step: int) -> float:
+    """Drop the lines of steps after the checkpoint, and a last line that a kill cut off. Returns the last loss that stays."""
+    kept, loss = [], math.nan
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            break
+        if row["step"] <= step:
+            kept.append(line + "\n")
+            loss = row["loss"]
+    if path.exists():
+        checkpoint.write_atomic(path, "".join(kept))
+    return loss

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <initializer_list>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -46,7 +47,7 @@
 #else
 #define MASKOPS_DEVICE_CHECK(condition, exception, function, text, ...)          \
   do {                                                                           \
-    if (!(condition)) __assert_fail(text, __FILE__, __LINE__, function);         \
+    if (!(condition)) ::maskops::device_fail(text, function, __LINE__);          \
   } while (0)
 #endif
 
@@ -58,6 +59,13 @@ std::string sentence(const Parts&... parts) {
   (text << ... << parts);
   return text.str();
 }
+
+#ifndef MASKOPS_EMULATE
+// Not inlined: the call is off the fast path and must not cost the kernel registers.
+[[noreturn]] static __device__ __noinline__ void device_fail(const char* text, const char* function, int line) {
+  __assert_fail(text, "maskops", static_cast<unsigned>(line), function);
+}
+#endif
 
 // ---------------------------------------------------------------- launch
 
@@ -167,13 +175,13 @@ __device__ __forceinline__ Vec<T, W> zero_vec() {
   return value;
 }
 
-// Elements in a 16-byte access if every pointer and the row length allow it, else 1.
+// Elements in a 16-byte access if every pointer and every extent (row length, strides; in elements) allow it, else 1.
 template <typename T>
-int vector_width(std::int64_t row, std::initializer_list<const void*> pointers) {
-  constexpr int kWidth = 16 / sizeof(T);
-  std::uintptr_t bits = static_cast<std::uintptr_t>(row * static_cast<std::int64_t>(sizeof(T)));
+int vector_width(std::initializer_list<std::int64_t> extents, std::initializer_list<const void*> pointers) {
+  std::uintptr_t bits = 0;
+  for (std::int64_t extent : extents) bits |= static_cast<std::uintptr_t>(extent * static_cast<std::int64_t>(sizeof(T)));
   for (const void* pointer : pointers) bits |= reinterpret_cast<std::uintptr_t>(pointer);
-  return bits % 16 == 0 ? kWidth : 1;
+  return bits % 16 == 0 ? static_cast<int>(16 / sizeof(T)) : 1;
 }
 
 // ---------------------------------------------------------------- number types

@@ -1,7 +1,7 @@
 // Reductions and scans of a warp and of a block, each in a fixed order: the same input gives the same bits.
 #pragma once
 
-#include "launch.cuh"
+#include "common/launch.cuh"
 
 namespace maskops {
 

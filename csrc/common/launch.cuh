@@ -8,6 +8,7 @@
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 #include <utility>
 
 #ifdef MASKOPS_EMULATE
@@ -143,8 +144,9 @@ __device__ __forceinline__ T load(const T* pointer) {
 #endif
 }
 
+// By value: a reference to one of two values (c ? a : b) would put both of them into local memory.
 template <typename T>
-__device__ __forceinline__ void store(T* pointer, const T& value) {
+__device__ __forceinline__ void store(T* pointer, std::type_identity_t<T> value) {
 #ifdef MASKOPS_EMULATE
   maskops_emulator::machine().counters.bytes_written += sizeof(T);
   maskops_emulator::check_aligned(pointer, sizeof(T));

@@ -1,0 +1,240 @@
+// mask_sampling on CUDA: sort the tokens of each row by (class, noise, index) and write the split.
+// Rows of up to kSortTokens tokens are sorted in the shared memory of one block; longer ones, and float64 noise (whose key and index
+// do not fit 64 bits), get the rank of every token by counting the smaller keys.
+#include <algorithm>
+
+#include "common/library.cuh"
+#include "common/philox.h"
+#include "common/split_row.cuh"
+#include "math/mask_sampling_check.h"
+
+namespace maskops {
+namespace {
+
+constexpr int kSampleThreads = 256;
+constexpr int kSortTokens = 4096;  // 32 KiB of keys
+
+// ---------------------------------------------------------------- keys
+
+// Drawn noise; the key holds class, noise and index, so keys are distinct.
+struct DrawnKeys {
+  const std::int64_t* seed;    // [2] = (seed, offset)
+  const unsigned char* mask;   // [B, N] or null
+  std::int64_t tokens;
+
+  static constexpr bool kHoldsIndex = true;
+  __device__ __forceinline__ std::uint64_t at(std::int64_t b, std::int64_t n) const {
+    const std::int64_t word = b * tokens + n;
+    const PhiloxWords words = philox(PhiloxKey::of(load(seed), load(seed + 1)), static_cast<std::uint64_t>(word >> 2));
+    const int w = static_cast<int>(word & 3);
+    const std::uint32_t noise = w == 0 ? words.word[0] : w == 1 ? words.word[1] : w == 2 ? words.word[2] : words.word[3];
+    return sampling_key(mask && load(mask + word) ? 1u : 0u, noise, n);
+  }
+};
+
+struct GivenKeys {
+  const float* noise;  // [B, N]
+  std::int64_t tokens;
+
+  static constexpr bool kHoldsIndex = true;
+  __device__ __forceinline__ std::uint64_t at(std::int64_t b, std::int64_t n) const {
+    return sampling_key(0, ordered_bits(load(noise + b * tokens + n)), n);
+  }
+};
+
+struct GivenDoubleKeys {
+  const double* noise;  // [B, N]
+  std::int64_t tokens;
+
+  static constexpr bool kHoldsIndex = false;
+  __device__ __forceinline__ std::uint64_t at(std::int64_t b, std::int64_t n) const {
+    return ordered_bits(load(noise + b * tokens + n));
+  }
+};
+
+struct SampleRows {
+  const std::int64_t *num_keep, *lengths;            // [B], lengths may be null
+  std::int64_t *ids_keep, *ids_mask, *ids_restore;   // [B, K], [B, M], [B, N]
+  std::int64_t* num_mask;                            // [B]
+  std::int64_t max_keep, max_mask, tokens;
+  bool ascending;
+
+  // Counts that do not fit are reported by check() and clamped here.
+  __device__ __forceinline__ SplitRow row(std::int64_t b) const {
+    std::int64_t length = lengths ? load(lengths + b) : tokens, keep = load(num_keep + b);
+    length = length < 0 ? 0 : length > tokens ? tokens : length;
+    keep = keep < 0 ? 0 : keep > length ? length : keep;
+    return {ids_keep + b * max_keep, ids_mask + b * max_mask, ids_restore + b * tokens, max_keep, max_mask, tokens, keep, length};
+  }
+  // By one thread: the counts of row b, and num_mask[b].
+  __device__ __forceinline__ void check(std::int64_t b) const {
+    const char* name = "random_masking";
+    (void)name;
+    const std::int64_t length = lengths ? load(lengths + b) : tokens, keep = load(num_keep + b), masked = length - keep;
+    MASKOPS_DEVICE_CHECK(length >= 0 && length <= tokens, std::invalid_argument, name, "lengths must be in [0, N]", "lengths[", b,
+                         "] must be in [0, ", tokens, "], got ", length);
+    MASKOPS_DEVICE_CHECK(keep >= 0 && keep <= length && keep <= max_keep, std::invalid_argument, name,
+                         "num_keep must be in [0, length] and at most max_keep", "num_keep[", b,
+                         "] must be in [0, length] and at most ", max_keep, ", got ", keep);
+    MASKOPS_DEVICE_CHECK(masked <= max_mask, std::invalid_argument, name, "masked tokens must be at most max_mask", "masked tokens[",
+                         b, "] must be at most ", max_mask, ", got ", masked);
+    store(num_mask + b, masked);
+  }
+};
+
+// ---------------------------------------------------------------- rows that fit shared memory
+
+// Bitonic sort of `size` (a power of two) keys in shared memory by the whole block. In each step a thread owns pairs, so between two
+// barriers no key is touched by two threads.
+template <typename Keys>
+__device__ __forceinline__ void sort_shared(Keys& keys, int size) {
+  for (int width = 2; width <= size; width <<= 1) {
+    for (int stride = width >> 1; stride > 0; stride >>= 1) {
+      __syncthreads();
+      for (int pair = threadIdx.x; pair < size / 2; pair += kSampleThreads) {
+        const int low = 2 * pair - (pair & (stride - 1)), high = low + stride;
+        const std::uint64_t a = keys[low], b = keys[high];
+        if ((a > b) == ((low & width) == 0)) {
+          keys[low] = b;
+          keys[high] = a;
+        }
+      }
+    }
+  }
+  __syncthreads();
+}
+
+// One block owns one row: draw the keys, sort them, write slots in key order; ascending, compact the kept and masked sets once more.
+template <typename Keys>
+__global__ void __launch_bounds__(kSampleThreads) sample_sort_kernel(const Keys source, const SampleRows rows, const int size) {
+  MASKOPS_DYNAMIC_SHARED(std::uint64_t, keys);
+  MASKOPS_SHARED(unsigned, hidden_bits, kSortTokens / 32);
+  MASKOPS_SHARED(int, scratch, kSampleThreads / 32);
+  const std::int64_t b = blockIdx.x;
+  if (threadIdx.x == 0) rows.check(b);
+  const SplitRow row = rows.row(b);
+  for (int n = threadIdx.x; n < size; n += kSampleThreads) keys[n] = n < row.length ? source.at(b, n) : padding_key(n);
+  for (int n = threadIdx.x; n < kSortTokens / 32; n += kSampleThreads) hidden_bits[n] = 0u;
+  sort_shared(keys, size);
+  if (rows.ascending) {
+    for (int slot = threadIdx.x; slot < row.length; slot += kSampleThreads) {
+      const std::int64_t n = index_of_key(keys[slot]);
+      if (slot >= row.num_keep) atomicOr(&hidden_bits[n / 32], 1u << (n % 32));
+    }
+    __syncthreads();
+    write_ascending_row<kSampleThreads>(row, [&](std::int64_t n) { return (hidden_bits[n / 32] >> (n % 32) & 1u) != 0; }, scratch);
+    return;
+  }
+  for (int slot = threadIdx.x; slot < rows.tokens; slot += kSampleThreads) {
+    const std::int64_t n = slot < row.length ? index_of_key(keys[slot]) : slot;
+    store(row.ids_restore + n, static_cast<std::int64_t>(slot));
+    row.place(slot, n);
+  }
+  pad_split_row<kSampleThreads>(row);
+}
+
+// ---------------------------------------------------------------- longer rows
+
+// ids_restore[b, n] = how many real tokens of the row have a smaller key. One block owns kSampleThreads tokens of one row and walks
+// over the row's keys in tiles of shared memory. Quadratic, but without scratch memory, for rows that are rare.
+template <typename Keys>
+__global__ void __launch_bounds__(kSampleThreads) sample_rank_kernel(const Keys source, const SampleRows rows, std::int64_t chunks) {
+  MASKOPS_SHARED(std::uint64_t, tile, kSampleThreads);
+  const std::int64_t b = blockIdx.x / chunks, n = blockIdx.x % chunks * kSampleThreads + threadIdx.x;
+  if (n == 0) rows.check(b);
+  const std::int64_t length = rows.row(b).length;
+  const bool real = n < length;
+  const std::uint64_t mine = real ? source.at(b, n) : 0;
+  std::int64_t rank = 0;
+  for (std::int64_t begin = 0; begin < length; begin += kSampleThreads) {
+    const std::int64_t other = begin + threadIdx.x;
+    if (other < length) tile[threadIdx.x] = source.at(b, other);
+    __syncthreads();
+    const int count = static_cast<int>(length - begin < kSampleThreads ? length - begin : kSampleThreads);
+    for (int i = 0; i < count; ++i) {
+      const std::uint64_t theirs = tile[i];
+      rank += theirs < mine || (!Keys::kHoldsIndex && theirs == mine && begin + i < n);
+    }
+    __syncthreads();
+  }
+  if (n < rows.tokens) store(rows.ids_restore + b * rows.tokens + n, real ? rank : n);
+}
+
+// From ids_restore in key order to the ids, ascending where asked. One block owns one row. ids_restore is read and written here, a
+// token by the same thread, so it must not be read through load(), which promises memory that nobody writes.
+__global__ void __launch_bounds__(kSampleThreads) sample_write_kernel(const SampleRows rows) {
+  MASKOPS_SHARED(int, scratch, kSampleThreads / 32);
+  const SplitRow row = rows.row(blockIdx.x);
+  const std::int64_t* restore = row.ids_restore;
+  if (rows.ascending) {
+    write_ascending_row<kSampleThreads>(row, [&](std::int64_t n) { return restore[n] >= row.num_keep; }, scratch);
+    return;
+  }
+  for (std::int64_t n = threadIdx.x; n < row.length; n += kSampleThreads) row.place(restore[n], n);
+  pad_split_row<kSampleThreads>(row);
+}
+
+// ---------------------------------------------------------------- ops
+
+using Split = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+template <typename Keys>
+void launch_sampling(const Keys& keys, const SampleRows& rows, std::int64_t batch, cudaStream_t stream) {
+  if (Keys::kHoldsIndex && rows.tokens <= kSortTokens) {
+    int size = 2;
+    while (size < rows.tokens) size *= 2;
+    launch(sample_sort_kernel<Keys>, grid_for(batch, 1), dim3(kSampleThreads), size * sizeof(std::uint64_t), stream, keys, rows, size);
+    return;
+  }
+  const std::int64_t chunks = std::max<std::int64_t>(1, ceil_div(rows.tokens, kSampleThreads));
+  launch(sample_rank_kernel<Keys>, grid_for(batch * chunks, 1), dim3(kSampleThreads), 0, stream, keys, rows, chunks);
+  launch(sample_write_kernel, grid_for(batch, 1), dim3(kSampleThreads), 0, stream, rows);
+}
+
+template <typename Keys>
+Split sample(const Keys& keys, const Tensor& num_keep_any, const std::optional<Tensor>& lengths_any, std::int64_t max_keep,
+             std::int64_t max_mask, bool ascending, cudaStream_t stream) {
+  const Tensor num_keep = torch::stable::contiguous(num_keep_any);
+  const std::optional<Tensor> lengths = contiguous(lengths_any);
+  const std::int64_t batch = num_keep.size(0);
+  Tensor ids_keep = empty_like_device(num_keep, {batch, max_keep}), ids_mask = empty_like_device(num_keep, {batch, max_mask});
+  Tensor ids_restore = empty_like_device(num_keep, {batch, keys.tokens}), num_mask = empty_like_device(num_keep, {batch});
+  Tensor cu_seqlens = empty_like_device(num_keep, {batch + 1}, ScalarType::Int);
+  const SampleRows rows{const_data<std::int64_t>(num_keep), const_data_or_null<std::int64_t>(lengths), data<std::int64_t>(ids_keep),
+                        data<std::int64_t>(ids_mask), data<std::int64_t>(ids_restore), data<std::int64_t>(num_mask),
+                        max_keep, max_mask, keys.tokens, ascending};
+  launch_sampling(keys, rows, batch, stream);
+  exclusive_cumsum(rows.num_keep, data<std::int32_t>(cu_seqlens), batch, stream);
+  return {ids_keep, ids_mask, ids_restore, num_mask, cu_seqlens};
+}
+
+Split mask_sampling_uniform(const Tensor& seed_any, const Tensor& num_keep, std::optional<Tensor> lengths,
+                            std::optional<Tensor> mask_any, std::int64_t tokens, std::int64_t max_keep, std::int64_t max_mask,
+                            bool ascending) {
+  check_sampling_uniform(seed_any, num_keep, lengths, mask_any, tokens, max_keep, max_mask);
+  const DeviceScope scope(num_keep);
+  const Tensor seed = torch::stable::contiguous(seed_any);
+  const std::optional<Tensor> mask = contiguous(mask_any);
+  const DrawnKeys keys{const_data<std::int64_t>(seed), const_data_or_null<unsigned char>(mask), tokens};
+  return sample(keys, num_keep, lengths, max_keep, max_mask, ascending, scope.stream());
+}
+
+Split mask_sampling_rank(const Tensor& noise_any, const Tensor& num_keep, std::optional<Tensor> lengths, std::int64_t max_keep,
+                         std::int64_t max_mask, bool ascending) {
+  check_sampling_rank(noise_any, num_keep, lengths, max_keep, max_mask);
+  const DeviceScope scope(noise_any);
+  const Tensor noise = torch::stable::contiguous(noise_any);
+  if (noise.scalar_type() == ScalarType::Float)
+    return sample(GivenKeys{const_data<float>(noise), noise.size(1)}, num_keep, lengths, max_keep, max_mask, ascending, scope.stream());
+  return sample(GivenDoubleKeys{const_data<double>(noise), noise.size(1)}, num_keep, lengths, max_keep, max_mask, ascending,
+                scope.stream());
+}
+
+}  // namespace
+
+MASKOPS_CUDA_LIBRARY(m) {
+  m.impl("mask_sampling_uniform", TORCH_BOX(&mask_sampling_uniform));
+  m.impl("mask_sampling_rank", TORCH_BOX(&mask_sampling_rank));
+}
+
+}  // namespace maskops

@@ -62,7 +62,7 @@ class BuildLibraries(build_ext):
     def cpu_job(self, source: Path, level: int) -> tuple[list[str], Path]:
         name = "_".join(source.relative_to(ROOT / "csrc").with_suffix("").parts)
         target = self.objects / f"{name}.isa{level}.o"
-        flags = ["-std=c++20", "-O3", "-g1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-Wno-unknown-pragmas"]
+        flags = ["-std=c++20", "-O3", "-g1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas"]
         command = [cxx(), *flags, *ISA_FLAGS[level], *sanitize_flags(), f"-DMASKOPS_ISA_LEVEL={level}", TARGET]
         return [*command, *include_flags(), "-c", str(source), "-o", str(target)], target
 
@@ -158,7 +158,7 @@ def wants_cuda() -> bool:
 
 
 def extensions() -> list[Extension]:
-    names = ["maskops._C", "maskops._host"] + (["maskops._C_cuda"] if wants_cuda() else [])
+    names = ["maskops._C"] + (["maskops._host"] if (ROOT / "csrc/host.cpp").exists() else []) + (["maskops._C_cuda"] if wants_cuda() else [])
     return [Extension(name, []) for name in names]
 
 

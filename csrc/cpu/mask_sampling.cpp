@@ -1,0 +1,235 @@
+// mask_sampling on the CPU: draw or read one key per token, sort each row, write the split.
+//
+// Philox noise is uniform, so a row is sorted by distributing it over as many buckets as it has tokens and one insertion
+// pass over the almost sorted result: linear time. Given noise may be anything and is sorted by radix, stable.
+#include "common/isa.h"
+
+#if MASKOPS_ISA_LEVEL == 0
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <array>
+#include <tuple>
+#include <vector>
+
+#include "common/parallel.h"
+#include "common/philox.h"
+#include "math/mask_sampling_check.h"
+
+namespace maskops {
+namespace {
+
+using Split = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+struct Entry {
+  uint32_t noise, index;
+
+  bool operator<(const Entry& other) const {
+    return noise != other.noise ? noise < other.noise : index < other.index;
+  }
+};
+
+struct Scratch {
+  std::vector<Entry> from, to;
+  std::vector<uint32_t> starts;
+  std::vector<uint32_t> order;  // the row's tokens in key order
+
+  explicit Scratch(int64_t tokens) : from(tokens), to(tokens), order(tokens) {}
+};
+
+// Sort entries of equally distributed noise into scratch.to; entries are in index order, so equal noise stays in that order.
+void sort_uniform(Scratch& scratch, int64_t count) {
+  int shift = 31;
+  while (shift > 0 && (int64_t{1} << (32 - shift)) < count) --shift;
+  const size_t buckets = size_t{1} << (32 - shift);
+  scratch.starts.assign(buckets + 1, 0);
+  uint32_t* starts = scratch.starts.data();
+  for (int64_t i = 0; i < count; ++i) ++starts[(scratch.from[i].noise >> shift) + 1];
+  for (size_t bucket = 0; bucket < buckets; ++bucket) starts[bucket + 1] += starts[bucket];
+  for (int64_t i = 0; i < count; ++i) scratch.to[starts[scratch.from[i].noise >> shift]++] = scratch.from[i];
+  Entry* sorted = scratch.to.data();
+  int64_t moves = 0;
+  for (int64_t i = 1; i < count; ++i) {
+    const Entry entry = sorted[i];
+    int64_t j = i;
+    for (; j > 0 && entry < sorted[j - 1]; --j) sorted[j] = sorted[j - 1];
+    sorted[j] = entry;
+    moves += i - j;
+    // Uniform noise needs less than one move per token; if it is not uniform after all, do not go quadratic.
+    if (moves > 16 * count) return std::sort(sorted, sorted + count);
+  }
+}
+
+// One row of the drawn noise: words [first, first + tokens) of the stream.
+void draw(const PhiloxKey& key, int64_t first, int64_t tokens, uint32_t* noise) {
+  int64_t n = 0;
+  while (n < tokens) {
+    const uint64_t word = static_cast<uint64_t>(first + n);
+    const PhiloxWords words = philox(key, word >> 2);
+    for (uint64_t w = word & 3; w < 4 && n < tokens; ++w) noise[n++] = words.word[w];
+  }
+}
+
+void order_drawn_row(const uint32_t* noise, const bool* mask, int64_t length, Scratch& scratch) {
+  int64_t written = 0;
+  for (int token_class = 0; token_class < (mask ? 2 : 1); ++token_class) {
+    int64_t count = 0;
+    for (int64_t n = 0; n < length; ++n) {
+      if (!mask || mask[n] == (token_class == 1)) scratch.from[count++] = {noise[n], static_cast<uint32_t>(n)};
+    }
+    sort_uniform(scratch, count);
+    for (int64_t i = 0; i < count; ++i) scratch.order[written++] = scratch.to[i].index;
+  }
+}
+
+// Stable radix sort of keys by byte, least significant first; bytes in which all keys agree are skipped.
+template <class Key>
+void order_given_row(const Key* keys, int64_t length, std::vector<uint32_t>& order, std::vector<uint32_t>& other) {
+  for (int64_t n = 0; n < length; ++n) order[n] = static_cast<uint32_t>(n);
+  for (size_t byte = 0; byte < sizeof(Key); ++byte) {
+    const int shift = static_cast<int>(8 * byte);
+    std::array<uint32_t, 257> starts{};
+    for (int64_t n = 0; n < length; ++n) ++starts[((keys[n] >> shift) & 255) + 1];
+    if (std::find(starts.begin() + 1, starts.end(), static_cast<uint32_t>(length)) != starts.end()) continue;
+    for (int bucket = 0; bucket < 256; ++bucket) starts[bucket + 1] += starts[bucket];
+    for (int64_t i = 0; i < length; ++i) other[starts[(keys[order[i]] >> shift) & 255]++] = order[i];
+    order.swap(other);
+  }
+}
+
+struct Rows {
+  int64_t batch, tokens, max_keep, max_mask;
+  bool ascending;
+  const int64_t *num_keep, *lengths;  // [B], lengths may be null
+  int64_t *ids_keep, *ids_mask, *ids_restore;
+
+  int64_t length(int64_t b) const { return lengths ? lengths[b] : tokens; }
+};
+
+// Write one row from its order. Ascending: the same sets, each in index order.
+void write_row(const Rows& rows, int64_t b, std::vector<uint32_t>& order) {
+  const int64_t length = rows.length(b), keep = rows.num_keep[b];
+  int64_t *restore = rows.ids_restore + b * rows.tokens, *kept = rows.ids_keep + b * rows.max_keep;
+  int64_t* masked = rows.ids_mask + b * rows.max_mask;
+  for (int64_t slot = 0; slot < length; ++slot) restore[order[slot]] = slot;
+  if (rows.ascending) {
+    int64_t next_keep = 0, next_mask = keep;
+    for (int64_t n = 0; n < length; ++n) {
+      const int64_t hidden = restore[n] >= keep;
+      const int64_t slot = hidden ? next_mask : next_keep;
+      next_mask += hidden;
+      next_keep += 1 - hidden;
+      restore[n] = slot;
+      order[slot] = static_cast<uint32_t>(n);
+    }
+  }
+  for (int64_t n = length; n < rows.tokens; ++n) restore[n] = n;
+  std::copy(order.begin(), order.begin() + keep, kept);
+  std::fill(kept + keep, kept + rows.max_keep, int64_t{-1});
+  std::copy(order.begin() + keep, order.begin() + length, masked);
+  std::fill(masked + (length - keep), masked + rows.max_mask, int64_t{-1});
+}
+
+void check_counts_data(const Rows& rows) {
+  const char* op = "random_masking";
+  auto at = [](const char* arg, int64_t b) { return std::string(arg) + "[" + std::to_string(b) + "]"; };
+  for (int64_t b = 0; rows.lengths && b < rows.batch; ++b) {
+    const int64_t length = rows.lengths[b];
+    if (length < 0 || length > rows.tokens) fail(op, at("lengths", b), "be in [0, " + std::to_string(rows.tokens) + "]", length);
+  }
+  for (int64_t b = 0; b < rows.batch; ++b) {
+    const int64_t keep = rows.num_keep[b];
+    if (keep < 0 || keep > rows.length(b) || keep > rows.max_keep) {
+      fail(op, at("num_keep", b), "be in [0, length] and at most " + std::to_string(rows.max_keep), keep);
+    }
+  }
+  for (int64_t b = 0; b < rows.batch; ++b) {
+    const int64_t masked = rows.length(b) - rows.num_keep[b];
+    if (masked > rows.max_mask) fail(op, at("masked tokens", b), "be at most " + std::to_string(rows.max_mask), masked);
+  }
+}
+
+// Allocate, check the counts and let `order_row(b, scratch)` put each row's real tokens in key order into scratch.order.
+template <class OrderRow>
+Split split_rows(const Tensor& num_keep_any, const std::optional<Tensor>& lengths_any, int64_t tokens, int64_t max_keep,
+                 int64_t max_mask, bool ascending, const OrderRow& order_row) {
+  const Tensor num_keep = torch::stable::contiguous(num_keep_any);
+  std::optional<Tensor> lengths;
+  if (lengths_any) lengths = torch::stable::contiguous(*lengths_any);
+  const int64_t batch = num_keep.size(0);
+  Tensor ids_keep = empty_like_device(num_keep, {batch, max_keep}), ids_mask = empty_like_device(num_keep, {batch, max_mask});
+  Tensor ids_restore = empty_like_device(num_keep, {batch, tokens}), num_mask = empty_like_device(num_keep, {batch});
+  Tensor cu_seqlens = empty_like_device(num_keep, {batch + 1}, ScalarType::Int);
+  auto data = [](const Tensor& x) { return static_cast<int64_t*>(x.data_ptr()); };
+  const Rows rows{batch, tokens, max_keep, max_mask, ascending, data(num_keep), lengths ? data(*lengths) : nullptr,
+                  data(ids_keep), data(ids_mask), data(ids_restore)};
+  check_counts_data(rows);
+  int32_t* starts = static_cast<int32_t*>(cu_seqlens.mutable_data_ptr());
+  starts[0] = 0;
+  for (int64_t b = 0; b < batch; ++b) {
+    data(num_mask)[b] = rows.length(b) - rows.num_keep[b];
+    starts[b + 1] = starts[b] + static_cast<int32_t>(rows.num_keep[b]);
+  }
+  parallel_for(batch, tokens * 128, [&](int64_t begin, int64_t end) {
+    Scratch scratch(tokens);
+    for (int64_t b = begin; b < end; ++b) {
+      order_row(b, rows.length(b), scratch);
+      write_row(rows, b, scratch.order);
+    }
+  });
+  return {ids_keep, ids_mask, ids_restore, num_mask, cu_seqlens};
+}
+
+Split mask_sampling_uniform(const Tensor& seed_any, const Tensor& num_keep, std::optional<Tensor> lengths,
+                            std::optional<Tensor> mask_any, int64_t tokens, int64_t max_keep, int64_t max_mask, bool ascending) {
+  check_sampling_uniform(seed_any, num_keep, lengths, mask_any, tokens, max_keep, max_mask);
+  const Tensor seed = torch::stable::contiguous(seed_any);
+  std::optional<Tensor> mask;
+  if (mask_any) mask = torch::stable::contiguous(*mask_any);
+  const bool* masked = mask ? static_cast<const bool*>(mask->const_data_ptr()) : nullptr;
+  const int64_t* words = static_cast<const int64_t*>(seed.const_data_ptr());
+  const PhiloxKey key = PhiloxKey::of(words[0], words[1]);
+  auto order_row = [&](int64_t b, int64_t length, Scratch& scratch) {
+    // The noise of the row may use `starts` of the sort only after it is read, so it has a buffer of its own.
+    thread_local std::vector<uint32_t> noise;
+    noise.resize(tokens);
+    draw(key, b * tokens, tokens, noise.data());
+    order_drawn_row(noise.data(), masked ? masked + b * tokens : nullptr, length, scratch);
+  };
+  return split_rows(num_keep, lengths, tokens, max_keep, max_mask, ascending, order_row);
+}
+
+template <class Key, class Value>
+Split rank_rows(const Tensor& noise_any, const Tensor& num_keep, const std::optional<Tensor>& lengths, int64_t max_keep,
+                int64_t max_mask, bool ascending) {
+  const Tensor noise = torch::stable::contiguous(noise_any);
+  const int64_t tokens = noise.size(1);
+  const Value* values = static_cast<const Value*>(noise.const_data_ptr());
+  auto order_row = [&](int64_t b, int64_t length, Scratch& scratch) {
+    thread_local std::vector<Key> keys;
+    thread_local std::vector<uint32_t> other;
+    keys.resize(tokens);
+    other.resize(tokens);
+    for (int64_t n = 0; n < length; ++n) keys[n] = ordered_bits(values[b * tokens + n]);
+    order_given_row(keys.data(), length, scratch.order, other);
+  };
+  return split_rows(num_keep, lengths, tokens, max_keep, max_mask, ascending, order_row);
+}
+
+Split mask_sampling_rank(const Tensor& noise, const Tensor& num_keep, std::optional<Tensor> lengths, int64_t max_keep,
+                         int64_t max_mask, bool ascending) {
+  check_sampling_rank(noise, num_keep, lengths, max_keep, max_mask);
+  return noise.scalar_type() == ScalarType::Float
+             ? rank_rows<uint32_t, float>(noise, num_keep, lengths, max_keep, max_mask, ascending)
+             : rank_rows<uint64_t, double>(noise, num_keep, lengths, max_keep, max_mask, ascending);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(maskops, CPU, m) {
+  m.impl("mask_sampling_uniform", TORCH_BOX(&mask_sampling_uniform));
+  m.impl("mask_sampling_rank", TORCH_BOX(&mask_sampling_rank));
+}
+
+}  // namespace maskops
+#endif

@@ -1,0 +1,192 @@
+// The row kernels of visible_tokens, compiled once per instruction set. All are bound by memory: what counts is to read and
+// write every byte once, and to bypass the caches where the result does not fit into them.
+#include "cpu/visible_tokens/rows.h"
+
+#include "common/simd.h"
+
+namespace maskops {
+inline namespace MASKOPS_ISA_NS {
+namespace {
+
+void copy_bytes_streaming(const char* from, char* to, int64_t bytes) {
+  constexpr int64_t step = VecF::width * sizeof(float);
+  const int64_t lead = min_of<int64_t>(bytes, (step - static_cast<int64_t>(reinterpret_cast<uintptr_t>(to) % step)) % step);
+  memcpy(to, from, lead);
+  int64_t i = lead;
+  for (; i + step <= bytes; i += step) {
+    VecF::load(reinterpret_cast<const float*>(from + i)).stream(reinterpret_cast<float*>(to + i));
+  }
+  memcpy(to + i, from + i, bytes - i);
+}
+
+void copy_rows(const CopyRows& args, int64_t begin, int64_t end) {
+  for (int64_t r = begin; r < end; ++r) {
+    char* to = args.out + r * args.row_bytes;
+    if (args.map[r] < 0) memset(to, 0, args.row_bytes);
+    else if (args.stream) copy_bytes_streaming(args.source + args.map[r], to, args.row_bytes);
+    else memcpy(to, args.source + args.map[r], args.row_bytes);
+  }
+  if (args.stream) stream_fence();
+}
+
+// to = from + pos. Rows are short (a few KB), so the alignment of `to` is settled per row.
+template <class T, bool kStream>
+void add_row(const T* from, const T* pos, T* to, int64_t channels) {
+  using V = typename VecFor<T>::type;
+  int64_t d = 0;
+  for (; d + V::width <= channels; d += V::width) {
+    const V sum = V::load(from + d) + V::load(pos + d);
+    if (kStream) sum.stream(to + d);
+    else sum.store(to + d);
+  }
+  if (d < channels) (V::load_n(from + d, channels - d) + V::load_n(pos + d, channels - d)).store_n(to + d, channels - d);
+}
+
+template <class T>
+void restore_typed(const RestoreRows& args, int64_t begin, int64_t end) {
+  using V = typename VecFor<T>::type;
+  const int64_t channels = args.channels, bytes = channels * static_cast<int64_t>(sizeof(T));
+  const T *source = static_cast<const T*>(args.source), *fill = static_cast<const T*>(args.fill), *pos = static_cast<const T*>(args.pos);
+  T* out = static_cast<T*>(args.out);
+  const bool stream = args.stream && can_stream<V>(out) && channels % V::width == 0;
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t b = i / args.rows, r = i % args.rows;
+    const T* from = args.map[i] >= 0 ? source + args.map[i] : fill + b * args.fill_batch + (r - args.prefix) * args.fill_row;
+    T* to = out + i * channels;
+    if (!pos && args.stream) copy_bytes_streaming(reinterpret_cast<const char*>(from), reinterpret_cast<char*>(to), bytes);
+    else if (!pos) memcpy(to, from, bytes);
+    else if (stream) add_row<T, true>(from, pos + r * channels, to, channels);
+    else add_row<T, false>(from, pos + r * channels, to, channels);
+  }
+  if (args.stream) stream_fence();
+}
+
+// sum += row
+template <class T, class A>
+void accumulate(const T* row, A* sum, int64_t channels) {
+  using V = typename VecFor<T>::type;
+  int64_t d = 0;
+  for (; d + V::width <= channels; d += V::width) (V::load(sum + d) + V::load(row + d)).store(sum + d);
+  if (d < channels) (V::load_n(sum + d, channels - d) + V::load_n(row + d, channels - d)).store_n(sum + d, channels - d);
+}
+
+// Both sums of a filled row, which is read once.
+template <class T, class A>
+void accumulate_both(const T* row, A* first, A* second, int64_t channels) {
+  using V = typename VecFor<T>::type;
+  int64_t d = 0;
+  for (; d + V::width <= channels; d += V::width) {
+    const V x = V::load(row + d);
+    (V::load(first + d) + x).store(first + d);
+    (V::load(second + d) + x).store(second + d);
+  }
+  for (; d < channels; d += V::width) {
+    const int64_t n = channels - d;
+    const V x = V::load_n(row + d, n);
+    (V::load_n(first + d, n) + x).store_n(first + d, n);
+    (V::load_n(second + d, n) + x).store_n(second + d, n);
+  }
+}
+
+template <class T, class A>
+void write_sum(const A* sum, T* out, int64_t channels) {
+  using V = typename VecFor<T>::type;
+  int64_t d = 0;
+  for (; d + V::width <= channels; d += V::width) V::load(sum + d).store(out + d);
+  if (d < channels) V::load_n(sum + d, channels - d).store_n(out + d, channels - d);
+}
+
+// One position over the whole batch: pos and fill sums stay in L1 while the rows stream by.
+template <class T, class A>
+void gradient_of_position(const RestoreGradient& args, int64_t r, A* pos_sum, A* fill_sum) {
+  const int64_t channels = args.channels;
+  const T* grad = static_cast<const T*>(args.grad);
+  T* grad_x = static_cast<T*>(args.grad_x);
+  T* filled = static_cast<T*>(args.grad_fill);
+  const bool keep_pos = args.grad_pos != nullptr;
+  for (int64_t b = 0; b < args.batch; ++b) {
+    const int64_t target = args.map[b * args.rows + r];
+    const T* row = grad + b * args.grad_batch + r * args.grad_row;
+    if (target >= 0) {
+      if (keep_pos) accumulate(row, pos_sum, channels);
+      if (grad_x) memcpy(grad_x + target, row, channels * sizeof(T));
+    } else if (fill_sum && keep_pos) {
+      accumulate_both(row, pos_sum, fill_sum, channels);
+    } else if (fill_sum) {
+      accumulate(row, fill_sum, channels);
+    } else {
+      if (keep_pos) accumulate(row, pos_sum, channels);
+      const int64_t tokens = args.rows - args.prefix;
+      if (filled) memcpy(filled + (b * tokens + r - args.prefix) * channels, row, channels * sizeof(T));
+    }
+  }
+}
+
+template <class T>
+void restore_gradient_typed(const RestoreGradient& args, void* scratch, int64_t chunk_begin, int64_t chunk_end) {
+  using A = typename Arithmetic<T>::type;
+  const int64_t channels = args.channels, bytes = channels * static_cast<int64_t>(sizeof(A));
+  A *pos_sum = static_cast<A*>(scratch), *row_sum = pos_sum + channels;
+  A* partial = static_cast<A*>(args.partial);
+  const bool per_position = args.sums_fill_rows;
+  for (int64_t chunk = chunk_begin; chunk < chunk_end; ++chunk) {
+    A* fill_sum = partial ? partial + chunk * channels : per_position ? row_sum : nullptr;
+    if (partial) memset(fill_sum, 0, bytes);
+    const int64_t last = min_of(args.rows, (chunk + 1) * RestoreGradient::kChunk);
+    for (int64_t r = chunk * RestoreGradient::kChunk; r < last; ++r) {
+      if (args.grad_pos) memset(pos_sum, 0, bytes);
+      if (per_position) memset(fill_sum, 0, bytes);
+      gradient_of_position<T, A>(args, r, pos_sum, fill_sum);
+      if (args.grad_pos) write_sum(pos_sum, static_cast<T*>(args.grad_pos) + r * channels, channels);
+      if (per_position && r >= args.prefix) write_sum(fill_sum, static_cast<T*>(args.grad_fill) + (r - args.prefix) * channels, channels);
+    }
+  }
+}
+
+template <class T>
+void sum_partials_typed(const void* partial_any, int64_t chunks, int64_t channels, void* out) {
+  using A = typename Arithmetic<T>::type;
+  using V = typename VecFor<T>::type;
+  const A* partial = static_cast<const A*>(partial_any);
+  for (int64_t d = 0; d < channels; d += V::width) {
+    const int64_t n = min_of<int64_t>(V::width, channels - d);
+    V sum = V::zero();
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) sum = sum + V::load_n(partial + chunk * channels + d, n);
+    sum.store_n(static_cast<T*>(out) + d, n);
+  }
+}
+
+// Codes of common/dispatch.h, which includes torch.
+void restore(const RestoreRows& args, int64_t begin, int64_t end) {
+  switch (args.dtype) {
+    case 0: return restore_typed<float>(args, begin, end);
+    case 1: return restore_typed<double>(args, begin, end);
+    case 2: return restore_typed<bf16>(args, begin, end);
+    default: return restore_typed<f16>(args, begin, end);
+  }
+}
+
+void restore_gradient(const RestoreGradient& args, void* scratch, int64_t chunk_begin, int64_t chunk_end) {
+  switch (args.dtype) {
+    case 0: return restore_gradient_typed<float>(args, scratch, chunk_begin, chunk_end);
+    case 1: return restore_gradient_typed<double>(args, scratch, chunk_begin, chunk_end);
+    case 2: return restore_gradient_typed<bf16>(args, scratch, chunk_begin, chunk_end);
+    default: return restore_gradient_typed<f16>(args, scratch, chunk_begin, chunk_end);
+  }
+}
+
+void sum_partials(int dtype, const void* partial, int64_t chunks, int64_t channels, void* out) {
+  switch (dtype) {
+    case 0: return sum_partials_typed<float>(partial, chunks, channels, out);
+    case 1: return sum_partials_typed<double>(partial, chunks, channels, out);
+    case 2: return sum_partials_typed<bf16>(partial, chunks, channels, out);
+    default: return sum_partials_typed<f16>(partial, chunks, channels, out);
+  }
+}
+
+}  // namespace
+
+extern const RowKernels RowKernels_table{&copy_rows, &restore, &restore_gradient, &sum_partials};
+
+}  // namespace MASKOPS_ISA_NS
+}  // namespace maskops

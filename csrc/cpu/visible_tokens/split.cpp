@@ -1,0 +1,100 @@
+// visible_tokens_split on the CPU: per row one counting pass and one placing pass, without branches on the mask.
+#include "common/isa.h"
+
+#if MASKOPS_ISA_LEVEL == 0
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <tuple>
+#include <vector>
+
+#include "common/ids.h"
+#include "math/visible_tokens_check.h"
+
+namespace maskops {
+namespace {
+
+struct SplitOutputs {
+  int64_t *ids_keep, *ids_mask, *ids_restore;  // [B, K], [B, M], [B, N]
+};
+
+void split_row(const bool* mask, int64_t tokens, int64_t num_keep, int64_t* restore, std::vector<int64_t>& order) {
+  int64_t next_keep = 0, next_mask = num_keep;
+  for (int64_t n = 0; n < tokens; ++n) {
+    const int64_t masked = mask[n];
+    const int64_t slot = masked ? next_mask : next_keep;
+    restore[n] = slot;
+    order[slot] = n;
+    next_mask += masked;
+    next_keep += 1 - masked;
+  }
+}
+
+void copy_padded(const int64_t* from, int64_t count, int64_t* to, int64_t width) {
+  std::copy(from, from + count, to);
+  std::fill(to + count, to + width, int64_t{-1});
+}
+
+std::vector<int64_t> count_kept(const bool* mask, int64_t batch, int64_t tokens) {
+  std::vector<int64_t> kept(batch);
+  parallel_for(batch, tokens, [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b) {
+      const uint8_t* row = reinterpret_cast<const uint8_t*>(mask + b * tokens);
+      int64_t masked = 0;
+      for (int64_t n = 0; n < tokens; ++n) masked += row[n] != 0;
+      kept[b] = tokens - masked;
+    }
+  });
+  return kept;
+}
+
+void check_bounds(const std::vector<int64_t>& kept, int64_t tokens, int64_t max_keep, int64_t max_mask) {
+  const char* op = "split_tokens";
+  for (size_t b = 0; b < kept.size(); ++b) {
+    const std::string row = "[" + std::to_string(b) + "]";
+    if (kept[b] > max_keep) fail(op, "kept tokens of mask" + row, "be at most max_seqlen = " + std::to_string(max_keep), kept[b]);
+  }
+  for (size_t b = 0; b < kept.size(); ++b) {
+    const std::string row = "[" + std::to_string(b) + "]";
+    const int64_t masked = tokens - kept[b];
+    if (masked > max_mask) fail(op, "masked tokens of mask" + row, "be at most max_masked = " + std::to_string(max_mask), masked);
+  }
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> visible_tokens_split(const Tensor& mask_any, int64_t max_keep, int64_t max_mask) {
+  check_split(mask_any, max_keep, max_mask);
+  const Tensor mask = torch::stable::contiguous(mask_any);
+  const int64_t batch = mask.size(0), tokens = mask.size(1);
+  const bool* data = static_cast<const bool*>(mask.const_data_ptr());
+  const std::vector<int64_t> kept = count_kept(data, batch, tokens);
+  check_bounds(kept, tokens, max_keep, max_mask);
+
+  Tensor ids_keep = empty_like_device(mask, {batch, max_keep}, ScalarType::Long);
+  Tensor ids_mask = empty_like_device(mask, {batch, max_mask}, ScalarType::Long);
+  Tensor ids_restore = empty_like_device(mask, {batch, tokens}, ScalarType::Long);
+  Tensor num_keep = empty_like_device(mask, {batch}, ScalarType::Long);
+  Tensor cu_seqlens = empty_like_device(mask, {batch + 1}, ScalarType::Int);
+  const SplitOutputs out{static_cast<int64_t*>(ids_keep.mutable_data_ptr()), static_cast<int64_t*>(ids_mask.mutable_data_ptr()),
+                         static_cast<int64_t*>(ids_restore.mutable_data_ptr())};
+  std::copy(kept.begin(), kept.end(), static_cast<int64_t*>(num_keep.mutable_data_ptr()));
+  int32_t* starts = static_cast<int32_t*>(cu_seqlens.mutable_data_ptr());
+  starts[0] = 0;
+  for (int64_t b = 0; b < batch; ++b) starts[b + 1] = starts[b] + static_cast<int32_t>(kept[b]);
+
+  parallel_for(batch, tokens * 24, [&](int64_t begin, int64_t end) {
+    std::vector<int64_t> order(tokens);
+    for (int64_t b = begin; b < end; ++b) {
+      split_row(data + b * tokens, tokens, kept[b], out.ids_restore + b * tokens, order);
+      copy_padded(order.data(), kept[b], out.ids_keep + b * max_keep, max_keep);
+      copy_padded(order.data() + kept[b], tokens - kept[b], out.ids_mask + b * max_mask, max_mask);
+    }
+  });
+  return {ids_keep, ids_mask, ids_restore, num_keep, cu_seqlens};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(maskops, CPU, m) { m.impl("visible_tokens_split", TORCH_BOX(&visible_tokens_split)); }
+
+}  // namespace maskops
+#endif

@@ -24,7 +24,8 @@ inline LossOn loss_on(const std::string& on) {
 }
 
 inline PatchGrid check_patch_loss(const Tensor& pred, const Tensor& images, const Tensor& ids_restore, const Tensor& num_keep,
-                                  const Tensor& num_mask, const std::vector<int64_t>& patch, double beta) {
+                                  const Tensor& num_mask, const std::vector<int64_t>& patch, const std::string& kind, double beta,
+                                  const std::string& on) {
   const char* op = "masked_patch_loss";
   check_tensor(op, "pred", pred, "[B, N, V]", kFloats, {kAny, kAny, kAny}, pred);
   const ScalarType type = pred.scalar_type();
@@ -40,14 +41,17 @@ inline PatchGrid check_patch_loss(const Tensor& pred, const Tensor& images, cons
   check_tensor(op, "ids_restore", ids_restore, "[B, N]", kInt64, {pred.size(0), pred.size(1)}, pred);
   check_tensor(op, "num_keep", num_keep, "[B]", kInt64, {pred.size(0)}, pred);
   check_tensor(op, "num_mask", num_mask, "[B]", kInt64, {pred.size(0)}, pred);
+  loss_kind(kind);  // raises where unknown
+  loss_on(on);
   if (!(beta > 0)) fail(op, "beta", "be above 0", beta);
   return grid;
 }
 
 inline PatchGrid check_patch_loss_backward(const Tensor& grad, const Tensor& pred, const Tensor& images, const Tensor& stats,
                                            const Tensor& ids_restore, const Tensor& num_keep, const Tensor& num_mask,
-                                           const std::vector<int64_t>& patch, double beta) {
-  const PatchGrid grid = check_patch_loss(pred, images, ids_restore, num_keep, num_mask, patch, beta);
+                                           const std::vector<int64_t>& patch, const std::string& kind, double beta,
+                                           const std::string& on) {
+  const PatchGrid grid = check_patch_loss(pred, images, ids_restore, num_keep, num_mask, patch, kind, beta, on);
   const ScalarType type = pred.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
   check_tensor("masked_patch_loss", "grad", grad, "[B, N]", {type}, {pred.size(0), pred.size(1)}, pred);
   check_tensor("masked_patch_loss", "stats", stats, "[B, N, 2]", {type}, {pred.size(0), pred.size(1), 2}, pred);

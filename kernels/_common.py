@@ -27,7 +27,7 @@ class Launch(NamedTuple):
 
 
 class Arg(NamedTuple):
-    """A tensor argument of an AOT sample; dtype "float" means every float dtype that the op supports."""
+    """A tensor of an AOT sample; dtype "float" is each floating dtype of the op, "accumulator" the one of its sums."""
 
     dtype: str
     shape: tuple
@@ -55,7 +55,8 @@ def launch(kernel, programs, *args, **meta):
     # Triton launches on the current device, which need not be the tensors' device.
     guard = contextlib.nullcontext() if device.type == "cpu" else torch.accelerator.device_index(device.index)
     with guard:
-        kernel[(programs,)](*args, **meta)
+        # Multiply-add fusion is said aloud because Triton 3.10 changes its default.
+        kernel[(programs,)](*args, enable_fp_fusion=True, **meta)
 
 
 def cdiv(a, b):

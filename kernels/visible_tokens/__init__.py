@@ -12,8 +12,11 @@ from maskops.kernels.visible_tokens.rows import (
     visible_tokens_restore,
     visible_tokens_unpack,
 )
+from maskops.kernels.visible_tokens.samples import AOT_SAMPLES, LIMITS
 
 __all__ = [
+    "AOT_SAMPLES",
+    "LIMITS",
     "_visible_tokens_embed_backward",
     "_visible_tokens_gather_backward",
     "_visible_tokens_restore_backward",

@@ -1,6 +1,7 @@
 """The patch projection of visible_tokens: a GEMM whose one operand is read as patches straight from the images.
 
-M = B*K rows, E output channels, V values per patch in the weight's order (c, t, h, w). Products of 16-bit types run on the matrix units with float32 sums. float32 follows torch.get_float32_matmul_precision(): "highest", the default, is
+M = B*K rows, E output channels, V values per patch in the weight's order (c, t, h, w). Products of 16-bit types run on
+the matrix units with float32 sums. float32 follows torch.get_float32_matmul_precision(): "highest", the default, is
 exact (input_precision "ieee": no matrix units on NVIDIA), anything else is TF32.
 """
 
@@ -22,6 +23,8 @@ from maskops.kernels._common import (
 from maskops.kernels.visible_tokens.index import invert_ids
 
 # Per element size: (rows, columns, depth) of a tile, warps, stages; the first one that gives enough programs is taken.
+# Patches whose rows are no multiple of 16 bytes are loaded value by value: one address per value, so less fits.
+SCATTERED_TILE = (64, 64, 32, 4, 2)
 TILES = {
     2: ((128, 128, 64, 8, 3), (64, 128, 64, 4, 3)),
     4: ((64, 64, 32, 4, 3), (32, 64, 32, 4, 3)),
@@ -30,8 +33,10 @@ TILES = {
 ENOUGH_PROGRAMS = 264  # two per multiprocessor of an H100
 
 
-def _tile(dtype, rows, columns, depth_splits=1):
-    tiles = TILES[dtype.itemsize]
+def _tile(dtype, rows, columns, patch_width, depth_splits=1, largest=0):
+    tiles = TILES[dtype.itemsize][largest:]
+    if patch_width * dtype.itemsize % 16 and dtype.itemsize < 8:
+        tiles = (SCATTERED_TILE,)
     fills = [t for t in tiles if cdiv(rows, t[0]) * cdiv(columns, t[1]) * depth_splits >= ENOUGH_PROGRAMS]
     tile = (fills or tiles[-1:])[0]
     exact = dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest"
@@ -84,7 +89,7 @@ def visible_tokens_embed(images, weight, bias=None, ids=None, pos=None):
     out = images.new_empty((B, slots, E))
     ids = None if ids is None else ids.contiguous()
     pos = None if pos is None else rows_of(pos)
-    tile = _tile(images.dtype, B * slots, E)
+    tile = _tile(images.dtype, B * slots, E, grid.patch["PW"])
     launch(
         _embed_kernel, cdiv(B * slots, tile["BLOCK_M"]) * cdiv(E, tile["BLOCK_N"]),
         grid.images, weight.contiguous(), None if bias is None else bias.contiguous(), ids, pos, out,
@@ -129,7 +134,9 @@ def _grad_images(grad, images, weight, ids):
     out = allocate(images.shape, dtype=grad.dtype, device=grad.device)
     grid = patch_grid(out, weight.shape[2:])
     (B, slots), E = grad.shape[:2], weight.shape[0]
-    tile = _tile(grad.dtype, B * slots, grid.values)
+    # Every pixel of the result has its own address until it is stored: the largest tile would spill them.
+    largest = 1 if grad.dtype.itemsize == 2 else 0
+    tile = _tile(grad.dtype, B * slots, grid.values, grid.patch["PW"], largest=largest)
     launch(
         _grad_images_kernel, cdiv(B * slots, tile["BLOCK_M"]) * cdiv(grid.values, tile["BLOCK_N"]),
         grad, weight.contiguous(), ids, out, B * slots, slots, E, *grid.grid[1:], grad.stride(0), grad.stride(1),
@@ -177,7 +184,7 @@ def _grad_weight(grad, images, weight, ids):
     (B, slots), E = grad.shape[:2], weight.shape[0]
     rows, acc = B * slots, accumulator(grad)
     # Enough splits to fill the device, but none shorter than 256 rows; a function of the sizes alone.
-    tile = _tile(grad.dtype, E, grid.values, depth_splits=max(1, rows // 256))
+    tile = _tile(grad.dtype, E, grid.values, grid.patch["PW"], depth_splits=max(1, rows // 256))
     tiles = cdiv(E, tile["BLOCK_M"]) * cdiv(grid.values, tile["BLOCK_N"])
     splits = max(1, min(cdiv(ENOUGH_PROGRAMS, max(tiles, 1)), rows // 256))
     per_split = cdiv(cdiv(rows, splits), tile["BLOCK_K"]) * tile["BLOCK_K"]

@@ -9,7 +9,7 @@
 #include <stdint.h>
 #include <string.h>
 
-#include "isa.h"
+#include "common/isa.h"
 
 #if MASKOPS_ISA_LEVEL > 0
 #include <immintrin.h>

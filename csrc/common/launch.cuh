@@ -2,6 +2,7 @@
 // emulator (MASKOPS_EMULATE, csrc/cuda_emulator), no PyTorch in sight.
 #pragma once
 
+#include <cassert>
 #include <cstdint>
 #include <cstring>
 #include <initializer_list>

@@ -26,44 +26,19 @@ struct GatherPlan {
 
 // grad_x [B, N, D] of grad [B, K, D]. One block owns `chunk` tokens of one sample: it inverts the ids that fall into them in shared
 // memory (K ids are few bytes beside the chunk's rows), then each of its warps copies rows, zeros where nobody gathered.
-constexpr int kMaxChunk = 2048;
-
 template <typename T, int W>
 __global__ void __launch_bounds__(kRowThreads)
     gather_backward_kernel(const T* __restrict__ grad, RowStrides strides, const std::int64_t* __restrict__ ids, T* __restrict__ grad_x,
                            std::int64_t slots, std::int64_t tokens, std::int64_t channels, int chunk) {
   MASKOPS_SHARED(int, slot_of, kMaxChunk);
-  const char* name = name_of(Function::gather);
-  (void)name;
   const std::int64_t chunks = (tokens + chunk - 1) / chunk;
   const std::int64_t b = blockIdx.x / chunks, base = blockIdx.x % chunks * chunk;
-  for (int i = threadIdx.x; i < chunk; i += kRowThreads) slot_of[i] = INT_MAX;
-  __syncthreads();
-  for (int k = threadIdx.x; k < slots; k += kRowThreads) {
-    const std::int64_t id = load(ids + b * slots + k);
-    MASKOPS_DEVICE_CHECK(id >= -1 && id < tokens, std::out_of_range, name, "ids must be tokens or -1 for an empty slot", "ids[", b,
-                         ", ", k, "] must be in [-1, ", tokens, "), got ", id);
-    if (id >= base && id < base + chunk) atomicMin(&slot_of[id - base], k);
-  }
-  __syncthreads();
-  for (int k = threadIdx.x; k < slots; k += kRowThreads) {
-    const std::int64_t id = load(ids + b * slots + k);
-    if (id < base || id >= base + chunk) continue;
-    MASKOPS_DEVICE_CHECK(slot_of[id - base] == k, std::out_of_range, name, "ids must be unique in their row", "ids[", b, ", ", k,
-                         "] must be unique in its row, got ", id, " again");
-  }
+  invert_ids(slot_of, ids, b, slots, tokens, base, chunk, Function::gather);
   for (std::int64_t t = threadIdx.x / 32; t < chunk && base + t < tokens; t += kRowWarps) {
     const int slot = slot_of[t];
     const T* from = slot == INT_MAX ? nullptr : grad + strides.at(b, slot);
     move_row<W>(from, grad_x + (b * tokens + base + t) * channels, channels);
   }
-}
-
-// Tokens per block: few, for many blocks, but so many that reading K ids costs at most a quarter of writing the rows.
-int backward_chunk(std::int64_t slots, std::int64_t row_bytes) {
-  int chunk = 32;
-  while (chunk < kMaxChunk && slots * 8 * 4 > chunk * row_bytes) chunk *= 2;
-  return chunk;
 }
 
 Tensor visible_tokens_gather(const Tensor& x_any, const Tensor& ids_any) {
@@ -89,11 +64,10 @@ Tensor visible_tokens_gather_backward(const Tensor& grad_any, const Tensor& ids_
   const Tensor grad = with_contiguous_rows(grad_any), ids = torch::stable::contiguous(ids_any);
   const std::int64_t batch = grad.size(0), slots = grad.size(1), channels = grad.size(2);
   Tensor grad_x = empty_like_device(grad, {batch, tokens, channels});
-  if (slots >= INT_MAX) throw std::runtime_error(sentence("gather_tokens: rows of ", slots, " ids are not supported"));
   dispatch_floats(grad.scalar_type(), [&](auto type) {
     using T = typename decltype(type)::type;
     const RowStrides strides = row_strides(grad);
-    const int chunk = backward_chunk(slots, channels * static_cast<std::int64_t>(sizeof(T)));
+    const int chunk = tokens_per_block(slots, channels * static_cast<std::int64_t>(sizeof(T)));
     const int width = vector_width<T>({channels, strides.batch, strides.row}, {const_data<T>(grad), data<T>(grad_x)});
     dispatch_width<T>(width, [&](auto w) {
       launch(gather_backward_kernel<T, w()>, grid_for(batch * ceil_div(tokens, chunk), 1), dim3(kRowThreads), 0, scope.stream(),

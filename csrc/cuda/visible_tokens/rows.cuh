@@ -70,6 +70,41 @@ static __device__ __forceinline__ void check_restore_rows(const IdsCheck& check,
   check_ids<kRowThreads>(check, block, name_of(function), "ids_restore");
 }
 
+// Tokens whose inverse map a block can hold.
+constexpr int kMaxChunk = 2048;
+
+// The whole block: slot_of[i] = the slot k with ids[b, k] = base + i, or INT_MAX where no slot names the token. The smallest slot wins,
+// so that a second one that names the token finds itself beaten and reports it.
+template <typename Shared>
+__device__ __forceinline__ void invert_ids(Shared& slot_of, const std::int64_t* ids, std::int64_t b, std::int64_t slots,
+                                           std::int64_t tokens, std::int64_t base, int chunk, Function function) {
+  const char* name = name_of(function);
+  (void)name;
+  for (int i = threadIdx.x; i < chunk; i += kRowThreads) slot_of[i] = INT_MAX;
+  __syncthreads();
+  for (int k = threadIdx.x; k < slots; k += kRowThreads) {
+    const std::int64_t id = load(ids + b * slots + k);
+    MASKOPS_DEVICE_CHECK(id >= -1 && id < tokens, std::out_of_range, name, "ids must be tokens or -1 for an empty slot", "ids[", b,
+                         ", ", k, "] must be in [-1, ", tokens, "), got ", id);
+    if (id >= base && id < base + chunk) atomicMin(&slot_of[id - base], k);
+  }
+  __syncthreads();
+  for (int k = threadIdx.x; k < slots; k += kRowThreads) {
+    const std::int64_t id = load(ids + b * slots + k);
+    if (id < base || id >= base + chunk) continue;
+    MASKOPS_DEVICE_CHECK(slot_of[id - base] == k, std::out_of_range, name, "ids must be unique in their row", "ids[", b, ", ", k,
+                         "] must be unique in its row, got ", id, " again");
+  }
+}
+
+// Tokens per block: few, for many blocks, but so many that reading K ids costs at most a quarter of writing the rows.
+inline int tokens_per_block(std::int64_t slots, std::int64_t row_bytes) {
+  if (slots >= INT_MAX) throw std::runtime_error(sentence("maskops: rows of ", slots, " ids are not supported"));
+  int chunk = 32;
+  while (chunk < kMaxChunk && slots * 8 * 4 > chunk * row_bytes) chunk *= 2;
+  return chunk;
+}
+
 // One warp copies a row of D channels, or fills it with zeros where there is no source.
 template <int W, typename T>
 __device__ __forceinline__ void move_row(const T* __restrict__ from, T* __restrict__ to, std::int64_t channels) {

@@ -1,7 +1,8 @@
 """Compile every launch that the Triton launchers make, for several GPUs, on a machine without one.
 
-The launchers run on meta tensors of the shapes in kernels/F.py:AOT_SAMPLES and record what they would launch. Each recorded
-launch is specialised as Triton's JIT would do it (16-byte aligned pointers, integers divisible by 16 or equal to 1).
+The launchers run on meta tensors of the shapes in AOT_SAMPLES of kernels/F and record what they would launch. Each
+recorded launch is specialised as Triton's JIT would do it: 16-byte aligned pointers, integers divisible by 16 or equal
+to 1. So what is compiled here is what a GPU would run, not a second list of configurations.
 """
 
 import importlib
@@ -14,11 +15,11 @@ from pathlib import Path
 
 import torch
 import triton
+from maskops.kernels._common import Arg, record_launches
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from maskops.families import FAMILIES
-from maskops.kernels._common import Arg, record_launches
 
 # Target -> shared memory that one block may have, in bytes.
 TARGETS = {"cuda:80": 166912, "cuda:90": 232448, "cuda:100": 232448, "hip:gfx942": 65536}
@@ -178,8 +179,10 @@ def _hsaco_facts(text):
         return max(int(v) for v in re.findall(rf"\.{name}:\s*(\d+)", text))
 
     return {
-        "registers": fact("vgpr_count"), "spills": fact("vgpr_spill_count"), "local_bytes": fact("private_segment_fixed_size")
-    }  # fmt: skip
+        "registers": fact("vgpr_count"),
+        "spills": fact("vgpr_spill_count"),
+        "local_bytes": fact("private_segment_fixed_size"),
+    }
 
 
 def _matrix_use(asm, target):

@@ -1,6 +1,6 @@
 """Calls that reach every kernel of visible_tokens in every launch configuration, as data: op -> argument lists.
 
-scripts/gpu_check.py runs the launchers on meta tensors of these shapes, records what they would launch, and compiles it.
+scripts/gpu_check.py runs the launchers on meta tensors of these shapes, records what they would launch and compiles it.
 """
 
 from maskops.kernels._common import Arg

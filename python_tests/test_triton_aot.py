@@ -1,0 +1,60 @@
+"""The Triton kernels compile for real GPUs, in a process of their own: this one may run with TRITON_INTERPRET=1."""
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from maskops._registry import OPS
+from maskops.families import FAMILIES
+
+ROOT = Path(__file__).resolve().parents[1]
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    path = tmp_path_factory.mktemp("aot") / "report.json"
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, str(ROOT / "scripts" / "gpu_check.py"), "--triton-only", "--quick", "--json", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600, check=False)
+    assert path.exists(), done.stderr[-2000:]
+    return json.loads(path.read_text())["triton"]
+
+
+def test_every_kernel_compiles_without_spills(report):
+    assert [f"{row['kernel']} {row['target']} {row['config']}: {row['error']}" for row in report if row["error"]] == []
+    assert {row["target"] for row in report} == {"cuda:80", "cuda:90", "cuda:100", "hip:gfx942"}
+
+
+def test_dots_use_matrix_units(report):
+    units = {row["target"]: set() for row in report}
+    for row in report:
+        if "PRECISION" in row["config"]:
+            units[row["target"]].add(row["matrix"].split(".")[0])
+    assert units["cuda:80"] == {"mma"}
+    assert units["cuda:90"] == {"wgmma"}
+    assert units["cuda:100"] == {"tcgen05"}
+    assert units["hip:gfx942"] == {"v_mfma"}
+
+
+@pytest.mark.parametrize("name", sorted(OPS))
+def test_every_op_has_a_launcher_and_samples(name):
+    module = importlib.import_module(f"maskops.kernels.{OPS[name].family}")
+    assert callable(getattr(module, name))
+    arguments = re.findall(r"(\w+)(?:=[^,)]+)?(?=[,)])", OPS[name].schema.split("->")[0])
+    launcher = getattr(module, name)
+    code = launcher.__code__
+    assert list(code.co_varnames[: code.co_argcount]) == arguments
+    assert module.AOT_SAMPLES[name] and name in module.LIMITS
+
+
+def test_no_samples_without_an_op():
+    for family in FAMILIES:
+        module = importlib.import_module(f"maskops.kernels.{family}")
+        assert set(module.AOT_SAMPLES) == {name for name, spec in OPS.items() if spec.family == family}

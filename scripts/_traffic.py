@@ -1,0 +1,97 @@
+"""Global memory that the CUDA kernels ask for, counted by the emulator, against the least that the op can do with.
+
+The least is the bytes model of maskops/testing/F: TRAFFIC = {op: function of the op's arguments -> bytes}.
+"""
+
+import importlib
+import math
+
+import torch
+
+from maskops.families import FAMILIES
+
+PATCH = (4, 4)
+IMAGE = (4, 3, 32, 32)  # 64 patches of 48 values
+WIDTH = 64
+
+
+def _split():
+    """A split of [4, 64] tokens with rows of different lengths, as the ops would make it."""
+    torch.manual_seed(0)
+    mask = torch.rand(IMAGE[0], 64) < 0.75
+    num_keep = (~mask).sum(1)
+    args = (mask, int(num_keep.max()), int(mask.sum(1).max()))
+    return args, torch.ops.maskops_reference.visible_tokens_split(*args)
+
+
+def example_arguments():
+    """op -> arguments of a small but typical call, float32."""
+    split_args, (ids, _, restore, num_keep, cu) = _split()
+    B, (N, V, slots) = IMAGE[0], (64, 48, ids.shape[1])
+    total, patch, images = int(cu[-1]), list(PATCH), torch.rand(IMAGE)
+    rows, kept, fill, pos = (
+        torch.rand(B, N, WIDTH),
+        torch.rand(B, slots, WIDTH),
+        torch.rand(WIDTH),
+        torch.rand(N, WIDTH),
+    )
+    weight, bias = torch.rand(WIDTH, IMAGE[1], *PATCH), torch.rand(WIDTH)
+    seed, lengths = torch.tensor([7, 0]), torch.full((B,), N)
+    loss = (restore, num_keep, lengths - num_keep, patch, True, "l2", 1.0, "masked")
+    pred = torch.rand(B, N, V)
+    _, stats = torch.ops.maskops_reference.masked_loss_patch(pred, images, *loss)
+    few = torch.full((B,), N // 4)
+    return {
+        "visible_tokens_split": split_args,
+        "visible_tokens_gather": (rows, ids),
+        "_visible_tokens_gather_backward": (kept, ids, N),
+        "visible_tokens_restore": (kept, restore, num_keep, fill, pos, 0),
+        "_visible_tokens_restore_backward": (rows, restore, num_keep, slots, 0, 1, True, True, True),
+        "visible_tokens_pack": (rows, restore, cu, total),
+        "visible_tokens_unpack": (torch.rand(total, WIDTH), restore, cu, fill),
+        "_visible_tokens_unpack_backward": (rows, restore, cu, total, 1, True, True),
+        "visible_tokens_patchify": (images, ids, patch, True),
+        "visible_tokens_unpatchify": (torch.rand(B, slots, V), ids, patch, list(IMAGE[2:]), True),
+        "visible_tokens_embed": (images, weight, bias, ids, pos),
+        "_visible_tokens_embed_backward": (kept, images, weight, ids, True, True, True, True),
+        "mask_sampling_uniform": (seed, few, None, None, N, N // 4, N - N // 4, False),
+        "mask_sampling_rank": (torch.rand(B, N), few, None, N // 4, N - N // 4, False),
+        "masked_loss_patch": (pred, images, *loss),
+        "_masked_loss_patch_backward": (torch.rand(B, N), pred, images, stats, *loss),
+    }
+
+
+def measure():
+    """One row (dict) per op: least and counted bytes; math.nan where there is no number, with the reason in "note"."""
+    emulator = importlib.import_module("maskops.testing.emulator")
+    reason = emulator.reason_unavailable()
+    if not reason:
+        emulator.load()
+    models = {}
+    for family in FAMILIES:
+        models |= getattr(importlib.import_module(f"maskops.testing.{family}"), "TRAFFIC", {})
+    rows = []
+    for op, args in example_arguments().items():
+        row = {"op": op, "least": math.nan, "counted": math.nan, "note": "", "error": ""}
+        if op in models:
+            row["least"] = models[op](*args)
+        else:
+            row["note"] = "no bytes model"
+        emulated = torch._C._dispatch_has_kernel_for_dispatch_key(f"maskops_emulated::{op}", "CPU")
+        if reason:
+            row["note"] = reason
+        elif emulated:
+            row["counted"] = _counted(emulator, op, args)
+        else:
+            row["note"] = "no CUDA C++ kernel: Triton serves GPUs"
+        if row["counted"] < row["least"]:
+            row["error"] = "counted less than the least: the bytes model is wrong"
+        rows.append(row)
+    return rows
+
+
+def _counted(emulator, op, args):
+    before = emulator.counters()
+    getattr(torch.ops.maskops_emulated, op)(*args)
+    after = emulator.counters()
+    return sum(after[name] - before[name] for name in ("bytes_read", "bytes_written"))

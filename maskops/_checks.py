@@ -43,7 +43,7 @@ def check_ids(op: str, arg: str, ids: Tensor, tokens: int, *, allow_pad: bool = 
         raise IndexError(f"{op}: {arg}[{b}, {k}] must be in [{low}, {tokens}), got {int(ids[b, k])}")
     # Padding becomes distinct negative numbers, so that any equal neighbours after sorting are a real duplicate.
     spread = torch.where(ids < 0, -1 - torch.arange(ids.shape[1]), ids)
-    ordered, order = spread.sort(1, stable=True)
+    ordered, order = spread.sort(dim=1, stable=True)
     repeated = ordered[:, 1:] == ordered[:, :-1]
     if repeated.any():
         row = int(torch.nonzero(repeated)[0, 0])

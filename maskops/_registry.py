@@ -34,7 +34,10 @@ class OpSpec:
         check_data: rules on the values of ids and counts; never called on fake tensors.
         fake: allocates the outputs.
         setup: (ctx, inputs, output), what backward needs.
-        backward: (ops, ctx, *grads); `ops` is the namespace of the op, so a gradient stays in its backend.
+        backward: (ops, ctx, *grads); `ops` is the namespace of the op, so a gradient stays in its backend; ctx.needs says per
+            argument whether its gradient is wanted.
+        constants: names of floating arguments that no gradient flows to.
+        cuda: whether csrc/cuda has a kernel; without one the native op on a GPU is the Triton kernel.
         autocast: "preserve" (dtypes as they come), "promote" (to the widest floating dtype), "lower" (to autocast's dtype).
     """
 
@@ -46,13 +49,17 @@ class OpSpec:
     check_data: Callable | None = None
     setup: Callable | None = None
     backward: Callable | None = None
+    constants: tuple[str, ...] = ()
+    cuda: bool = True
     autocast: str = "preserve"
+    arguments: tuple[str, ...] = field(init=False)
     defaults: tuple = field(init=False)
 
     def __post_init__(self) -> None:
         if self.autocast not in AUTOCAST_POLICIES:
             raise ValueError(f"OpSpec: autocast must be one of {AUTOCAST_POLICIES}, got {self.autocast!r}")
         arguments = torch._C.parse_schema(self.schema).arguments
+        object.__setattr__(self, "arguments", tuple(a.name for a in arguments))
         object.__setattr__(self, "defaults", tuple(a.default_value for a in arguments))
 
     @property
@@ -121,11 +128,15 @@ def _register_gradient(namespace: str, library: torch.library.Library, spec: OpS
             torch.library.register_autograd(f"{namespace}::{spec.name}", _no_double_backward(spec), lib=library)
         return
 
+    # Here too trailing arguments that equal their default are missing.
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        return spec.backward(getattr(torch.ops, namespace), ctx, *grads)
+        given = len(ctx.needs_input_grad)
+        ctx.needs = ctx.needs_input_grad + (False,) * (len(spec.defaults) - given)
+        found = spec.backward(getattr(torch.ops, namespace), ctx, *grads)
+        return found[:given] if isinstance(found, tuple) else found
 
     def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
-        spec.setup(ctx, inputs, output)
+        spec.setup(ctx, inputs + spec.defaults[len(inputs) :], output)
 
     torch.library.register_autograd(f"{namespace}::{spec.name}", backward, setup_context=setup_context, lib=library)
 

@@ -68,14 +68,17 @@ typename V::scalar sum_over(int64_t count, const Term& term) {
   return ((sums[0] + sums[1]) + (sums[2] + sums[3])).sum();
 }
 
-template <class V, class T>
-V load_upto(const T* p, int64_t n) {
-  return n == V::width ? V::load(p) : V::load_n(p, n);
-}
-
 template <class V, class A>
 void mean_and_rstd(const A* target, int64_t count, A* mean, A* rstd) {
-  *mean = sum_over<V>(count, [&](int64_t i, int64_t n) { return load_upto<V>(target + i, n); }) / A(count);
+  // Differences from the first pixel, so that the mean of a constant patch is that pixel to the last bit.
+  const A first = target[0];
+  const V shift = V::all(first);
+  *mean = first + sum_over<V>(count, [&](int64_t i, int64_t n) {
+    if (n == V::width) return V::load(target + i) - shift;
+    A tail[V::width] = {};
+    for (int64_t j = 0; j < n; ++j) tail[j] = target[i + j] - first;
+    return V::load(tail);
+  }) / A(count);
   const V centre = V::all(*mean);
   const A squares = sum_over<V>(count, [&](int64_t i, int64_t n) {
     if (n == V::width) {

@@ -104,7 +104,7 @@ def _check(
     if on not in SELECTIONS:
         fail(FUNCTION, "on", f"be one of {SELECTIONS}", repr(on))
     if not beta > 0:
-        fail(FUNCTION, "beta", "be above 0", beta)
+        fail(FUNCTION, "beta", "be above 0", f"{beta:g}")
 
 
 def _check_data(pred: Tensor, images: Tensor, ids_restore: Tensor, num_keep: Tensor, num_mask: Tensor, *rest: Any) -> None:
@@ -152,6 +152,7 @@ define_op(
         fake=_fake,
         setup=_setup,
         backward=_backward,
+        constants=("images",),
     )
 )
 define_op(

@@ -56,15 +56,15 @@ def _split_by_key(
     batch, tokens = key.shape
     index = torch.arange(tokens, device=key.device).expand(batch, tokens)
     lengths = torch.full_like(num_keep, tokens) if lengths is None else lengths
-    by_key = key.argsort(1, stable=True)
+    by_key = key.argsort(dim=1, stable=True)
     padding = index >= lengths[:, None]
     # Padding goes last, in index order: a stable sort by "is padding" after the sort by key.
-    by_key = by_key.gather(1, padding.gather(1, by_key).to(torch.int8).argsort(1, stable=True))
+    by_key = by_key.gather(1, padding.gather(1, by_key).to(torch.int8).argsort(dim=1, stable=True))
     by_key = torch.where(padding, index, by_key)
     slot = torch.empty_like(by_key).scatter_(1, by_key, index)
     if ascending:
         group = (slot >= num_keep[:, None]).to(torch.int8) + (slot >= lengths[:, None])
-        slot = torch.empty_like(slot).scatter_(1, group.argsort(1, stable=True), index)
+        slot = torch.empty_like(slot).scatter_(1, group.argsort(dim=1, stable=True), index)
     num_mask = lengths - num_keep
     ids_keep = ids_of_slots(slot, torch.zeros_like(num_keep), num_keep, max_keep)
     ids_mask = ids_of_slots(slot, num_keep, num_mask, max_mask)

@@ -187,7 +187,7 @@ def _setup_restore(ctx: Any, inputs: tuple, output: Tensor) -> None:
 
 def _backward_restore(ops: Any, ctx: Any, grad: Tensor) -> tuple:
     ids_restore, num_keep = ctx.saved_tensors
-    need = [ctx.needs_input_grad[i] for i in (0, 3, 4)]
+    need = [ctx.needs[i] for i in (0, 3, 4)]
     grads = ops._visible_tokens_restore_backward(
         grad, ids_restore, num_keep, ctx.slots, ctx.prefix, ctx.fill_dim, *need
     )

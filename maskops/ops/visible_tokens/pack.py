@@ -125,7 +125,7 @@ def _setup_unpack(ctx: Any, inputs: tuple, output: Tensor) -> None:
 
 
 def _backward_unpack(ops: Any, ctx: Any, grad: Tensor) -> tuple:
-    need = [ctx.needs_input_grad[i] for i in (0, 3)]
+    need = [ctx.needs[i] for i in (0, 3)]
     grads = ops._visible_tokens_unpack_backward(grad, *ctx.saved_tensors, ctx.total, ctx.fill_dim, *need)
     return grads[0] if need[0] else None, None, None, grads[1] if need[1] else None
 

@@ -292,7 +292,7 @@ def _setup_embed(ctx: Any, inputs: tuple, output: Tensor) -> None:
 
 
 def _backward_embed(ops: Any, ctx: Any, grad: Tensor) -> tuple:
-    need = [ctx.needs_input_grad[i] for i in (0, 1, 2, 4)]
+    need = [ctx.needs[i] for i in (0, 1, 2, 4)]
     grads = ops._visible_tokens_embed_backward(grad, *ctx.saved_tensors, *need)
     images, weight, bias, pos = (g if n else None for g, n in zip(grads, need, strict=True))
     return images, weight, bias, None, pos
@@ -323,6 +323,7 @@ define_op(
         fake=_fake_embed,
         setup=_setup_embed,
         backward=_backward_embed,
+        cuda=False,
         autocast="lower",
     )
 )
@@ -338,5 +339,6 @@ define_op(
             EMBED, ids, images.shape[2:], weight.shape[2:]
         ),
         fake=_fake_embed_backward,
+        cuda=False,
     )
 )

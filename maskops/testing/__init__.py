@@ -1,0 +1,131 @@
+"""What tests and benchmarks share: samples of every op, tolerances, backends that can be tested here.
+
+maskops.testing.<family> holds SAMPLES, ERRORS and TRAFFIC of a family; from them test_contract.py makes the systematic tests.
+"""
+
+import contextlib
+import ctypes
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from maskops._registry import NAMESPACES, OPS
+
+FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+ISA_LEVELS = {"portable": 0, "avx2": 1, "avx512": 2}
+
+# Relative to the largest expected value, what any correct kernel may be off at this dtype even where the reference is exact.
+SLACK = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
+# Root mean square of the error, relative to that of the expected values.
+RMS = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 6e-4}
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Arguments of one op.  make(dtype, generator) -> all arguments in the schema's order, on the CPU."""
+
+    op: str
+    name: str
+    make: Callable[[torch.dtype, torch.Generator], tuple]
+
+    def arguments(self, dtype: torch.dtype = torch.float32, seed: int = 0) -> tuple:
+        return self.make(dtype, torch.Generator().manual_seed(seed))
+
+    def __str__(self) -> str:
+        return f"{self.op}-{self.name}"
+
+
+@dataclass(frozen=True)
+class ErrorSample:
+    """A call that must fail: `spoil` changes good arguments, `match` is a regular expression of the message."""
+
+    op: str
+    name: str
+    spoil: Callable[..., tuple]
+    error: type[Exception]
+    match: str
+
+    def __str__(self) -> str:
+        return f"{self.op}-{self.name}"
+
+
+def op_of(backend: str, name: str) -> Callable:
+    return getattr(getattr(torch.ops, NAMESPACES[backend]), name)
+
+
+def takes_floats(op: str) -> bool:
+    """Whether the op computes on floating tensors, so that a test runs it at every dtype."""
+    return OPS[op].family != "mask_sampling" and op != "visible_tokens_split"
+
+
+def is_float(x: object) -> bool:
+    return isinstance(x, Tensor) and x.is_floating_point()
+
+
+def in_float64(args: tuple) -> tuple:
+    return tuple(a.double() if is_float(a) else a for a in args)
+
+
+def assert_close(actual: Tensor, exact: Tensor, reference: Tensor, what: str) -> None:
+    """actual is at most twice as wrong as the plain PyTorch version at the same dtype, plus SLACK; and its RMS is within RMS.
+
+    Args:
+        actual: the kernel's result.  exact: the float64 result.  reference: the reference's result at actual's dtype.
+    """
+    assert actual.shape == exact.shape, f"{what}: shape {list(actual.shape)}, expected {list(exact.shape)}"
+    assert actual.dtype == reference.dtype, f"{what}: dtype {actual.dtype}, expected {reference.dtype}"
+    if not actual.is_floating_point():
+        assert torch.equal(actual, exact.to(actual.dtype)), f"{what}: {actual} differs from {exact}"
+        return
+    if actual.numel() == 0:
+        return
+    finite = exact.isfinite()
+    assert torch.equal(actual.isfinite(), finite), f"{what}: not finite where the expected value is, or the other way round"
+    error, allowed = (actual.double() - exact)[finite].abs(), (reference.double() - exact)[finite].abs()
+    scale = exact[finite].abs().max().item() if finite.any() else 0.0
+    if scale == 0.0:
+        assert (error == 0).all(), f"{what}: {error.max():.3g} where 0 is expected"
+        return
+    worst, limit = error.max().item(), 2 * allowed.max().item() + SLACK[actual.dtype] * scale
+    assert worst <= limit, f"{what}: worst error {worst:.3g} above {limit:.3g}, scale {scale:.3g}"
+    rms = error.square().mean().sqrt().item() / exact[finite].square().mean().sqrt().item()
+    own = allowed.square().mean().sqrt().item() / exact[finite].square().mean().sqrt().item()
+    assert rms <= 2 * own + RMS[actual.dtype], f"{what}: RMS error {rms:.3g} above 2 x {own:.3g} + {RMS[actual.dtype]:.3g}"
+
+
+@contextlib.contextmanager
+def instruction_set(name: str) -> Iterator[None]:
+    """Run the CPU kernels at "portable", "avx2" or "avx512"; RuntimeError where this CPU lacks it."""
+    library = cpu_library()
+    before = library.maskops_isa_in_use()
+    if library.maskops_set_isa(ISA_LEVELS[name]) != 0:
+        raise RuntimeError(f"this CPU has no {name}")
+    try:
+        yield
+    finally:
+        library.maskops_set_isa(before)
+
+
+def cpu_library() -> ctypes.CDLL:
+    return ctypes.CDLL(str(next(Path(__file__).parents[1].glob("_C.*so"), Path(__file__).parents[1] / "_C.so")))
+
+
+def instruction_sets() -> tuple[str, ...]:
+    """Those that this CPU has, from the least to the best."""
+    best = cpu_library().maskops_isa_best()
+    return tuple(name for name, level in ISA_LEVELS.items() if level <= best)
+
+
+def randn(generator: torch.Generator, dtype: torch.dtype, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def ragged_mask(generator: torch.Generator, batch: int, tokens: int) -> Tensor:
+    """bool [B, N]: one row all masked, one row all visible, the others anything."""
+    mask = torch.rand(batch, tokens, generator=generator) < 0.6
+    mask[0] = True
+    mask[-1] = batch == 1
+    return mask

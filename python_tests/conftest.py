@@ -1,0 +1,36 @@
+"""Set up before any test module is imported: Triton interpreted, the emulated CUDA kernels loaded, memory poisoned."""
+
+import os
+
+os.environ.setdefault("TRITON_INTERPRET", "1")
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from maskops.testing import emulator
+
+EMULATOR_REASON = emulator.reason_unavailable()
+if not EMULATOR_REASON:
+    emulator.load()
+elif os.environ.get("CI"):
+    raise RuntimeError(f"CI must not pass by skipping the emulated CUDA kernels: {EMULATOR_REASON}")
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory() -> Iterator[None]:
+    """In deterministic mode torch fills new memory with NaN (integers: the largest), so an unwritten result is seen."""
+    torch.use_deterministic_algorithms(True)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
+    torch.use_deterministic_algorithms(False)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="no GPU here"))

@@ -23,7 +23,16 @@ TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"
 ISA_FLAGS = {
     0: [],
     1: ["-mavx2", "-mfma", "-mf16c"],
-    2: ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512bf16", "-mfma", "-mf16c", "-mprefer-vector-width=512"],
+    2: [
+        "-mavx512f",
+        "-mavx512bw",
+        "-mavx512dq",
+        "-mavx512vl",
+        "-mavx512bf16",
+        "-mfma",
+        "-mf16c",
+        "-mprefer-vector-width=512",
+    ],
 }
 CUDA_ARCHS = ("75", "80", "90", "100", "120")
 
@@ -38,7 +47,9 @@ class BuildLibraries(build_ext):
     def run(self) -> None:
         compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++") or shutil.which("c++")
         if compiler is None:
-            sys.stderr.write("maskops: no C++ compiler found, so only the reference and Triton backends are installed\n")
+            sys.stderr.write(
+                "maskops: no C++ compiler found, so only the reference and Triton backends are installed\n"
+            )
             return
         super().run()
 
@@ -57,12 +68,23 @@ class BuildLibraries(build_ext):
     def build_cpu(self, output: Path) -> None:
         jobs = [self.cpu_job(source, level) for source in sources("cpu", ".cpp") for level in ISA_FLAGS]
         jobs.append(self.cpu_job(ROOT / "csrc/common/isa.cpp", 0))
-        self.compile_and_link(jobs, [cxx(), "-shared", *sanitize_flags(), *torch_link_flags("torch_cpu"), "-o", str(output)])
+        self.compile_and_link(
+            jobs, [cxx(), "-shared", *sanitize_flags(), *torch_link_flags("torch_cpu"), "-o", str(output)]
+        )
 
     def cpu_job(self, source: Path, level: int) -> tuple[list[str], Path]:
         name = "_".join(source.relative_to(ROOT / "csrc").with_suffix("").parts)
         target = self.objects / f"{name}.isa{level}.o"
-        flags = ["-std=c++20", "-O3", "-g1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas", "-Wno-restrict"]
+        flags = [
+            "-std=c++20",
+            "-O3",
+            "-g1",
+            "-fPIC",
+            "-fvisibility=hidden",
+            "-Wall",
+            "-Wno-unknown-pragmas",
+            "-Wno-restrict",
+        ]
         command = [cxx(), *flags, *ISA_FLAGS[level], *sanitize_flags(), f"-DMASKOPS_ISA_LEVEL={level}", TARGET]
         return [*command, *include_flags(), "-c", str(source), "-o", str(target)], target
 
@@ -72,19 +94,39 @@ class BuildLibraries(build_ext):
         for source in sources("cuda", ".cu"):
             name = "_".join(source.relative_to(ROOT / "csrc").with_suffix("").parts)
             target = self.objects / f"{name}.o"
-            flags = ["-std=c++20", "-O3", "-DUSE_CUDA", "-Xcompiler=-fPIC,-fvisibility=hidden", "--expt-relaxed-constexpr"]
-            jobs.append(([nvcc(), *flags, TARGET, *archs, *include_flags(), "-c", str(source), "-o", str(target)], target))
+            flags = [
+                "-std=c++20",
+                "-O3",
+                "-DUSE_CUDA",
+                "-Xcompiler=-fPIC,-fvisibility=hidden",
+                "--expt-relaxed-constexpr",
+            ]
+            jobs.append(
+                ([nvcc(), *flags, TARGET, *archs, *include_flags(), "-c", str(source), "-o", str(target)], target)
+            )
         link = [nvcc(), "-shared", *torch_link_flags("torch_cuda"), "-o", str(output)]
         self.compile_and_link(jobs, link)
 
     def build_host(self, output: Path) -> None:
-        import pybind11
         import sysconfig
+
+        import pybind11
 
         target = self.objects / "host.o"
         include = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}", f"-I{ROOT / 'csrc'}"]
-        command = [cxx(), "-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", *include, "-c", str(ROOT / "csrc/host.cpp")]
-        self.compile_and_link([([*command, "-o", str(target)], target)], [cxx(), "-shared", "-ldl", "-lpthread", "-o", str(output)])
+        command = [
+            cxx(),
+            "-std=c++20",
+            "-O3",
+            "-fPIC",
+            "-fvisibility=hidden",
+            *include,
+            "-c",
+            str(ROOT / "csrc/host.cpp"),
+        ]
+        self.compile_and_link(
+            [([*command, "-o", str(target)], target)], [cxx(), "-shared", "-ldl", "-lpthread", "-o", str(output)]
+        )
 
     def compile_and_link(self, jobs: list[tuple[list[str], Path]], link: list[str]) -> None:
         stale = [command for command, target in jobs if not up_to_date(target)]
@@ -153,12 +195,18 @@ def wants_cuda() -> bool:
     found = shutil.which(nvcc()) is not None
     ready = found and torch.version.cuda is not None
     if choice == "1" and not ready:
-        raise SystemExit(f"MASKOPS_CUDA=1 needs nvcc ({'found' if found else 'not found'}) and a CUDA build of torch ({torch.__version__})")
+        raise SystemExit(
+            f"MASKOPS_CUDA=1 needs nvcc ({'found' if found else 'not found'}) and a CUDA build of torch ({torch.__version__})"
+        )
     return ready
 
 
 def extensions() -> list[Extension]:
-    names = ["maskops._C"] + (["maskops._host"] if (ROOT / "csrc/host.cpp").exists() else []) + (["maskops._C_cuda"] if wants_cuda() else [])
+    names = (
+        ["maskops._C"]
+        + (["maskops._host"] if (ROOT / "csrc/host.cpp").exists() else [])
+        + (["maskops._C_cuda"] if wants_cuda() else [])
+    )
     return [Extension(name, []) for name in names]
 
 

@@ -47,9 +47,7 @@ def public(op: str, *, native: str = "", triton: str = "") -> Callable[[Callable
 def register_backends() -> None:
     """Load the compiled libraries and register Triton where it can run. Called once, by maskops/__init__.py."""
     global _triton_reason
-    _extension.load("_C")
-    _extension.load_host()
-    _extension.load("_C_cuda")
+    _extension.load_all()
     if importlib.util.find_spec("triton") is None:
         _triton_reason = "the package triton is not installed"
         return

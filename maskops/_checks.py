@@ -24,7 +24,9 @@ def check_tensor(
     if x.dtype not in dtypes:
         names = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
         fail(op, arg, f"be {names} {shape}", describe(x))
-    if x.dim() != len(sizes) or any(want is not None and have != want for have, want in zip(x.shape, sizes, strict=True)):
+    if x.dim() != len(sizes) or any(
+        want is not None and have != want for have, want in zip(x.shape, sizes, strict=True)
+    ):
         known = ", ".join("*" if s is None else str(int(s)) for s in sizes)
         fail(op, arg, f"have shape {shape} = [{known}]", describe(x))
     if x.device != like.device:

@@ -1,7 +1,9 @@
 """Find and load the compiled libraries; where one cannot be loaded, keep the sentence that says why."""
 
+import ctypes
 import importlib.util
 import os
+import warnings
 from pathlib import Path
 
 import torch
@@ -25,22 +27,41 @@ def status() -> dict[str, str]:
 def _try_load(name: str) -> str:
     if name == "_C_cuda" and torch.version.cuda is None:
         return f"torch {torch.__version__} is not a CUDA build"
-    found = sorted(_FOLDER.glob(f"{name}.*so")) + sorted(_FOLDER.glob(f"{name}.so"))
-    if not found:
+    file = path_of(name)
+    if file is None:
         compiler = "nvcc" if name == "_C_cuda" else "a C++ compiler"
         return f"not built (install with {compiler} on the PATH to build it)"
     try:
-        torch.ops.load_library(str(found[0]))
+        torch.ops.load_library(str(file))
     except OSError as error:
-        return f"{found[0].name} cannot be loaded: {error}"
+        return f"{file.name} cannot be loaded: {error}"
+    if name == "_C":
+        _refuse_unknown_isa(file)
     return "loaded"
 
 
-def load_host() -> None:
-    """Import maskops._host, which shares the instruction-set choice with _C, so it comes after it."""
+def _refuse_unknown_isa(file: Path) -> None:
+    library = ctypes.CDLL(str(file))
+    library.maskops_isa_error.restype = ctypes.c_char_p
+    error = library.maskops_isa_error().decode()
+    if error:
+        raise ValueError(error)
+
+
+def load_all() -> None:
+    """Load the CPU and CUDA kernels, then maskops._host, which shares the choice of the instruction set with _C."""
+    _STATUS["_host"] = "needs _C"
     if load("_C"):
-        load_module = importlib.util.find_spec("maskops._host")
-        _STATUS["_host"] = "loaded" if load_module else "not built"
+        _STATUS["_host"] = "loaded" if importlib.util.find_spec("maskops._host") else "not built"
+    else:
+        warnings.warn(f"maskops runs on its reference and Triton backends only: _C is {_STATUS['_C']}", stacklevel=3)
+    load("_C_cuda")
+
+
+def path_of(name: str) -> Path | None:
+    """The file of a compiled library, or None where it was not built."""
+    file = _FOLDER / f"{name}.so"
+    return file if file.exists() else None
 
 
 def interpreting() -> bool:

@@ -213,5 +213,7 @@ def test_inputs_are_not_changed(op: str) -> None:
 
 def test_every_namespace_has_the_same_schema() -> None:
     for name in OPS:
-        said = {str(getattr(getattr(torch.ops, ns), name).default._schema).split("::", 1)[1] for ns in NAMESPACES.values()}
+        said = {
+            str(getattr(getattr(torch.ops, ns), name).default._schema).split("::", 1)[1] for ns in NAMESPACES.values()
+        }
         assert len(said) == 1

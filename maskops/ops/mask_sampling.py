@@ -71,7 +71,9 @@ def random_masking(
     counts, max_keep, max_mask, total = _keep_counts(B, N, mask_ratio, num_keep, rounding, lengths, max_seqlen, device)
     if noise is None:
         op = find_op("mask_sampling_uniform", device.type, backend)
-        out = op(seed_tensor(seed, generator, device), counts, lengths, None, N, max_keep, max_mask, order == "ascending")
+        out = op(
+            seed_tensor(seed, generator, device), counts, lengths, None, N, max_keep, max_mask, order == "ascending"
+        )
     else:
         op = find_op("mask_sampling_rank", device.type, backend)
         out = op(noise, counts, lengths, max_keep, max_mask, order == "ascending")
@@ -80,7 +82,13 @@ def random_masking(
 
 
 def shuffled_split(
-    mask: Tensor, max_keep: int, max_mask: int, total: int | None, seed: Seed, generator: torch.Generator | None, backend: str
+    mask: Tensor,
+    max_keep: int,
+    max_mask: int,
+    total: int | None,
+    seed: Seed,
+    generator: torch.Generator | None,
+    backend: str,
 ) -> TokenSplit:
     """The split of a given mask, kept and masked tokens each in random order: split_tokens(order="random")."""
     num_keep = mask.shape[1] - mask.sum(1)
@@ -118,7 +126,13 @@ def _device(
 
 
 def _check_arguments(
-    B: int, N: int, mask_ratio: float | None, num_keep: int | Tensor | None, rounding: str, order: str, noise: Tensor | None
+    B: int,
+    N: int,
+    mask_ratio: float | None,
+    num_keep: int | Tensor | None,
+    rounding: str,
+    order: str,
+    noise: Tensor | None,
 ) -> None:
     if B < 0 or not 0 <= N < MAX_TOKENS:
         fail(FUNCTION, "B and N", "be at least 0, N below 2^30", (B, N))

@@ -107,7 +107,9 @@ def _check(
         fail(FUNCTION, "beta", "be above 0", f"{beta:g}")
 
 
-def _check_data(pred: Tensor, images: Tensor, ids_restore: Tensor, num_keep: Tensor, num_mask: Tensor, *rest: Any) -> None:
+def _check_data(
+    pred: Tensor, images: Tensor, ids_restore: Tensor, num_keep: Tensor, num_mask: Tensor, *rest: Any
+) -> None:
     tokens = ids_restore.shape[1]
     check_ids(FUNCTION, "ids_restore", ids_restore, tokens, allow_pad=False)
     check_values(FUNCTION, "num_keep", (num_keep >= 0) & (num_keep <= tokens), f"be in [0, {tokens}]", num_keep)

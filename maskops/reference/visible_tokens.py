@@ -50,7 +50,7 @@ def visible_tokens_gather(x: Tensor, ids: Tensor) -> Tensor:
 
 
 def _visible_tokens_gather_backward(grad: Tensor, ids: Tensor, N: int) -> Tensor:
-    batch, slots, channels = grad.shape
+    batch, _, channels = grad.shape
     b, k = torch.nonzero(ids >= 0, as_tuple=True)
     grad_x = grad.new_zeros(batch, N, channels)
     grad_x[b, ids[b, k]] = grad[b, k]
@@ -150,7 +150,9 @@ def patches_of(images: Tensor, patch_size: list[int], channels_last_patch: bool 
     return rearrange(images, f"b c (t r) (h p) (w q) -> b (t h w) ({order.format(p='r p q')})", r=r, p=p, q=q)
 
 
-def images_of(patches: Tensor, patch_size: list[int], image_size: list[int], channels_last_patch: bool = True) -> Tensor:
+def images_of(
+    patches: Tensor, patch_size: list[int], image_size: list[int], channels_last_patch: bool = True
+) -> Tensor:
     """The inverse of patches_of."""
     order = "{p} c" if channels_last_patch else "c {p}"
     grid = [size // patch for size, patch in zip(image_size, patch_size, strict=True)]

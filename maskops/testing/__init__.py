@@ -7,11 +7,11 @@ import contextlib
 import ctypes
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from maskops import _extension
 from maskops._registry import NAMESPACES, OPS
 
 FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -83,7 +83,9 @@ def assert_close(actual: Tensor, exact: Tensor, reference: Tensor, what: str) ->
     if actual.numel() == 0:
         return
     finite = exact.isfinite()
-    assert torch.equal(actual.isfinite(), finite), f"{what}: not finite where the expected value is, or the other way round"
+    assert torch.equal(actual.isfinite(), finite), (
+        f"{what}: not finite where the expected value is, or the other way round"
+    )
     error, allowed = (actual.double() - exact)[finite].abs(), (reference.double() - exact)[finite].abs()
     scale = exact[finite].abs().max().item() if finite.any() else 0.0
     if scale == 0.0:
@@ -93,7 +95,9 @@ def assert_close(actual: Tensor, exact: Tensor, reference: Tensor, what: str) ->
     assert worst <= limit, f"{what}: worst error {worst:.3g} above {limit:.3g}, scale {scale:.3g}"
     rms = error.square().mean().sqrt().item() / exact[finite].square().mean().sqrt().item()
     own = allowed.square().mean().sqrt().item() / exact[finite].square().mean().sqrt().item()
-    assert rms <= 2 * own + RMS[actual.dtype], f"{what}: RMS error {rms:.3g} above 2 x {own:.3g} + {RMS[actual.dtype]:.3g}"
+    assert rms <= 2 * own + RMS[actual.dtype], (
+        f"{what}: RMS error {rms:.3g} above 2 x {own:.3g} + {RMS[actual.dtype]:.3g}"
+    )
 
 
 @contextlib.contextmanager
@@ -110,7 +114,7 @@ def instruction_set(name: str) -> Iterator[None]:
 
 
 def cpu_library() -> ctypes.CDLL:
-    return ctypes.CDLL(str(next(Path(__file__).parents[1].glob("_C.*so"), Path(__file__).parents[1] / "_C.so")))
+    return ctypes.CDLL(str(_extension.path_of("_C")))
 
 
 def instruction_sets() -> tuple[str, ...]:

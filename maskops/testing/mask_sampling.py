@@ -65,10 +65,20 @@ SAMPLES = [
 ERRORS = [
     ErrorSample(UNIFORM, "seed_dtype", lambda s, *a: (s.float(), *a), ValueError, r"seed must be int64 \[2\]"),
     ErrorSample(UNIFORM, "count", lambda s, k, *a: (s, k + 99, *a), ValueError, r"num_keep.* must be in \[0, length\]"),
-    ErrorSample(UNIFORM, "lengths", lambda s, k, n, *a: (s, k, k + 99, *a), ValueError, r"lengths.* must be in \[0, 37\]"),
-    ErrorSample(UNIFORM, "mask", lambda s, k, n, m, *a: (s, k, n, torch.zeros(3, 9, dtype=torch.bool), *a), ValueError, "mask must have"),
+    ErrorSample(
+        UNIFORM, "lengths", lambda s, k, n, *a: (s, k, k + 99, *a), ValueError, r"lengths.* must be in \[0, 37\]"
+    ),
+    ErrorSample(
+        UNIFORM,
+        "mask",
+        lambda s, k, n, m, *a: (s, k, n, torch.zeros(3, 9, dtype=torch.bool), *a),
+        ValueError,
+        "mask must have",
+    ),
     ErrorSample(RANK, "noise_dtype", lambda x, *a: (x.half(), *a), ValueError, "noise must be float32 or float64"),
-    ErrorSample(RANK, "room", lambda x, k, n, i, j, *a: (x, k, n, i, 0, *a), ValueError, "masked tokens.* must be at most 0"),
+    ErrorSample(
+        RANK, "room", lambda x, k, n, i, j, *a: (x, k, n, i, 0, *a), ValueError, "masked tokens.* must be at most 0"
+    ),
 ]
 
 
@@ -77,6 +87,10 @@ def _bytes(inputs: int, batch: int, tokens: int, max_keep: int, max_mask: int) -
 
 
 TRAFFIC = {
-    UNIFORM: lambda seed, keep, lengths, mask, n, k, m, asc: _bytes(16 if mask is None else 16 + mask.numel(), len(keep), n, k, m),
-    RANK: lambda noise, keep, lengths, k, m, asc: _bytes(noise.numel() * noise.element_size(), len(keep), noise.shape[1], k, m),
+    UNIFORM: lambda seed, keep, lengths, mask, n, k, m, asc: _bytes(
+        16 if mask is None else 16 + mask.numel(), len(keep), n, k, m
+    ),
+    RANK: lambda noise, keep, lengths, k, m, asc: _bytes(
+        noise.numel() * noise.element_size(), len(keep), noise.shape[1], k, m
+    ),
 }

@@ -89,7 +89,9 @@ ERRORS = [
 ]
 
 
-def _loss_bytes(pred: Tensor, images: Tensor, restore: Tensor, num_keep: Tensor, num_mask: Tensor, *rest: object) -> int:
+def _loss_bytes(
+    pred: Tensor, images: Tensor, restore: Tensor, num_keep: Tensor, num_mask: Tensor, *rest: object
+) -> int:
     chosen = int(reference.selected_patches(restore, num_keep, num_mask, rest[-1]).sum())
     return restore.numel() * (8 + 12) + chosen * pred.shape[2] * (pred.element_size() + images.element_size())
 

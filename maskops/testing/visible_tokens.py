@@ -260,15 +260,25 @@ def _twice(ids: Tensor) -> Tensor:
 GATHER, RESTORE, PACK = "visible_tokens_gather", "visible_tokens_restore", "visible_tokens_pack"
 EMBED, PATCHIFY = "visible_tokens_embed", "visible_tokens_patchify"
 ERRORS = [
-    ErrorSample("visible_tokens_split", "mask_dtype", _with(0, Tensor.float), ValueError, "split_tokens: mask must be bool"),
+    ErrorSample(
+        "visible_tokens_split", "mask_dtype", _with(0, Tensor.float), ValueError, "split_tokens: mask must be bool"
+    ),
     ErrorSample("visible_tokens_split", "mask_rank", _with(0, lambda m: m[0]), ValueError, "mask must have shape"),
     ErrorSample("visible_tokens_split", "bound", _with(1, lambda k: 0), ValueError, "at most max_seqlen = 0, got"),
     ErrorSample(GATHER, "ids_dtype", _with(1, Tensor.int), ValueError, r"ids must be int64 \[B, K\], got int32"),
     ErrorSample(GATHER, "x_dtype", _with(0, Tensor.long), ValueError, "x must be float32 or float64 or bfloat16"),
     ErrorSample(GATHER, "x_rank", _with(0, lambda x: x[0]), ValueError, r"x must have shape \[B, N, D\]"),
     ErrorSample(GATHER, "batch", _with(1, lambda i: i[:1]), ValueError, "ids must have shape"),
-    ErrorSample(GATHER, "too_large", _with(1, lambda i: _set(i, 99, 1, 0)), IndexError, r"ids\[1, 0\] must be in \[-1, 12\), got 99"),
-    ErrorSample(GATHER, "too_small", _with(1, lambda i: _set(i, -2, 1, 0)), IndexError, r"must be in \[-1, 12\), got -2"),
+    ErrorSample(
+        GATHER,
+        "too_large",
+        _with(1, lambda i: _set(i, 99, 1, 0)),
+        IndexError,
+        r"ids\[1, 0\] must be in \[-1, 12\), got 99",
+    ),
+    ErrorSample(
+        GATHER, "too_small", _with(1, lambda i: _set(i, -2, 1, 0)), IndexError, r"must be in \[-1, 12\), got -2"
+    ),
     ErrorSample(GATHER, "twice", _with(1, _twice), IndexError, "must be unique in its row"),
     ErrorSample(RESTORE, "no_permutation", _with(1, _twice), IndexError, "ids_restore.* must be unique in its row"),
     ErrorSample(RESTORE, "count", _with(2, lambda c: c + 99), ValueError, "num_keep.* must be in"),
@@ -281,12 +291,24 @@ ERRORS = [
     ErrorSample(PACK, "starts", _with(2, lambda s: s + 1), ValueError, "cu_seqlens.* must start at 0"),
     ErrorSample(PACK, "starts_dtype", _with(2, Tensor.long), ValueError, "cu_seqlens must be int32"),
     ErrorSample("visible_tokens_unpack", "short", _with(0, lambda p: p[:2]), ValueError, "at most total = 2"),
-    ErrorSample(PATCHIFY, "patch", _with(2, lambda p: [5, 8]), ValueError, r"patch_size must be positive and divide .*\[16, 24\]"),
+    ErrorSample(
+        PATCHIFY,
+        "patch",
+        _with(2, lambda p: [5, 8]),
+        ValueError,
+        r"patch_size must be positive and divide .*\[16, 24\]",
+    ),
     ErrorSample(PATCHIFY, "patch_zero", _with(2, lambda p: [0, 8]), ValueError, "patch_size must be positive"),
-    ErrorSample(PATCHIFY, "patch_axes", _with(2, lambda p: [4]), ValueError, "patch_size must have one size per image axis"),
+    ErrorSample(
+        PATCHIFY, "patch_axes", _with(2, lambda p: [4]), ValueError, "patch_size must have one size per image axis"
+    ),
     ErrorSample(PATCHIFY, "images_rank", _with(0, lambda i: i[0]), ValueError, "images must have shape"),
-    ErrorSample("visible_tokens_unpatchify", "slots", _with(0, lambda p: p[:, 1:]), ValueError, "patches must have shape"),
-    ErrorSample("visible_tokens_unpatchify", "values", _with(0, lambda p: p[:, :, 1:]), ValueError, "V divisible by 32"),
+    ErrorSample(
+        "visible_tokens_unpatchify", "slots", _with(0, lambda p: p[:, 1:]), ValueError, "patches must have shape"
+    ),
+    ErrorSample(
+        "visible_tokens_unpatchify", "values", _with(0, lambda p: p[:, :, 1:]), ValueError, "V divisible by 32"
+    ),
     ErrorSample(EMBED, "channels", _with(1, lambda w: w[:, :2]), ValueError, "embed_patches: weight must have shape"),
     ErrorSample(EMBED, "bias", _with(2, lambda b: b[1:]), ValueError, "bias must have shape"),
     ErrorSample(EMBED, "pos", _with(4, lambda p: p[1:]), ValueError, "pos must have shape"),
@@ -319,7 +341,9 @@ def _restore_bytes(x: Tensor, restore: Tensor, num_keep: Tensor, fill: Tensor, p
     return size_of(restore, num_keep, fill, pos) + (rows + out) * row
 
 
-def _restore_backward_bytes(grad: Tensor, restore: Tensor, num_keep: Tensor, slots: int, prefix: int, *rest: int) -> int:
+def _restore_backward_bytes(
+    grad: Tensor, restore: Tensor, num_keep: Tensor, slots: int, prefix: int, *rest: int
+) -> int:
     row = grad.shape[2] * grad.element_size()
     fill_rows = (1, restore.shape[1], restore.numel())[rest[0] - 1]
     written = rest[1] * grad.shape[0] * (prefix + slots) + rest[2] * fill_rows + rest[3] * grad.shape[1]

@@ -50,7 +50,13 @@ def gather_tokens(x: Tensor, ids: Tensor, *, backend: str = "auto") -> Tensor:
 
 @public("visible_tokens_restore")
 def restore_tokens(
-    x_keep: Tensor, split: TokenSplit, fill: Tensor, *, pos: Tensor | None = None, prefix: int = 0, backend: str = "auto"
+    x_keep: Tensor,
+    split: TokenSplit,
+    fill: Tensor,
+    *,
+    pos: Tensor | None = None,
+    prefix: int = 0,
+    backend: str = "auto",
 ) -> Tensor:
     """Put kept rows back in their places, fill the rest and add a position embedding, in one pass.
 
@@ -180,7 +186,7 @@ def check_restore_data(op: str, ids_restore: Tensor, num_keep: Tensor, slots: in
 
 
 def _setup_restore(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    x_keep, ids_restore, num_keep, fill, pos, prefix = inputs
+    x_keep, ids_restore, num_keep, fill, _, prefix = inputs
     ctx.save_for_backward(ids_restore, num_keep)
     ctx.slots, ctx.prefix, ctx.fill_dim = x_keep.shape[1] - prefix, prefix, fill.dim()
 

@@ -82,7 +82,9 @@ def unpack_tokens(packed: Tensor, split: TokenSplit, fill: Tensor, *, backend: s
     return op(packed, split.ids_restore, split.cu_seqlens, squeeze_front(fill, 1))
 
 
-def _check_rows(op: str, ids_restore: Tensor, cu_seqlens: Tensor, batch: int | None, tokens: int | None, like: Tensor) -> None:
+def _check_rows(
+    op: str, ids_restore: Tensor, cu_seqlens: Tensor, batch: int | None, tokens: int | None, like: Tensor
+) -> None:
     check_tensor(op, "ids_restore", ids_restore, "[B, N]", INT64, (batch, tokens), like)
     check_tensor(op, "cu_seqlens", cu_seqlens, "[B + 1]", (torch.int32,), (ids_restore.shape[0] + 1,), like)
 

@@ -182,9 +182,7 @@ def _check_unpatchify(
         fail(UNPATCHIFY, "patches", f"have V divisible by {math.prod(patch_size)}", f"V = {patches.shape[2]}")
 
 
-def _check_embed(
-    images: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor | None, pos: Tensor | None
-) -> None:
+def _check_embed(images: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor | None, pos: Tensor | None) -> None:
     axes = images.dim() - 2
     if weight.dim() != images.dim():
         fail(EMBED, "weight", f"have {images.dim()} dimensions, [E, C, patch]", f"{weight.dim()} dimensions")
@@ -279,9 +277,7 @@ define_op(
 # ---------------------------------------------------------------- embed
 
 
-def _fake_embed(
-    images: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor | None, pos: Tensor | None
-) -> Tensor:
+def _fake_embed(images: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor | None, pos: Tensor | None) -> Tensor:
     slots = grid_tokens(images.shape[2:], weight.shape[2:]) if ids is None else ids.shape[1]
     return images.new_empty(images.shape[0], slots, weight.shape[0])
 

@@ -1,0 +1,43 @@
+# Every target builds what it needs in .venv; nothing is done by hand.
+#   make demo       pre-train a masked autoencoder on real photos, pictures and tables in out/demo
+#   make test       the whole suite         make bench      the benchmarks, JSON in benchmarks/results
+#   make gpu-check  the proof of the GPU kernels without a GPU      make lint     ruff
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+SOURCES := $(shell find csrc kernels maskops -name '*.cpp' -o -name '*.h' -o -name 'pyproject.toml') setup.py pyproject.toml
+# A CPU build of torch; any torch >= 2.10 serves (make TORCH=torch).
+TORCH ?= torch==2.13.0
+
+.PHONY: demo test bench gpu-check lint clean
+demo: $(VENV)/.demo
+	$(BIN)/maskops demo --out out/demo
+
+test: $(VENV)/.dev
+	$(BIN)/pytest -q -n 2 --dist loadfile
+
+bench: $(VENV)/.dev
+	$(BIN)/python benchmarks/run.py --json out/bench.json
+
+gpu-check: $(VENV)/.dev
+	$(BIN)/python scripts/gpu_check.py
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+$(VENV)/.torch:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q --upgrade pip "setuptools>=77" ninja "pybind11>=2.13" "$(TORCH)"
+	touch $@
+
+$(VENV)/.demo: $(VENV)/.torch $(SOURCES)
+	$(BIN)/pip install -q --no-build-isolation -e ".[demo]"
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.torch $(SOURCES)
+	$(BIN)/pip install -q --no-build-isolation -e ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build out maskops/*.so

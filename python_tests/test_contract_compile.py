@@ -1,0 +1,191 @@
+"""Every public function under torch.compile(fullgraph=True) with dynamic shapes, torch.export, autocast and inference mode."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch._dynamo.testing
+from torch import Tensor
+
+import maskops
+from maskops import TokenSplit
+from maskops._backends import PUBLIC
+from maskops.ops.mask_sampling import seed_tensor
+
+DIM = 18  # like no other size, or "duck sizing" ties the two together
+
+
+def tokens(batch: int, count: int) -> tuple[Tensor, TokenSplit]:
+    return torch.randn(batch, count, DIM), maskops.random_masking(batch, count, 0.75, seed=1)
+
+
+def case_split(batch: int, count: int) -> tuple[Callable, tuple]:
+    return lambda m: maskops.split_tokens(m, max_seqlen=m.shape[1]).ids_keep, (tokens(batch, count)[1].mask,)
+
+
+def case_masking(batch: int, count: int) -> tuple[Callable, tuple]:
+    def f(x: Tensor, seed: Tensor) -> Tensor:
+        return maskops.random_masking(x.shape[0], x.shape[1], num_keep=4, seed=seed).ids_keep
+
+    return f, (torch.randn(batch, count), seed_tensor(3, None, torch.device("cpu")))
+
+
+def case_gather(batch: int, count: int) -> tuple[Callable, tuple]:
+    x, split = tokens(batch, count)
+    return maskops.gather_tokens, (x.requires_grad_(), split.ids_keep)
+
+
+def case_restore(batch: int, count: int) -> tuple[Callable, tuple]:
+    x, split = tokens(batch, count)
+    kept, pos = maskops.gather_tokens(x, split.ids_keep), torch.randn(count, DIM).requires_grad_()
+    fill = torch.randn(DIM, requires_grad=True)
+    return lambda k, s, f, p: maskops.restore_tokens(k, s, f, pos=p), (kept.requires_grad_(), split, fill, pos)
+
+
+def case_pack(batch: int, count: int) -> tuple[Callable, tuple]:
+    x, split = tokens(batch, count)
+    return lambda x, s: maskops.pack_tokens(x, s, total=s.total), (x.requires_grad_(), split)
+
+
+def case_unpack(batch: int, count: int) -> tuple[Callable, tuple]:
+    x, split = tokens(batch, count)
+    packed = maskops.pack_tokens(x, split).requires_grad_()
+    return maskops.unpack_tokens, (packed, split, torch.randn(DIM, requires_grad=True))
+
+
+def images_of(batch: int) -> Tensor:
+    return torch.randn(batch, 3, 16, 16).requires_grad_()
+
+
+def case_patchify(batch: int, count: int) -> tuple[Callable, tuple]:
+    return lambda i, ids: maskops.patchify(i, 4, ids), (images_of(batch), tokens(batch, 16)[1].ids_keep)
+
+
+def case_unpatchify(batch: int, count: int) -> tuple[Callable, tuple]:
+    patches = torch.randn(batch, 4, 48, requires_grad=True)
+    return lambda p, ids: maskops.unpatchify(p, 4, (16, 16), ids), (patches, tokens(batch, 16)[1].ids_keep)
+
+
+def case_embed(batch: int, count: int) -> tuple[Callable, tuple]:
+    weight, bias, pos = torch.randn(DIM, 3, 4, 4), torch.randn(DIM), torch.randn(16, DIM)
+    leaves = [t.requires_grad_() for t in (weight, bias, pos)]
+    args = (images_of(batch), *leaves, tokens(batch, 16)[1].ids_keep)
+    return lambda i, w, b, p, ids: maskops.embed_patches(i, w, b, 4, ids, p), args
+
+
+def case_loss(batch: int, count: int) -> tuple[Callable, tuple]:
+    pred = torch.randn(batch, 16, 48, requires_grad=True)
+    args = (pred, images_of(batch).detach(), tokens(batch, 16)[1])
+    return lambda p, i, s: maskops.masked_patch_loss(p, i, s, 4), args
+
+
+CASES = {
+    "split_tokens": case_split, "random_masking": case_masking, "gather_tokens": case_gather, "restore_tokens": case_restore,
+    "pack_tokens": case_pack, "unpack_tokens": case_unpack, "patchify": case_patchify, "unpatchify": case_unpatchify,
+    "embed_patches": case_embed, "masked_patch_loss": case_loss,
+}  # fmt: skip
+
+
+def test_every_public_function_has_a_case() -> None:
+    assert set(CASES) == set(PUBLIC)
+
+
+def leaves_of(args: tuple) -> list[Tensor]:
+    return [a for a in args if isinstance(a, Tensor) and a.requires_grad]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_compiles_to_one_graph_for_all_sizes(name: str) -> None:
+    torch._dynamo.reset()
+    function = CASES[name](2, 16)[0]
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=counter)
+    compiled_once = None
+    for batch, count in ((6, 16), (7, 24), (5, 40)):
+        args = CASES[name](batch, count)[1]
+        expected, actual = function(*args), compiled(*args)
+        assert torch.equal(actual, expected)
+        leaves = leaves_of(args)
+        if leaves:
+            wanted = torch.autograd.grad(expected.square().sum(), leaves)
+            found = torch.autograd.grad(actual.square().sum(), leaves)
+            assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in zip(found, wanted, strict=True))
+        # The first call may compile twice (a float argument becomes a constant); no later one may compile at all.
+        compiled_once = counter.frame_count if compiled_once is None else compiled_once
+        assert counter.frame_count == compiled_once, "a new size compiled again"
+
+
+def test_compiles_with_inductor() -> None:
+    torch._dynamo.reset()
+    function, args = case_restore(2, 16)
+    compiled = torch.compile(lambda *a: function(*a).relu() * 2, fullgraph=True)
+    assert torch.allclose(compiled(*args), function(*args).relu() * 2)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_exports(name: str) -> None:
+    function, args = CASES[name](2, 16)
+
+    class Module(torch.nn.Module):
+        def forward(self, *inputs: object) -> Tensor:
+            return function(*inputs)
+
+    args = tuple(a.detach() if isinstance(a, Tensor) else a for a in args)
+    program = torch.export.export(Module(), args)
+    assert torch.equal(program.module()(*args), function(*args))
+    assert any("maskops" in str(node.target) for node in program.graph.nodes)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_inference_mode_and_no_grad_agree(name: str) -> None:
+    function, args = CASES[name](2, 16)
+    expected = function(*args)
+    with torch.inference_mode():
+        assert torch.equal(function(*args), expected)
+
+
+def test_compiled_program_draws_fresh_masks() -> None:
+    torch._dynamo.reset()
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def draw(seed: Tensor) -> Tensor:
+        return maskops.random_masking(2, 64, 0.5, seed=seed).ids_keep
+
+    first, second, again = (draw(torch.tensor(value)) for value in (1, 2, 1))
+    assert torch.equal(first, again) and not torch.equal(first, second)
+
+
+AUTOCAST = {
+    "gather_tokens": torch.float32, "restore_tokens": torch.float32, "pack_tokens": torch.float32,
+    "unpack_tokens": torch.float32, "patchify": torch.float32, "unpatchify": torch.float32, "embed_patches": torch.bfloat16,
+    "masked_patch_loss": torch.float32,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", AUTOCAST)
+def test_autocast_dtype(name: str) -> None:
+    """float32 inputs: only the projection is lowered, as torch lowers a convolution; gradients come back in float32."""
+    function, args = CASES[name](2, 16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = function(*args)
+    assert out.dtype == AUTOCAST[name]
+    leaves = leaves_of(args)
+    grads = torch.autograd.grad(out.float().sum(), leaves)
+    assert all(g.dtype == leaf.dtype for g, leaf in zip(grads, leaves, strict=True))
+
+
+def test_autocast_promotes_a_lowered_input() -> None:
+    """The decoder's input under autocast: kept tokens come out of a linear layer in bfloat16, token and pos are parameters."""
+    function, (kept, split, fill, pos) = case_restore(2, 16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = function(kept.bfloat16(), split, fill, pos)
+    assert out.dtype == torch.float32
+    expected = function(kept.bfloat16().float(), split, fill, pos)
+    assert torch.equal(out, expected)
+
+
+def test_loss_takes_lowered_predictions_and_float_images() -> None:
+    pred, images, split = case_loss(2, 16)[1]
+    loss = maskops.masked_patch_loss(pred.bfloat16(), images, split, 4)
+    assert loss.dtype == torch.float32
+    assert torch.autograd.grad(loss, pred)[0].dtype == torch.float32

@@ -21,7 +21,7 @@ CONFIG = MAEConfig(
     image_size=64, patch_size=8, dim=128, depth=4, heads=4, mlp_dim=512, decoder_dim=128, decoder_depth=2, decoder_heads=4,
     decoder_mlp_dim=512, norm_pix=False,
 )  # fmt: skip
-STEPS, BATCH, LR = 2500, 64, 4e-3
+STEPS, BATCH, LR = 1000, 64, 2e-3
 _MASKS = 8  # masks per held-out crop
 _PICTURES = 10
 

@@ -15,7 +15,7 @@ _GREY = "#555555"
 def draw_reconstruction(path: Path, rows: dict[str, Tensor], title: str) -> None:
     """rows: {label: images [n, 3, H, W] in [0, 1]}, drawn one below the other."""
     columns = len(next(iter(rows.values())))
-    width, height = 1.25 * columns + 1.3, 1.25 * len(rows) + 0.5
+    width, height = 1.25 * columns + 1.4, 1.25 * len(rows) + 0.5
     figure, axes = plt.subplots(len(rows), columns, figsize=(width, height), squeeze=False)
     for line, (label, images) in zip(axes, rows.items(), strict=True):
         for axis, image in zip(line, images, strict=True):
@@ -26,7 +26,7 @@ def draw_reconstruction(path: Path, rows: dict[str, Tensor], title: str) -> None
         line[0].set_ylabel(label, rotation=0, ha="right", va="center", labelpad=8, fontsize=11)
     figure.suptitle(title, fontsize=11, y=1 - 0.16 / height)
     figure.subplots_adjust(
-        left=1.25 / width, right=1 - 0.05 / width, top=1 - 0.42 / height, bottom=0.05 / height, wspace=0.04, hspace=0.04
+        left=1.35 / width, right=1 - 0.05 / width, top=1 - 0.42 / height, bottom=0.05 / height, wspace=0.04, hspace=0.04
     )
     figure.savefig(path, dpi=130)
     plt.close(figure)

@@ -112,7 +112,7 @@ class MAE(nn.Module):
         super().__init__()
         c = self.config = config
         self.patch_size = (c.patch_size, c.patch_size)
-        self.patch_embed = PatchEmbed(c.channels, c.dim, self.patch_size)
+        self.patch_embed = PatchEmbed(self.patch_size, c.channels, c.dim)
         self.cls_token = nn.Parameter(torch.empty(1, 1, c.dim))
         self.pos_embed = nn.Parameter(sincos_positions(c.grid, c.dim, prefix=1)[None], requires_grad=False)
         options = {"qkv_bias": c.qkv_bias, "activation": c.activation, "eps": c.eps}

@@ -75,16 +75,9 @@ class BuildLibraries(build_ext):
     def cpu_job(self, source: Path, level: int) -> tuple[list[str], Path]:
         name = "_".join(source.relative_to(ROOT / "csrc").with_suffix("").parts)
         target = self.objects / f"{name}.isa{level}.o"
-        flags = [
-            "-std=c++20",
-            "-O3",
-            "-g1",
-            "-fPIC",
-            "-fvisibility=hidden",
-            "-Wall",
-            "-Wno-unknown-pragmas",
-            "-Wno-restrict",
-        ]
+        level_of_optimisation = "-O1" if sanitize_flags() else "-O3"
+        warnings = ["-Wall", "-Wno-unknown-pragmas", "-Wno-restrict"]
+        flags = ["-std=c++20", level_of_optimisation, "-g1", "-fPIC", "-fvisibility=hidden", *warnings]
         command = [cxx(), *flags, *ISA_FLAGS[level], *sanitize_flags(), f"-DMASKOPS_ISA_LEVEL={level}", TARGET]
         return [*command, *include_flags(), "-c", str(source), "-o", str(target)], target
 

@@ -121,7 +121,5 @@ def _kind(backend: str, name: str, device: str) -> str:
     if backend == "reference":
         return "the reference (plain PyTorch)"
     if backend == "native" and device == "cpu":
-        from maskops import _host
-
-        return f"the C++ kernel ({_host.isa_in_use()})"
+        return f"the C++ kernel ({_extension.isa_in_use()})"
     return "the CUDA C++ kernel" if _extension.status().get("_C_cuda") == "loaded" else "the Triton kernel"

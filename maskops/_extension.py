@@ -40,6 +40,11 @@ def _try_load(name: str) -> str:
     return "loaded"
 
 
+def isa_in_use() -> str:
+    """The instruction set that the CPU kernels run on: "portable", "avx2" or "avx512"."""
+    return ("portable", "avx2", "avx512")[ctypes.CDLL(str(path_of("_C"))).maskops_isa_in_use()]
+
+
 def _refuse_unknown_isa(file: Path) -> None:
     library = ctypes.CDLL(str(file))
     library.maskops_isa_error.restype = ctypes.c_char_p

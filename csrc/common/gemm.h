@@ -1,13 +1,13 @@
-// The packed GEMM that every family shares: C[m, n] = sum over k of A[m, k] * B[k, n], float32 (or float64) accumulation.
+// The packed GEMM that every family shares: C[m, n] = sum over k of A[m, k] * B[k, n], accumulated in float32 or float64.
 //
-// Operands are packed into panels first, so where a row comes from (a dense matrix, gathered rows, image patches) is the
-// business of a small functor and costs nothing in the inner loop:
+// Operands are packed into panels first, so where a row comes from (a dense matrix, gathered rows, image patches) is
+// the business of a small functor and costs nothing in the inner loop:
 //     A panels: kRows rows wide,  element (i, k) at panel(i / kRows) + k * kRows + i % kRows
 //     B panels: kCols columns wide (the last one kWidth wide where that is enough), laid out the same way
 // The tile kernel keeps kRows x kCols sums in registers. Finished tiles go to an epilogue functor
 //     epilogue(const Sum* tile, int64_t stride, int64_t i, int64_t j, int64_t rows, int64_t cols)
-// which adds bias, converts, scatters or accumulates. Every sum runs over k in one fixed order, whatever the blocking of m
-// and n, so results do not depend on the number of threads. Nothing here allocates: the caller brings the buffers.
+// which adds bias, converts, scatters or accumulates. Every sum runs over k in one fixed order, whatever the blocking of
+// m and n, so results do not depend on the number of threads. Nothing here allocates: the caller brings the buffers.
 //
 // Packed element types: float, double, and Bf16Pair (two consecutive k; only where cpu_has_avx512_bf16()). Other inputs
 // are converted while they are packed.
@@ -57,7 +57,8 @@ struct Gemm<Bf16Pair> {
 };
 #endif
 
-constexpr int64_t kGemmDepth = 1024;   // packed steps per pass; longer sums are split, so that panels stay in cache
+constexpr int64_t kGemmSingle = 768;   // sums of at most so many packed steps are one chain of additions; longer ones
+constexpr int64_t kGemmDepth = 512;    // are split into chains of at most this, for the caches and for the rounding error
 constexpr int64_t kGemmRows = 192;     // rows of A that one block packs, a multiple of every kTileRows
 constexpr int64_t kGemmColumns = 512;  // columns per pass where the depth is split
 
@@ -78,22 +79,22 @@ static inline int64_t packed_b_size(int64_t cols, int64_t k) {
 }
 template <class P>
 static inline int64_t partial_size(int64_t rows, int64_t cols, int64_t k) {
-  if (gemm_steps<P>(k) <= kGemmDepth) return 0;
+  if (gemm_steps<P>(k) <= kGemmSingle) return 0;
   return round_up(rows, Gemm<P>::kRows) * round_up(min_of(cols, kGemmColumns), Gemm<P>::kCols);
 }
 
 // ---- the tile kernel --------------------------------------------------------------------------------------------
 
-// R rows by V vectors of columns over `steps`; sums start from c (or zero) and end there.
+// R rows by V vectors of columns over `steps`; the sums are added to c, or replace what it held.
 template <class P, int R, int V>
-static void multiply_tile(int64_t steps, const P* a, const P* b, typename Gemm<P>::Sum* c, bool resume) {
+static void multiply_tile(int64_t steps, const P* a, const P* b, typename Gemm<P>::Sum* c, bool add) {
   using G = Gemm<P>;
   using Vec = typename G::Vec;
   Vec sum[R][V];
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 2
-    for (int v = 0; v < V; ++v) sum[r][v] = resume ? Vec::load(c + r * G::kCols + v * G::kWidth) : Vec::zero();
+    for (int v = 0; v < V; ++v) sum[r][v] = Vec::zero();
   }
   for (int64_t s = 0; s < steps; ++s) {
     decltype(G::load(b)) column[V];
@@ -111,7 +112,10 @@ static void multiply_tile(int64_t steps, const P* a, const P* b, typename Gemm<P
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 2
-    for (int v = 0; v < V; ++v) sum[r][v].store(c + r * G::kCols + v * G::kWidth);
+    for (int v = 0; v < V; ++v) {
+      auto* to = c + r * G::kCols + v * G::kWidth;
+      (add ? Vec::load(to) + sum[r][v] : sum[r][v]).store(to);
+    }
   }
 }
 
@@ -137,7 +141,7 @@ static void multiply_packed(int64_t rows, int64_t n, int64_t k, const P* a, cons
   constexpr int64_t kTile = G::kRows * G::kCols;
   alignas(64) typename G::Sum tile[kTile];
   const int64_t steps = gemm_steps<P>(k);
-  const bool split = steps > kGemmDepth;
+  const bool split = steps > kGemmSingle;
   const int64_t columns = split ? kGemmColumns : n;
   const int64_t passes = split ? (steps + kGemmDepth - 1) / kGemmDepth : 1, depth = (steps + passes - 1) / passes;
   for (int64_t j0 = 0; j0 < n; j0 += columns) {
@@ -162,11 +166,13 @@ static void multiply_packed(int64_t rows, int64_t n, int64_t k, const P* a, cons
 
 // ---- packing ----------------------------------------------------------------------------------------------------
 
+// memcpy of a few values, without the call.
 template <class S>
 static inline void copy_values(const S* from, int64_t count, S* to) {
-  constexpr int64_t kLine = 64 / sizeof(S);
+  constexpr int64_t kLine = 64 / sizeof(S), kPiece = 16 / sizeof(S);
   int64_t i = 0;
   for (; i + kLine <= count; i += kLine) memcpy(to + i, from + i, 64);
+  for (; i + kPiece <= count; i += kPiece) memcpy(to + i, from + i, 16);
   for (; i < count; ++i) to[i] = from[i];
 }
 
@@ -279,7 +285,7 @@ static inline void pack_piece(const bf16* const* from, int64_t count, Bf16Pair* 
   for (int64_t i = 0; i < count; ++i) to[i].bits = uint32_t(from[0][i].bits) | uint32_t(from[1][i].bits) << 16;
 }
 
-// Panels from rows that lie along m or n, one row per k: packed steps [s0, s1) of `count` columns starting at column j0.
+// Panels from rows that lie along m or n, one row per k: packed steps [s0, s1) of `count` columns starting at j0.
 // row(k, j0, j1, buffer) returns the address of values j0..j1 of row k; buffers: kRowsAtOnce rows of `count` values.
 // tail_width: the width of a last panel of at most that many columns (kWidth for B, all of it for A). k is the depth of
 // the whole packed operand, of which [s0, s1) is a part.

@@ -1,7 +1,7 @@
 """Prove what can be proved about the GPU kernels on a machine without a GPU, and print it as three tables.
 
-1. Triton: every launch configuration compiles for cuda:80, 90, 100 and hip:gfx942, fits into shared memory, spills nothing,
-   and uses matrix instructions where it has a tl.dot.
+1. Triton: every launch configuration compiles for cuda:80, 90, 100 and hip:gfx942, fits into shared memory, spills
+   nothing, and uses matrix instructions where it has a tl.dot.
 2. CUDA C++: every kernel compiles with nvcc for sm_75, 80, 90, 100 and 120, and spills nothing.
 3. Bytes: the global memory traffic that the emulator counts, against the least that the op can do with.
 
@@ -57,11 +57,9 @@ def _show(title, table, rows, names):
     """Print a table and the rows that have an error; the number of errors."""
     print(f"\n== {title}")
     widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
-    for line in table:
-        cells = [
-            cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(zip(line, widths))
-        ]
-        print("  ".join(cells).rstrip())
+    for first, *others in table:
+        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
+        print("  ".join([first.ljust(widths[0]), *cells]).rstrip())
     errors = [row for row in rows if row["error"]]
     for row in errors:
         print(f"ERROR {' '.join(str(row[name]) for name in names if row[name])}: {row['error']}")
@@ -79,25 +77,27 @@ def _most(rows, name):
     return str(max(row[name] for row in rows))
 
 
+def _errors(rows):
+    return str(sum(bool(row["error"]) for row in rows))
+
+
 def _triton_table(rows):
-    lines = [("kernel", "target", "launches", "warps", "registers", "shared", "local", "matrix units", "errors")]
+    names = ("warps", "registers", "shared", "local_bytes")
+    lines = [("kernel", "target", "launches", *names, "matrix units", "errors")]
     for (kernel, target), group in _grouped(rows, "kernel", "target"):
-        matrix = sorted({row["matrix"] for row in group})
-        facts = [_most(group, name) for name in ("warps", "registers", "shared", "local_bytes")]
-        lines.append(
-            (kernel, target, str(len(group)), *facts, ", ".join(matrix), str(sum(bool(r["error"]) for r in group)))
-        )
+        matrix = ", ".join(sorted({row["matrix"] for row in group}))
+        facts = [_most(group, name) for name in names]
+        lines.append((kernel, target, str(len(group)), *facts, matrix, _errors(group)))
     return lines
 
 
 def _cuda_table(rows):
-    lines = [
-        ("kernel", "target", "instances", "threads", "registers", "shared", "stack", "spills", "occupancy", "errors")
-    ]
+    names = ("threads", "registers", "shared", "stack", "spill_stores")
+    lines = [("kernel", "target", "instances", *names, "occupancy", "errors")]
     for (_, kernel, target), group in _grouped(rows, "source", "kernel", "target"):
-        facts = [_most(group, name) for name in ("threads", "registers", "shared", "stack", "spill_stores")]
+        facts = [_most(group, name) for name in names]
         least = f"{min(row['occupancy'] for row in group):.0%}"
-        lines.append((kernel, target, str(len(group)), *facts, least, str(sum(bool(r["error"]) for r in group))))
+        lines.append((kernel, target, str(len(group)), *facts, least, _errors(group)))
     return lines
 
 

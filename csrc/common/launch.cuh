@@ -63,7 +63,8 @@ std::string sentence(const Parts&... parts) {
 }
 
 #ifndef MASKOPS_EMULATE
-// Not inlined: the call is off the fast path and must not cost the kernel registers.
+// Not inlined: the call is off the fast path. Kernels that check say __launch_bounds__(threads, blocks): without the second number
+// ptxas, which counts the call, prefers a few registers less and spills.
 [[noreturn]] static __device__ __noinline__ void device_fail(const char* text, const char* function, int line) {
   __assert_fail(text, "maskops", static_cast<unsigned>(line), function);
 }

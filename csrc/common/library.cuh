@@ -12,7 +12,10 @@
 
 // MASKOPS_CUDA_LIBRARY(m) { m.impl("op", TORCH_BOX(&function)); }   at the bottom of a .cu file
 #ifdef MASKOPS_EMULATE
-#define MASKOPS_CUDA_LIBRARY(m) STABLE_TORCH_LIBRARY_IMPL(maskops_emulated, CPU, m)
+#ifndef MASKOPS_EMULATED_NAMESPACE  // tests register deliberately broken kernels elsewhere
+#define MASKOPS_EMULATED_NAMESPACE maskops_emulated
+#endif
+#define MASKOPS_CUDA_LIBRARY(m) STABLE_TORCH_LIBRARY_IMPL(MASKOPS_EMULATED_NAMESPACE, CPU, m)
 #else
 #define MASKOPS_CUDA_LIBRARY(m) STABLE_TORCH_LIBRARY_IMPL(maskops, CUDA, m)
 #endif

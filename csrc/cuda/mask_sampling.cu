@@ -106,7 +106,7 @@ __device__ __forceinline__ void sort_shared(Keys& keys, int size) {
 
 // One block owns one row: draw the keys, sort them, write slots in key order; ascending, compact the kept and masked sets once more.
 template <typename Keys>
-__global__ void __launch_bounds__(kSampleThreads) sample_sort_kernel(const Keys source, const SampleRows rows, const int size) {
+__global__ void __launch_bounds__(kSampleThreads, 4) sample_sort_kernel(const Keys source, const SampleRows rows, const int size) {
   MASKOPS_DYNAMIC_SHARED(std::uint64_t, keys);
   MASKOPS_SHARED(unsigned, hidden_bits, kSortTokens / 32);
   MASKOPS_SHARED(int, scratch, kSampleThreads / 32);
@@ -138,7 +138,7 @@ __global__ void __launch_bounds__(kSampleThreads) sample_sort_kernel(const Keys 
 // ids_restore[b, n] = how many real tokens of the row have a smaller key. One block owns kSampleThreads tokens of one row and walks
 // over the row's keys in tiles of shared memory. Quadratic, but without scratch memory, for rows that are rare.
 template <typename Keys>
-__global__ void __launch_bounds__(kSampleThreads) sample_rank_kernel(const Keys source, const SampleRows rows, std::int64_t chunks) {
+__global__ void __launch_bounds__(kSampleThreads, 4) sample_rank_kernel(const Keys source, const SampleRows rows, std::int64_t chunks) {
   MASKOPS_SHARED(std::uint64_t, tile, kSampleThreads);
   const std::int64_t b = blockIdx.x / chunks, n = blockIdx.x % chunks * kSampleThreads + threadIdx.x;
   if (n == 0) rows.check(b);
@@ -162,7 +162,7 @@ __global__ void __launch_bounds__(kSampleThreads) sample_rank_kernel(const Keys 
 
 // From ids_restore in key order to the ids, ascending where asked. One block owns one row. ids_restore is read and written here, a
 // token by the same thread, so it must not be read through load(), which promises memory that nobody writes.
-__global__ void __launch_bounds__(kSampleThreads) sample_write_kernel(const SampleRows rows) {
+__global__ void __launch_bounds__(kSampleThreads, 4) sample_write_kernel(const SampleRows rows) {
   MASKOPS_SHARED(int, scratch, kSampleThreads / 32);
   const SplitRow row = rows.row(blockIdx.x);
   const std::int64_t* restore = row.ids_restore;

@@ -68,7 +68,7 @@ __device__ __forceinline__ void patch_statistics(const I* corner, const PatchOff
 
 // per_patch [B, N], stats [B, N, 2]. One warp owns one patch; patches that are not selected cost two stores.
 template <typename T, typename I, int W>
-__global__ void __launch_bounds__(kLossThreads)
+__global__ void __launch_bounds__(kLossThreads, 4)
     loss_kernel(const LossRows<T, I> r, const IdsCheck check, Acc<T>* __restrict__ per_patch, Acc<T>* __restrict__ stats) {
   using A = Acc<T>;
   if (blockIdx.x < check.blocks) {
@@ -104,7 +104,7 @@ __global__ void __launch_bounds__(kLossThreads)
 
 // grad_pred [B, N, V]. One warp owns one patch; zeros where it is not selected, whatever pred and grad hold there.
 template <typename T, typename I, int W>
-__global__ void __launch_bounds__(kLossThreads)
+__global__ void __launch_bounds__(kLossThreads, 4)
     loss_backward_kernel(const LossRows<T, I> r, const IdsCheck check, const Acc<T>* __restrict__ grad, const Acc<T>* __restrict__ stats,
                          T* __restrict__ grad_pred) {
   using A = Acc<T>;

@@ -52,8 +52,9 @@ def cuda_include() -> Path | None:
 
 
 def build(
-    sanitize: bool = False, sources: Sequence[Path] | None = None, defines: Sequence[str] = (), stable_abi: bool = True
-) -> Path:
+    sanitize: bool = False, sources: Sequence[Path] | None = None, defines: Sequence[str] = (), stable_abi: bool = True,
+    csrc: Path = CSRC,
+) -> Path:  # fmt: skip
     """Compile CUDA sources for the emulator into a shared library.
 
     Args:
@@ -61,6 +62,7 @@ def build(
         sources: .cu files. Default: every kernel of the package.
         defines: macros, "NAME=value".
         stable_abi: link with PyTorch. False for stand-alone kernels.
+        csrc: the tree to include from; tests pass a copy with a planted fault.
 
     Returns:
         The path of the library; built only if nothing of the same content is there.
@@ -71,16 +73,21 @@ def build(
     reason = reason_unavailable()
     if reason:
         raise RuntimeError(reason)
-    sources = sorted((CSRC / "cuda").rglob("*.cu")) if sources is None else [Path(source) for source in sources]
-    flags = _flags(sanitize, defines, stable_abi)
+    sources = sorted((csrc / "cuda").rglob("*.cu")) if sources is None else [Path(source) for source in sources]
+    flags = _flags(sanitize, defines, stable_abi, csrc)
     folder = ROOT / "build" / "emulator"
     folder.mkdir(parents=True, exist_ok=True)
-    headers = _hash([p for p in sorted(CSRC.rglob("*")) if p.suffix in (".h", ".cuh")], flags)
+    headers = _hash([p for p in sorted(csrc.rglob("*")) if p.suffix in (".h", ".cuh")], flags)
     with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
         objects = list(pool.map(lambda source: _compile(source, folder, flags, headers), sources))
     library = folder / f"emulated_{_hash(objects, flags)}.so"
     if not library.exists():
-        link = ["-shared", *(SANITIZE_FLAGS if sanitize else ()), *map(str, objects), *(_torch_libraries() if stable_abi else ())]
+        link = [
+            "-shared",
+            *(SANITIZE_FLAGS if sanitize else ()),
+            *map(str, objects),
+            *(_torch_libraries() if stable_abi else ()),
+        ]
         _run([_compiler(), *link], library)
     return library
 
@@ -126,15 +133,27 @@ def _compiler() -> str | None:
 
 def _nvcc_top(nvcc: str) -> Path:
     """Where nvcc says that its toolkit is: on many machines the nvcc on the PATH is a wrapper."""
-    text = subprocess.run([nvcc, "--dryrun", "-E", "-x", "cu", "/dev/null"], capture_output=True, text=True, check=False).stderr
+    text = subprocess.run(
+        [nvcc, "--dryrun", "-E", "-x", "cu", "/dev/null"], capture_output=True, text=True, check=False
+    ).stderr
     tops = [line.split("TOP=", 1)[1].strip() for line in text.splitlines() if "TOP=" in line]
     return Path(tops[0]) if tops else Path(nvcc).parents[1]
 
 
-def _flags(sanitize: bool, defines: Sequence[str], stable_abi: bool) -> list[str]:
-    flags = ["-x", "c++", "-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-Wno-unknown-pragmas"]
+def _flags(sanitize: bool, defines: Sequence[str], stable_abi: bool, csrc: Path) -> list[str]:
+    flags = [
+        "-x",
+        "c++",
+        "-std=c++20",
+        "-O1",
+        "-fPIC",
+        "-fvisibility=hidden",
+        "-ffp-contract=off",
+        "-Wall",
+        "-Wno-unknown-pragmas",
+    ]
     flags += ["-DMASKOPS_EMULATE", *(f"-D{define}" for define in defines), *(SANITIZE_FLAGS if sanitize else ())]
-    flags += [f"-I{CSRC}", f"-I{CSRC / 'cuda_emulator'}", "-isystem", str(cuda_include())]
+    flags += [f"-I{csrc}", f"-I{csrc / 'cuda_emulator'}", "-isystem", str(cuda_include())]
     if stable_abi:
         include = Path(torch.__file__).parent / "include"
         flags += ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-isystem", str(include)]

@@ -27,7 +27,7 @@ struct GatherPlan {
 // grad_x [B, N, D] of grad [B, K, D]. One block owns `chunk` tokens of one sample: it inverts the ids that fall into them in shared
 // memory (K ids are few bytes beside the chunk's rows), then each of its warps copies rows, zeros where nobody gathered.
 template <typename T, int W>
-__global__ void __launch_bounds__(kRowThreads)
+__global__ void __launch_bounds__(kRowThreads, 4)
     gather_backward_kernel(const T* __restrict__ grad, RowStrides strides, const std::int64_t* __restrict__ ids, T* __restrict__ grad_x,
                            std::int64_t slots, std::int64_t tokens, std::int64_t channels, int chunk) {
   MASKOPS_SHARED(int, slot_of, kMaxChunk);

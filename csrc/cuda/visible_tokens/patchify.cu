@@ -20,7 +20,7 @@ struct Patches {
 // out [B, K, V]. One warp owns one patch. Channels first, W neighbours of an image row are W neighbours of the patch and move as one
 // vector; channels last, W values are gathered through the L1 cache, which holds the patch's rows, and stored as one vector.
 template <typename T, int W, bool LAST>
-__global__ void __launch_bounds__(kRowThreads)
+__global__ void __launch_bounds__(kRowThreads, 2)
     patchify_kernel(const T* __restrict__ images, T* __restrict__ out, const Patches p, const IdsCheck check) {
   if (blockIdx.x < check.blocks) {
     check_ids<kRowThreads>(check, blockIdx.x, name_of(Function::patchify), "ids");
@@ -36,7 +36,7 @@ __global__ void __launch_bounds__(kRowThreads)
     return;
   }
   const T* corner = images + row / p.slots * p.grid.image_values() + p.grid.corner(n);
-#pragma unroll 2
+#pragma unroll 1
   for (std::uint32_t v = threadIdx.x % 32 * W; v < values; v += 32 * W) {
     Vec<T, W> value;
     if constexpr (LAST) {
@@ -52,7 +52,7 @@ __global__ void __launch_bounds__(kRowThreads)
 // images [B, C, T, H, W] of patches [B, K, V]. One block owns `chunk` patches of one sample and inverts the ids that fall into them;
 // each of its warps writes a patch's pixels, W neighbours of an image row at a time, zeros where no slot names the patch.
 template <typename T, int W, bool LAST>
-__global__ void __launch_bounds__(kRowThreads)
+__global__ void __launch_bounds__(kRowThreads, 2)
     unpatchify_kernel(const T* __restrict__ patches, RowStrides strides, T* __restrict__ images, const Patches p, int chunk) {
   MASKOPS_SHARED(int, slot_of, kMaxChunk);
   const std::int64_t tokens = p.grid.tokens(), chunks = (tokens + chunk - 1) / chunk;

@@ -27,7 +27,7 @@ struct RestoreRows {
 
 // out = (kept row or fill) + pos. One warp owns one row of out, so everything is read and written once, 16 bytes a lane.
 template <typename T, int W>
-__global__ void __launch_bounds__(kRowThreads)
+__global__ void __launch_bounds__(kRowThreads, 4)
     restore_rows_kernel(const RestoreRows<T> r, const IdsCheck check, const Function function) {
   if (blockIdx.x < check.blocks) {
     check_restore_rows(check, r.slots, function);
@@ -87,7 +87,7 @@ __device__ __forceinline__ void store_sums(A* to, const A (&sum)[W]) {
 }
 
 template <typename T, int W>
-__global__ void __launch_bounds__(kRowThreads) batch_sums_kernel(const BatchSums<T> s) {
+__global__ void __launch_bounds__(kRowThreads, 4) batch_sums_kernel(const BatchSums<T> s) {
   const std::int64_t item = static_cast<std::int64_t>(blockIdx.x) * kRowWarps + threadIdx.x / 32;
   const std::int64_t prefix = s.slots.prefix, rows = prefix + s.tokens;
   const std::int64_t tile = item % s.column_tiles, t = item / s.column_tiles % rows, split = item / s.column_tiles / rows;

@@ -121,7 +121,7 @@ __device__ __forceinline__ void move_row(const T* __restrict__ from, T* __restri
 // One warp owns one row of the plan's list; plan.find(row, from, to) names the row to copy (null: zeros) and its place (null: none).
 // Rows are contiguous in D, so a warp reads and writes 512 neighbouring bytes at a time.
 template <typename T, int W, typename Plan>
-__global__ void __launch_bounds__(kRowThreads) move_rows_kernel(const Plan plan, const IdsCheck check) {
+__global__ void __launch_bounds__(kRowThreads, 4) move_rows_kernel(const Plan plan, const IdsCheck check) {
   if (blockIdx.x < check.blocks) {
     plan.check(check);
     return;

@@ -15,7 +15,7 @@ struct SplitOutputs {
 };
 
 // One block owns one row: it counts the masked tokens, then walks over the row once more (now in cache) and writes the slots.
-__global__ void __launch_bounds__(kSplitThreads) split_kernel(const unsigned char* __restrict__ mask, const SplitOutputs out) {
+__global__ void __launch_bounds__(kSplitThreads, 4) split_kernel(const unsigned char* __restrict__ mask, const SplitOutputs out) {
   MASKOPS_SHARED(int, scratch, kSplitThreads / 32);
   const std::int64_t b = blockIdx.x;
   const unsigned char* row_mask = mask + b * out.tokens;

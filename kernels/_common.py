@@ -206,5 +206,6 @@ def _sum_rows_kernel(x_ptr, out_ptr, R, D, BLOCK_R: tl.constexpr, BLOCK_D: tl.co
 def sum_rows(x, dtype):
     """x [R, D] in accumulator precision, contiguous -> its column sums [D] in dtype."""
     out = torch.empty(x.shape[1], dtype=dtype, device=x.device)
-    launch(_sum_rows_kernel, cdiv(x.shape[1], 128), x, out, *x.shape, BLOCK_R=16, BLOCK_D=128, num_warps=4)
+    warps = 8 if x.dtype == torch.float64 else 4
+    launch(_sum_rows_kernel, cdiv(x.shape[1], 128), x, out, *x.shape, BLOCK_R=16, BLOCK_D=128, num_warps=warps)
     return out

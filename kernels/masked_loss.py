@@ -150,7 +150,7 @@ def masked_loss_patch(pred, images, ids_restore, num_keep, num_mask, patch_size,
         _loss_kernel, cdiv(B * N, block_r), pred, grid.images, ids_restore.contiguous(), num_keep.contiguous(),
         num_mask.contiguous(), per_patch, stats, B * N, N, *grid.grid[1:], pred.stride(0), pred.stride(1),
         *grid.strides, **grid.patch, **_choice(norm_pix, kind, beta, on), ACC=tl_acc,
-        BLOCK_R=block_r, BLOCK_D=block_d, num_warps=4,
+        BLOCK_R=block_r, BLOCK_D=block_d, num_warps=8 if acc == torch.float64 else 4,
     )  # fmt: skip
     return per_patch, stats
 

@@ -24,10 +24,10 @@ from maskops.kernels.visible_tokens.index import invert_ids
 
 # Per element size: (rows, columns, depth) of a tile, warps, stages; the first one that gives enough programs is taken.
 # Patches whose rows are no multiple of 16 bytes are loaded value by value: one address per value, so less fits.
-SCATTERED_TILE = (64, 64, 32, 4, 2)
+SCATTERED_TILE = (64, 64, 16, 8, 2)
 TILES = {
     2: ((128, 128, 64, 8, 3), (64, 128, 64, 4, 3)),
-    4: ((64, 64, 32, 4, 3), (32, 64, 32, 4, 3)),
+    4: ((64, 64, 16, 8, 3), (32, 64, 16, 4, 3)),
     8: ((32, 32, 16, 4, 2),),
 }
 ENOUGH_PROGRAMS = 264  # two per multiprocessor of an H100

@@ -65,9 +65,10 @@ inline std::uint64_t warp_operation(int kind, unsigned mask, std::uint64_t value
     if (thread.state == State::done)
       throw KernelFault("lane " + std::to_string(other) + " of the mask has exited before the warp operation in " + place(at));
     const bool here = thread.state == State::at_warp;
-    if (here && (thread.warp_mask != mask || thread.warp_kind != kind) && (thread.warp_mask >> lane & 1))
+    const bool same = thread.warp_mask == mask && thread.warp_kind == kind && thread.where.line() == at.line();
+    if (here && !same && (thread.warp_mask >> lane & 1))
       throw KernelFault("divergent warp operations: " + place(at) + " and " + place(thread.where));
-    complete = complete && here && thread.warp_mask == mask;
+    complete = complete && here && same;
   }
   self.where = at;
   if (complete) finish_warp(m, warp, mask, kind);

@@ -13,6 +13,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "common/pages.h"
+
 namespace maskops {
 
 using torch::headeronly::ScalarType;
@@ -100,12 +102,18 @@ inline Tensor with_contiguous_rows(const Tensor& x) {
   return x.dim() == 0 || x.size(last) <= 1 || x.stride(last) == 1 ? x : torch::stable::contiguous(x);
 }
 
+// A result that is about to be written in full.
+inline Tensor with_huge_pages(Tensor x) {
+  if (x.is_cpu()) prefer_huge_pages(x.mutable_data_ptr(), x.numel() * static_cast<int64_t>(x.element_size()));
+  return x;
+}
+
 inline Tensor empty_like_device(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType type) {
-  return torch::stable::new_empty(like, sizes, type);
+  return with_huge_pages(torch::stable::new_empty(like, sizes, type));
 }
 
 inline Tensor empty_like_device(const Tensor& like, std::initializer_list<int64_t> sizes) {
-  return torch::stable::new_empty(like, sizes);
+  return with_huge_pages(torch::stable::new_empty(like, sizes));
 }
 
 }  // namespace maskops

@@ -32,32 +32,54 @@ inline std::string position(const char* arg, int64_t row, int64_t column) {
 
 }  // namespace detail
 
-// ids [B, K] contiguous: distinct tokens in [low, tokens) per row; -1 (where low = -1) marks an empty slot.
-inline void check_ids(const char* op, const char* arg, const int64_t* ids, int64_t batch, int64_t slots, int64_t tokens, int64_t low) {
-  FirstFault outside, repeated;
-  parallel_for(batch, slots * 16, [&](int64_t begin, int64_t end) {
-    std::vector<uint64_t> seen((tokens + 63) / 64, 0);
-    for (int64_t b = begin; b < end; ++b) {
-      const int64_t* row = ids + b * slots;
-      bool inside = true;
-      for (int64_t k = 0; k < slots; ++k) inside &= row[k] >= low && row[k] < tokens;
-      if (!inside) {
-        int64_t k = 0;
-        while (row[k] >= low && row[k] < tokens) ++k;
-        outside.note(b * slots + k);
-      } else if (const int64_t k = detail::repeated_id(row, slots, seen); k >= 0) {
-        repeated.note(b * slots + k);
-      }
+// ids [B, K] contiguous: distinct tokens in [low, tokens) per row; -1 (where low = -1) marks an empty slot. Rows are looked at
+// from any thread, faults are thrown after the loop.
+class IdCheck {
+ public:
+  IdCheck(const char* op, const char* arg, const int64_t* ids, int64_t slots, int64_t tokens, int64_t low)
+      : op_(op), arg_(arg), ids_(ids), slots_(slots), tokens_(tokens), low_(low) {}
+
+  std::vector<uint64_t> scratch() const { return std::vector<uint64_t>((tokens_ + 63) / 64, 0); }
+
+  // Whether row b is good. seen: scratch() of this thread.
+  bool row(int64_t b, std::vector<uint64_t>& seen) {
+    const int64_t* row = ids_ + b * slots_;
+    bool inside = true;
+    for (int64_t k = 0; k < slots_; ++k) inside &= row[k] >= low_ && row[k] < tokens_;
+    if (!inside) {
+      int64_t k = 0;
+      while (row[k] >= low_ && row[k] < tokens_) ++k;
+      outside_.note(b * slots_ + k);
+      return false;
     }
-  });
-  const FirstFault& fault = outside.any() ? outside : repeated;
-  if (!fault.any()) return;
-  const int64_t row = fault.position() / slots, k = fault.position() % slots;
-  const std::string value = std::to_string(ids[fault.position()]);
-  if (outside.any()) {
-    fail_index(op, detail::position(arg, row, k), "be in [" + std::to_string(low) + ", " + std::to_string(tokens) + ")", value);
+    const int64_t k = detail::repeated_id(row, slots_, seen);
+    if (k >= 0) repeated_.note(b * slots_ + k);
+    return k < 0;
   }
-  fail_index(op, detail::position(arg, row, k), "be unique in its row", value + " again");
+
+  void raise() const {
+    const FirstFault& fault = outside_.any() ? outside_ : repeated_;
+    if (!fault.any()) return;
+    const std::string at = detail::position(arg_, fault.position() / slots_, fault.position() % slots_);
+    const std::string value = std::to_string(ids_[fault.position()]);
+    if (outside_.any()) fail_index(op_, at, "be in [" + std::to_string(low_) + ", " + std::to_string(tokens_) + ")", value);
+    fail_index(op_, at, "be unique in its row", value + " again");
+  }
+
+ private:
+  const char *op_, *arg_;
+  const int64_t* ids_;
+  int64_t slots_, tokens_, low_;
+  FirstFault outside_, repeated_;
+};
+
+inline void check_ids(const char* op, const char* arg, const int64_t* ids, int64_t batch, int64_t slots, int64_t tokens, int64_t low) {
+  IdCheck check(op, arg, ids, slots, tokens, low);
+  parallel_for(batch, slots * 16, [&](int64_t begin, int64_t end) {
+    std::vector<uint64_t> seen = check.scratch();
+    for (int64_t b = begin; b < end; ++b) check.row(b, seen);
+  });
+  check.raise();
 }
 
 // Every value of counts [B] must be in [0, most].

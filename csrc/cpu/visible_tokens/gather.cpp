@@ -33,10 +33,43 @@ void run_copy(const Tensor& source, const Map& map, const Tensor& out, int64_t r
 
 // ---- gather
 
+// Check, map and copy in one visit of a sample: three loops over threads would cost as much as a small gather itself. A faulty
+// sample is not copied, and its fault is thrown after the loop.
+void gather_samples(const Tensor& x, const Tensor& ids, const Tensor& out) {
+  const int64_t slots = ids.size(1), size = static_cast<int64_t>(x.element_size()), row_bytes = x.size(2) * size;
+  const RowStrides strides = row_strides(x);
+  IdCheck check("gather_tokens", "ids", ids_data(ids), slots, x.size(1), -1);
+  const CopyRows all{static_cast<const char*>(x.const_data_ptr()), nullptr, static_cast<char*>(out.mutable_data_ptr()), row_bytes,
+                     ids.numel() * row_bytes > kStreamBytes};
+  const RowKernels& kernels = pick_RowKernels();
+  parallel_for(ids.size(0), slots * (row_bytes * 2 + 16), [&](int64_t begin, int64_t end) {
+    std::vector<uint64_t> seen = check.scratch();
+    Map map(slots);
+    CopyRows own = all;
+    own.map = map.data();
+    for (int64_t b = begin; b < end; ++b) {
+      if (!check.row(b, seen)) continue;
+      for (int64_t k = 0; k < slots; ++k) {
+        const int64_t n = ids_data(ids)[b * slots + k];
+        map[k] = n < 0 ? -1 : strides.at(b, n) * size;
+      }
+      own.out = all.out + b * slots * row_bytes;
+      kernels.copy(own, 0, slots);
+    }
+  });
+  check.raise();
+}
+
 Tensor visible_tokens_gather(const Tensor& x_any, const Tensor& ids_any) {
+  constexpr int64_t kManySamples = 8;  // fewer are shared among the threads row by row
   check_gather(x_any, ids_any);
   const Tensor x = with_contiguous_rows(x_any), ids = torch::stable::contiguous(ids_any);
   const int64_t batch = ids.size(0), slots = ids.size(1), channels = x.size(2);
+  Tensor out = empty_like_device(x, {batch, slots, channels});
+  if (batch >= kManySamples) {
+    gather_samples(x, ids, out);
+    return out;
+  }
   check_ids("gather_tokens", "ids", ids_data(ids), batch, slots, x.size(1), -1);
   const int64_t size = static_cast<int64_t>(x.element_size());
   const RowStrides strides = row_strides(x);
@@ -47,7 +80,6 @@ Tensor visible_tokens_gather(const Tensor& x_any, const Tensor& ids_any) {
       map[b * slots + k] = n < 0 ? -1 : strides.at(b, n) * size;
     }
   }
-  Tensor out = empty_like_device(x, {batch, slots, channels});
   run_copy(x, map, out, channels * size);
   return out;
 }

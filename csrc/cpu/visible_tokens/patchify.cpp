@@ -149,7 +149,7 @@ Tensor visible_tokens_unpatchify(const Tensor& patches_any, std::optional<Tensor
   std::vector<int64_t> sizes{batch, grid.channels};
   sizes.insert(sizes.end(), image_size.begin(), image_size.end());
   // With ids some pixels are not written by any patch, and those are zero.
-  Tensor out = ids ? torch::stable::new_zeros(patches, sizes) : torch::stable::new_empty(patches, sizes);
+  Tensor out = with_huge_pages(ids ? torch::stable::new_zeros(patches, sizes) : torch::stable::new_empty(patches, sizes));
   const PatchCopy args{grid, patches.const_data_ptr(), out.mutable_data_ptr(), chosen, slots, grid.tokens(),
                        static_cast<int>(patches.element_size()), channels_last};
   const PatchKernels& kernels = pick_PatchKernels();

@@ -8,25 +8,39 @@ namespace maskops {
 inline namespace MASKOPS_ISA_NS {
 namespace {
 
-void copy_bytes_streaming(const char* from, char* to, int64_t bytes) {
-  constexpr int64_t step = VecF::width * sizeof(float);
-  const int64_t lead = min_of<int64_t>(bytes, (step - static_cast<int64_t>(reinterpret_cast<uintptr_t>(to) % step)) % step);
-  memcpy(to, from, lead);
-  int64_t i = lead;
-  for (; i + step <= bytes; i += step) {
-    VecF::load(reinterpret_cast<const float*>(from + i)).stream(reinterpret_cast<float*>(to + i));
+// Rows lie anywhere, so the hardware prefetcher starts anew at each of them: while one row is copied, the next one is fetched.
+template <bool kStream>
+void copy_row(const char* from, const char* next, char* to, int64_t bytes) {
+  constexpr int64_t step = VecF::width * sizeof(float), line = 64;
+  int64_t i = 0;
+  if (kStream) {
+    i = min_of<int64_t>(bytes, (step - static_cast<int64_t>(reinterpret_cast<uintptr_t>(to) % step)) % step);
+    memcpy(to, from, i);
+  }
+  for (; i + line <= bytes; i += line) {
+    __builtin_prefetch(next + i);
+    for (int64_t j = i; j < i + line; j += step) {
+      const VecF v = VecF::load(reinterpret_cast<const float*>(from + j));
+      if (kStream) v.stream(reinterpret_cast<float*>(to + j));
+      else v.store(reinterpret_cast<float*>(to + j));
+    }
   }
   memcpy(to + i, from + i, bytes - i);
 }
 
-void copy_rows(const CopyRows& args, int64_t begin, int64_t end) {
+template <bool kStream>
+void copy_rows_to(const CopyRows& args, int64_t begin, int64_t end) {
   for (int64_t r = begin; r < end; ++r) {
     char* to = args.out + r * args.row_bytes;
-    if (args.map[r] < 0) memset(to, 0, args.row_bytes);
-    else if (args.stream) copy_bytes_streaming(args.source + args.map[r], to, args.row_bytes);
-    else memcpy(to, args.source + args.map[r], args.row_bytes);
+    const int64_t at = args.map[r], ahead = r + 1 < end ? args.map[r + 1] : -1;
+    if (at < 0) memset(to, 0, args.row_bytes);
+    else copy_row<kStream>(args.source + at, args.source + (ahead < 0 ? at : ahead), to, args.row_bytes);
   }
-  if (args.stream) stream_fence();
+  if (kStream) stream_fence();
+}
+
+void copy_rows(const CopyRows& args, int64_t begin, int64_t end) {
+  return args.stream ? copy_rows_to<true>(args, begin, end) : copy_rows_to<false>(args, begin, end);
 }
 
 // to = from + pos. Rows are short (a few KB), so the alignment of `to` is settled per row.
@@ -53,7 +67,7 @@ void restore_typed(const RestoreRows& args, int64_t begin, int64_t end) {
     const int64_t b = i / args.rows, r = i % args.rows;
     const T* from = args.map[i] >= 0 ? source + args.map[i] : fill + b * args.fill_batch + (r - args.prefix) * args.fill_row;
     T* to = out + i * channels;
-    if (!pos && args.stream) copy_bytes_streaming(reinterpret_cast<const char*>(from), reinterpret_cast<char*>(to), bytes);
+    if (!pos && args.stream) copy_row<true>(reinterpret_cast<const char*>(from), reinterpret_cast<const char*>(from), reinterpret_cast<char*>(to), bytes);
     else if (!pos) memcpy(to, from, bytes);
     else if (stream) add_row<T, true>(from, pos + r * channels, to, channels);
     else add_row<T, false>(from, pos + r * channels, to, channels);

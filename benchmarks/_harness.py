@@ -191,7 +191,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4
 
 
 def keep_pages() -> bool:
-    """Let malloc keep freed memory from here on: results then reuse pages that are mapped, as in a process with a caching allocator.
+    """Let malloc keep freed memory from here on: results then reuse mapped pages, as with a caching allocator.
 
     Without it glibc returns every large result to the system, and each call pays the page faults of a fresh one.
     """

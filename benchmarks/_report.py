@@ -20,8 +20,10 @@ def machine_of(device: str, threads: list[int]) -> Row:
     """Versions, CPU and the roofs, measured now. roof_* are those of the largest thread count, "roofs" has all."""
     roofs = {t: cuda_roofs(device) if device != "cpu" else cpu_roofs(t) for t in threads}
     return {
-        "cpu": cpu_name(), "cores": os.cpu_count(), "isa": isa_in_use(), "platform": platform.platform(), "python": platform.python_version(),
-        "torch": torch.__version__, "maskops": maskops.__version__, "device": device_name(device), "time": time.strftime("%Y-%m-%d %H:%M"),
+        "cpu": cpu_name(), "cores": os.cpu_count(), "isa": isa_in_use(),
+        "platform": platform.platform(), "python": platform.python_version(),
+        "torch": torch.__version__, "maskops": maskops.__version__, "device": device_name(device),
+        "time": time.strftime("%Y-%m-%d %H:%M"),
         "load": os.getloadavg()[0], **roofs[max(threads)], "roofs": roofs,
     }  # fmt: skip
 
@@ -83,7 +85,20 @@ def isa_in_use() -> str:
 def print_rows(family: str, rows: list[Row], seconds: float) -> None:
     console = Console(width=None if Console().is_terminal else 190)
     table = Table(title=f"{family} ({seconds:.0f} s)", title_justify="left")
-    for name in ("case", "dtype", "mode", "T", "cache", "ours ms", "20-80%", "best rival", "ms", "ratio", "roof", "asked"):
+    for name in (
+        "case",
+        "dtype",
+        "mode",
+        "T",
+        "cache",
+        "ours ms",
+        "20-80%",
+        "best rival",
+        "ms",
+        "ratio",
+        "roof",
+        "asked",
+    ):
         table.add_column(name, justify="right" if name in ("T", "ours ms", "ms", "ratio", "roof") else "left")
     for row in rows:
         if "refused" in row:

@@ -37,7 +37,10 @@ def make(batch: int, dtype: torch.dtype, **sizes: int) -> Any:
         config = ViTMAEConfig(norm_pix_loss=True, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, **sizes)
         theirs = ViTMAEForPreTraining(config).to(device).train()
         ours = MAE.from_hf(theirs).train()
-        made: Inputs = {"images": torch.randn(batch, 3, config.image_size, config.image_size, device=device), "dtype": dtype}
+        made: Inputs = {
+            "images": torch.randn(batch, 3, config.image_size, config.image_size, device=device),
+            "dtype": dtype,
+        }
         made["noise"] = torch.rand(batch, (config.image_size // config.patch_size) ** 2, device=device)
         for name, model in (("ours", ours), ("theirs", theirs)):
             trained = [p for p in model.parameters() if p.requires_grad]
@@ -123,14 +126,17 @@ def parts_of(step: Any, inputs: Inputs) -> dict[str, float]:
 
 def cases() -> list[Case]:
     sizes = [("MAE-Base", 8, {})]
-    sizes += [("MAE-Large", 2, dict(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096))]
+    sizes += [
+        ("MAE-Large", 2, dict(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096))
+    ]
     found = importlib.util.find_spec("transformers") is not None
     out = []
     for name, batch, size in sizes:
         for dtype in (torch.float32, torch.bfloat16):
             out.append(
                 Case(
-                    f"pre-training step {name}, 224/16, batch {batch}", mode="fwd+bwd", dtype=dtype, make=make(batch, dtype, **size),
+                    f"pre-training step {name}, 224/16, batch {batch}", mode="fwd+bwd", dtype=dtype,
+                    make=make(batch, dtype, **size),
                     ours=our_step, rivals={HF: their_step} if found else {}, absent={} if found else {HF: REASON}, gate=gate,
                     after=breakdown, sets="one", quick=name == "MAE-Base" and dtype == torch.float32, rounds=12,
                 )

@@ -64,14 +64,30 @@ def gather_cases() -> list[Case]:
             asked = {"best": 1.0, GATHER: 5.0} if head else {}
             out.append(
                 Case(
-                    f"gather {list(size)}", mode="fwd", dtype=dtype, make=make_gather(*size, dtype, False), ours=gather,
-                    rivals=rivals, compiled=compiled, work=gather_work, asked=asked, quick=head,
+                    f"gather {list(size)}",
+                    mode="fwd",
+                    dtype=dtype,
+                    make=make_gather(*size, dtype, False),
+                    ours=gather,
+                    rivals=rivals,
+                    compiled=compiled,
+                    work=gather_work,
+                    asked=asked,
+                    quick=head,
                 )
             )
         out.append(
             Case(
-                f"gather {list(size)}", mode="fwd+bwd", dtype=torch.float32, make=make_gather(*size, torch.float32, True),
-                ours=gather, rivals=rivals, compiled=compiled, grads=("x",), work=gather_work, quick=False,
+                f"gather {list(size)}",
+                mode="fwd+bwd",
+                dtype=torch.float32,
+                make=make_gather(*size, torch.float32, True),
+                ours=gather,
+                rivals=rivals,
+                compiled=compiled,
+                grads=("x",),
+                work=gather_work,
+                quick=False,
             )
         )
     return out
@@ -106,7 +122,8 @@ def make_restore(batch: int, tokens: int, channels: int, dtype: torch.dtype, bac
         split = maskops.random_masking(batch, tokens, RATIO, seed=seed, device=device)
         made = {
             "x": normal(seed, device, dtype, batch, 1 + split.max_seqlen, channels), "split": split,
-            "token": normal(seed + 1, device, dtype, 1, 1, channels), "pos": normal(seed + 2, device, dtype, 1, 1 + tokens, channels),
+            "token": normal(seed + 1, device, dtype, 1, 1, channels),
+            "pos": normal(seed + 2, device, dtype, 1, 1 + tokens, channels),
         }  # fmt: skip
         return {**made, "grad_out": normal(seed, device, dtype, batch, 1 + tokens, channels)} if backward else made
 
@@ -154,7 +171,11 @@ def cut_then_linear(images: Tensor, weight: Tensor, bias: Tensor, pos: Tensor, i
     """What a careful user writes: cut all patches, gather the visible ones, project only those."""
     batch, channels, height, width = images.shape
     p, q = weight.shape[2:]
-    x = images.view(batch, channels, height // p, p, width // q, q).permute(0, 2, 4, 1, 3, 5).reshape(batch, -1, channels * p * q)
+    x = (
+        images.view(batch, channels, height // p, p, width // q, q)
+        .permute(0, 2, 4, 1, 3, 5)
+        .reshape(batch, -1, channels * p * q)
+    )
     x = torch.gather(x, 1, ids[:, :, None].expand(-1, -1, x.shape[2]))
     return F.linear(x, weight.flatten(1), bias) + pos[0][ids]
 
@@ -169,8 +190,10 @@ def make_embed(batch: int, size: int, patch: int, width: int, dtype: torch.dtype
         ids = maskops.random_masking(batch, tokens, RATIO, seed=seed, device=device).ids_keep
         return {
             "images": normal(seed, device, dtype, batch, 3, size, size), "ids": ids,
-            "weight": normal(seed + 1, device, dtype, width, 3, patch, patch, scale=0.03), "bias": normal(seed + 2, device, dtype, width),
-            "pos": normal(seed + 3, device, dtype, 1, tokens, width), "grad_out": normal(seed + 4, device, dtype, *ids.shape, width),
+            "weight": normal(seed + 1, device, dtype, width, 3, patch, patch, scale=0.03),
+            "bias": normal(seed + 2, device, dtype, width),
+            "pos": normal(seed + 3, device, dtype, 1, tokens, width),
+            "grad_out": normal(seed + 4, device, dtype, *ids.shape, width),
         }  # fmt: skip
 
     return inputs
@@ -230,7 +253,8 @@ def other_cases() -> list[Case]:
         return TRAFFIC["visible_tokens_pack"](i["x"], i["split"].ids_restore, i["split"].cu_seqlens, i["split"].total)
 
     return [
-        Case("pack [64, 196, 768], ragged", "fwd", torch.float32, make_pack, pack, {"x[mask]": index_mask}, work=pack_work, quick=False),
+        Case("pack [64, 196, 768], ragged", "fwd", torch.float32, make_pack, pack, {"x[mask]": index_mask},
+             work=pack_work, quick=False),
         Case(
             "patchify visible, batch 64, 224/16", "fwd", torch.float32, make_cut(64, torch.float32), cut, quick=False,
             rivals={"cut all, gather": cut_all}, work=lambda i: TRAFFIC["visible_tokens_patchify"](i["images"], i["ids"], [16, 16]),
@@ -264,10 +288,22 @@ def total_cases() -> list[Case]:
         return {"x": normal(seed, device, torch.float32, 64, 196, 768), "like": torch.empty(64, 196, device=device)}
 
     def gate(made: Inputs) -> None:
-        assert total_ours(**made)[0].shape == total_published(**made)[0].shape, "the rival gathers another number of rows"
+        assert total_ours(**made)[0].shape == total_published(**made)[0].shape, (
+            "the rival gathers another number of rows"
+        )
 
     name = "total: random_masking + gather [64, 196, 768]"
-    return [Case(name, "fwd", torch.float32, inputs, total_ours, {"rand, argsort x2, gather (MAE)": total_published}, gate=gate)]
+    return [
+        Case(
+            name,
+            "fwd",
+            torch.float32,
+            inputs,
+            total_ours,
+            {"rand, argsort x2, gather (MAE)": total_published},
+            gate=gate,
+        )
+    ]
 
 
 def cases() -> list[Case]:

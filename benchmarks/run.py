@@ -1,6 +1,7 @@
 """The benchmark command: ours against every installed rival, interleaved, after checking that they agree.
 
-    python benchmarks/run.py [--family F ...] [--case NAME] [--mode fwd,fwd+bwd,build] [--threads T] [--quick] [--json OUT] [--device cuda]
+    python benchmarks/run.py [--family F ...] [--case NAME] [--mode fwd,fwd+bwd,build] [--threads T]
+                             [--quick] [--json OUT] [--device cuda]
 
 ratio = best rival's time / ours. A "hot" row calls everything on the same inputs; a "cold" row rotates over input sets that exceed
 the caches; in a "cold, kept pages" row malloc also keeps freed memory, so that neither side pays page faults for its results.
@@ -18,7 +19,20 @@ from typing import Any
 os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
 
 import torch
-from _harness import Case, Forward, Inputs, Timer, check_case, cold_sets, interleaved, keep_pages, prepared, quantiles, return_pages, runner
+from _harness import (
+    Case,
+    Forward,
+    Inputs,
+    Timer,
+    check_case,
+    cold_sets,
+    interleaved,
+    keep_pages,
+    prepared,
+    quantiles,
+    return_pages,
+    runner,
+)
 from _report import machine_of, print_rows, write_json
 
 from maskops.families import FAMILIES
@@ -34,8 +48,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--family", nargs="+", action="extend", choices=[*FAMILIES, *MODELS], help="default: all")
     parser.add_argument("--case", help="only cases whose name contains this")
     parser.add_argument("--mode", help="comma separated: fwd, fwd+bwd, build")
-    parser.add_argument("--threads", type=lambda text: [int(t) for t in text.split(",")], default=[2], help="a number, or 1,2")
-    parser.add_argument("--quick", action="store_true", help="the main rows only, without torch.compile, within 60 s a family")
+    parser.add_argument(
+        "--threads", type=lambda text: [int(t) for t in text.split(",")], default=[2], help="a number, or 1,2"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="the main rows only, without torch.compile, within 60 s a family"
+    )
     parser.add_argument("--json", type=Path, help="write machine and rows here")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--seconds", type=float, help="of measuring per row (default 4, quick 0.8)")
@@ -113,7 +131,9 @@ def variants(case: Case, device: torch.device, inputs: Inputs) -> tuple[str, ...
     return (HOT, COLD, KEPT) if cold_sets(case, device, inputs) > 1 else (HOT,)
 
 
-def measure_variant(case: Case, cache: str, calls: dict, inputs: Inputs, args: argparse.Namespace) -> tuple[dict, int, int]:
+def measure_variant(
+    case: Case, cache: str, calls: dict, inputs: Inputs, args: argparse.Namespace
+) -> tuple[dict, int, int]:
     device = torch.device(args.device)
     seconds = args.seconds or (0.8 if args.quick else 4.0)
     count = 1 if cache == HOT else cold_sets(case, device, inputs)
@@ -157,7 +177,11 @@ def judge(rival: str, least: float, rivals: dict[str, float], ours: float) -> Ro
 def roof_of(case: Case, work: int, ms: float, machine: Row, threads: int) -> Row:
     """Share of the roof measured in this run: useful bytes or flops per second over what the machine can do."""
     roofs = machine["roofs"].get(threads, {})
-    key = "roof_copy_gbps" if case.kind == "bytes" else f"roof_gflops_{'bf16' if case.dtype == torch.bfloat16 else 'fp32'}"
+    key = (
+        "roof_copy_gbps"
+        if case.kind == "bytes"
+        else f"roof_gflops_{'bf16' if case.dtype == torch.bfloat16 else 'fp32'}"
+    )
     rate = work / ms / 1e6
     return {"kind": case.kind, "fraction": rate / roofs[key] if key in roofs else None, "work": work, "rate": rate}
 
@@ -172,7 +196,9 @@ def main() -> int:
         measured = []
         for threads in args.threads:
             for case in found:
-                print(f"{family}: {case.name}, {case.mode}, {case.dtype}, {threads} threads", file=sys.stderr, flush=True)
+                print(
+                    f"{family}: {case.name}, {case.mode}, {case.dtype}, {threads} threads", file=sys.stderr, flush=True
+                )
                 measured += measure_case(case, family, threads, args, machine)
         print_rows(family, measured, time.perf_counter() - began)
         rows += measured

@@ -1,5 +1,5 @@
 // The Python module maskops._host: build facts, CPU features, the choice of instruction set and the measured roofs of this
-// machine. It names no op. The state of the instruction set lives in the library _C, which attach() looks up once it is loaded.
+// machine. It names no op. The state of the instruction set lives in the library _C beside this module, looked up on first use.
 #include <dlfcn.h>
 #include <pybind11/pybind11.h>
 
@@ -53,8 +53,14 @@ void attach(const std::string& path) {
   if (const std::string error = library.isa_error(); !error.empty()) throw py::value_error(error);
 }
 
+// _C.so in the folder of this module, unless attach() named another one before.
 const Library& attached() {
-  if (library.isa_in_use == nullptr) throw std::runtime_error("maskops._host: call attach(path of _C) first");
+  if (library.isa_in_use == nullptr) {
+    Dl_info self{};
+    if (dladdr(reinterpret_cast<void*>(&attach), &self) == 0) throw std::runtime_error("maskops._host: cannot find its own folder");
+    const std::string file = self.dli_fname;
+    attach(file.substr(0, file.rfind('/') + 1) + "_C.so");
+  }
   return library;
 }
 
@@ -211,7 +217,7 @@ py::dict measure_roofs(int threads) {
 
 PYBIND11_MODULE(_host, m) {
   m.doc() = "Build facts, CPU features, instruction-set choice and measured machine roofs.";
-  m.def("attach", &attach, py::arg("path"), "Connect to the loaded library _C; ValueError if MASKOPS_ISA names no instruction set.");
+  m.def("attach", &attach, py::arg("path"), "Use this loaded copy of _C instead of the one beside the module.");
   m.def("isa_in_use", &isa_in_use, "portable, avx2 or avx512.");
   m.def("isa_best", [] { return std::string(kIsaNames[attached().isa_best()]); }, "The widest that this CPU has.");
   m.def("set_isa", &set_isa, py::arg("name"), "Use this instruction set from now on, in every thread.");

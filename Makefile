@@ -13,8 +13,9 @@ TORCH ?= torch==2.13.0
 demo: $(VENV)/.demo
 	$(BIN)/maskops demo --out out/demo
 
+# Two processes of one thread each: thread pools of several processes on the same cores wait for each other.
 test: $(VENV)/.dev
-	$(BIN)/pytest -q -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadfile
 
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/run.py --json out/bench.json

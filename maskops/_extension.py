@@ -45,6 +45,15 @@ def isa_in_use() -> str:
     return ("portable", "avx2", "avx512")[ctypes.CDLL(str(path_of("_C"))).maskops_isa_in_use()]
 
 
+def cuda_archs() -> str:
+    """The architectures that _C_cuda was built for, "75 80 90"; "none built" without it."""
+    if _STATUS.get("_C_cuda") != "loaded":
+        return "none built"
+    library = ctypes.CDLL(str(path_of("_C_cuda")))
+    library.maskops_cuda_archs.restype = ctypes.c_char_p
+    return library.maskops_cuda_archs().decode()
+
+
 def _refuse_unknown_isa(file: Path) -> None:
     library = ctypes.CDLL(str(file))
     library.maskops_isa_error.restype = ctypes.c_char_p

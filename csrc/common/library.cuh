@@ -20,6 +20,11 @@
 #define MASKOPS_CUDA_LIBRARY(m) STABLE_TORCH_LIBRARY_IMPL(maskops, CUDA, m)
 #endif
 
+#ifdef MASKOPS_CUDA_ARCHS
+// The architectures that the build was made for, for `maskops info`; weak, as every .cu file has it.
+extern "C" __attribute__((weak, visibility("default"))) const char* maskops_cuda_archs() { return MASKOPS_CUDA_ARCHS; }
+#endif
+
 namespace maskops {
 
 // Makes a tensor's device the current one and finds PyTorch's current stream there.

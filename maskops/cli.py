@@ -143,11 +143,10 @@ def _facts() -> dict[str, str]:
     if status.get("_host") == "loaded":
         from maskops import _host
 
-        features = _host.cpu_features()
-        features = [k for k, v in features.items() if v] if isinstance(features, dict) else features
-        facts["cpu features"] = " ".join(features)
+        facts["cpu features"] = _host.cpu_features().replace(",", " ")
         facts["isa in use"] = _host.isa_in_use()
-    facts |= {name: reason for name, reason in status.items()}
+    facts |= status
+    facts["cuda archs"] = _extension.cuda_archs()
     if torch.cuda.is_available():
         facts["cuda"] = f"{torch.cuda.get_device_name()}, torch built for {' '.join(torch.cuda.get_arch_list())}"
     else:

@@ -38,7 +38,7 @@ def draw_loss(path: Path, losses: Path, final: dict[str, float]) -> None:
     steps, values = [row["step"] for row in rows], [row["loss"] for row in rows]
     figure, axis = plt.subplots(figsize=(8, 4.5))
     axis.plot(steps, values, color="#9ecae1", linewidth=0.7, label="training loss, each step")
-    axis.plot(steps, _running_mean(values, 0.98), color="#08519c", linewidth=1.8, label="training loss, running mean")
+    axis.plot(steps, _running_mean(values, 0.9), color="#08519c", linewidth=1.8, label="training loss, running mean")
     for (name, value), style in zip(final.items(), ("-", "--", ":"), strict=False):
         axis.axhline(value, color=_GREY, linestyle=style, linewidth=1.2, label=f"held-out, {name}: {value:.3f}")
     axis.set_yscale("log")

@@ -1,0 +1,74 @@
+"""The command line: exit codes and messages."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+import maskops
+
+pytest.importorskip("accelerate")
+
+
+def run(*args: object, cwd: Path | None = None) -> subprocess.CompletedProcess:
+    # Not from the repository root: there `python -m` puts our kernels/ folder in front of Hugging Face's package.
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0", "COLUMNS": "200"}
+    return subprocess.run(
+        [sys.executable, "-P", "-m", "maskops", *map(str, args)], capture_output=True, text=True, env=env, cwd=cwd, timeout=100
+    )
+
+
+def test_help_lists_the_commands() -> None:
+    done = run("--help")
+    assert done.returncode == 0
+    assert all(name in done.stdout for name in ("pretrain", "info", "bench", "demo"))
+
+
+def test_info() -> None:
+    done = run("info")
+    assert done.returncode == 0, done.stderr
+    facts = dict(line.split(maxsplit=1) for line in done.stdout.splitlines())
+    assert facts["maskops"] == maskops.__version__
+    assert {"torch", "_C", "_C_cuda", "cuda", "triton"} <= set(facts)
+
+
+def test_pretrain_resume_and_refusal(tmp_path: Path) -> None:
+    images, out = tmp_path / "images", tmp_path / "out"
+    images.mkdir()
+    for i in range(3):
+        Image.new("RGB", (40, 30), (80 * i, 50, 200 - 80 * i)).save(images / f"{i}.png")
+    command = [
+        "pretrain", "--system", "mae", "--images", images, "--out", out, "--size", "tiny", "--image-size", 32, "--patch-size", 8,
+        "--batch-size", 3, "--epochs", 2, "--workers", 0,
+    ]  # fmt: skip
+    done = run(*command)
+    assert done.returncode == 0, done.stderr
+    assert "2 steps, loss" in done.stdout and (out / "model" / "model.safetensors").exists()
+    assert "images/s" in done.stderr and "left" in done.stderr
+    refused = run(*command)
+    assert refused.returncode == 2 and "holds a run already" in refused.stderr and "Traceback" not in refused.stderr
+    assert run(*command, "--resume").returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ((), "no images"),
+        (("--image-size", 30), "image_size must be a multiple of patch_size 16, got 30"),
+        (("--mask-ratio", 0.999), "keeps none of 196 patches"),
+        (("--size", "huge"), "huge"),
+    ],
+)
+def test_wrong_use_is_exit_code_2_and_one_message(tmp_path: Path, args: tuple, message: str) -> None:
+    (tmp_path / "images").mkdir()
+    done = run("pretrain", "--images", tmp_path / "images", "--out", tmp_path / "out", "--size", "tiny", *args)
+    assert done.returncode == 2
+    assert message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_unknown_system_names_the_known_ones(tmp_path: Path) -> None:
+    done = run("pretrain", "--system", "nothing", "--images", tmp_path, "--out", tmp_path)
+    assert done.returncode == 2 and "mae" in done.stderr

@@ -1,0 +1,227 @@
+"""Training: killed and resumed, on two processes, on bad folders."""
+
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+pytest.importorskip("accelerate")
+
+from maskops import checkpoint  # noqa: E402
+from maskops.checkpoint import CheckpointError  # noqa: E402
+from maskops.data import Crop, EmptyFolderError, GlobalBatches, ImageFolder, Key, load_rgb  # noqa: E402
+
+PROGRAM = """
+import sys
+from pathlib import Path
+from maskops.models.mae import MAEConfig
+from maskops.train import Settings, pretrain
+
+config = MAEConfig(image_size=32, patch_size=8, dim=32, depth=1, heads=2, mlp_dim=64, decoder_dim=32, decoder_depth=1,
+                   decoder_heads=2, decoder_mlp_dim=64)
+images, out, batch, epochs, resume, workers = sys.argv[1:7]
+result = pretrain(config, Settings(
+    Path(images), Path(out), epochs=float(epochs), batch_size=int(batch), lr=3e-2, warmup_epochs=1, resume=resume == "resume",
+    workers=int(workers), save_every=3, seed=5))
+print("LOSS", result.loss, "UNREADABLE", len(result.unreadable))
+"""
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("images")
+    rng = random.Random(0)
+    for i in range(7):
+        colours = bytes(rng.randrange(256) for _ in range(6 * 5 * 3))
+        Image.frombytes("RGB", (6, 5), colours).resize((60, 50), Image.Resampling.BICUBIC).save(folder / f"{i}.png")
+    return folder
+
+
+def command(images: Path, out: Path, *, batch: int = 4, epochs: float = 12, resume: str = "new", workers: int = 0) -> list[str]:
+    return [sys.executable, "-P", "-c", PROGRAM, *map(str, (images, out, batch, epochs, resume, workers))]
+
+
+def environment(**extra: str) -> dict[str, str]:
+    # One thread: the machine may be busy, and two processes must not fight for the cores.
+    return {**os.environ, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0", **extra}
+
+
+def train(*args: object, **kwargs: object) -> str:
+    done = subprocess.run(command(*args, **kwargs), env=environment(), capture_output=True, text=True, timeout=110)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def losses(out: Path) -> list[float]:
+    rows = [json.loads(line) for line in (out / "losses.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
+    return [row["loss"] for row in rows]
+
+
+@pytest.fixture(scope="module")
+def unbroken(images: Path, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    out = tmp_path_factory.mktemp("unbroken") / "run"
+    train(images, out)
+    found = losses(out)
+    assert len(found) == 21 and found[-1] < found[0]
+    return found
+
+
+def test_killed_runs_resume_to_the_same_losses(images: Path, tmp_path: Path, unbroken: list[float]) -> None:
+    out, rng = tmp_path / "run", random.Random(1)
+    for kill_at in (2, 8, 14):
+        # Killed once a step has been logged, a random moment later: in a step, in a save, between two files of a checkpoint.
+        process = subprocess.Popen(
+            command(images, out, resume="resume"), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        )
+        log = out / "losses.jsonl"
+        deadline = time.monotonic() + 60
+        while process.poll() is None and (not log.exists() or log.read_text().count("\n") < kill_at):
+            assert time.monotonic() < deadline, "the run is stuck"
+            time.sleep(0.001)
+        assert process.poll() is None or process.returncode == 0, process.stderr.read()
+        time.sleep(rng.random() * 0.02)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    (out / "checkpoints").mkdir(parents=True, exist_ok=True)
+    (out / "checkpoints" / ".partial-00000099-1").mkdir()
+    with open(out / "losses.jsonl", "a") as file:
+        file.write('{"step": 99, "lo')
+    train(images, out, resume="resume")
+    assert losses(out) == unbroken
+    left = sorted(path.name for path in (out / "checkpoints").iterdir())
+    assert left[-1] == "step-00000021" and not any("partial" in name for name in left)
+
+
+def test_workers_give_the_same_losses(images: Path, tmp_path: Path, unbroken: list[float]) -> None:
+    train(images, tmp_path / "run", workers=2)
+    assert losses(tmp_path / "run") == unbroken
+
+
+def test_two_processes_equal_one_with_the_doubled_batch(images: Path, tmp_path: Path, unbroken: list[float]) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "1"}
+    processes = [
+        subprocess.Popen(
+            command(images, tmp_path / "run", batch=2),
+            env=environment(**shared, RANK=str(rank), LOCAL_RANK=str(rank)), stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE, text=True,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    try:
+        outputs = [process.communicate(timeout=100) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    torch.testing.assert_close(torch.tensor(losses(tmp_path / "run")), torch.tensor(unbroken), rtol=1e-4, atol=1e-5)
+
+
+def test_unreadable_images_are_named_counted_and_skipped(images: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for path in images.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    (folder / "text.png").write_text("not an image")
+    whole = (images / "0.png").read_bytes()
+    (folder / "cut_off.png").write_bytes(whole[: len(whole) // 2])
+    output = train(folder, tmp_path / "run", epochs=2)
+    assert "text.png: cannot identify image file" in output
+    assert "cut_off.png: the file cannot be decoded" in output
+    assert output.count("1 unreadable image skipped:") == 2
+    assert output.strip().endswith("UNREADABLE 2")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [({}, "no images"), ({"a.txt": "x"}, "no images"), ({"a.png": "x"}, "none of 1 images can be read")]
+)
+def test_folder_without_images(tmp_path: Path, content: dict[str, str], message: str) -> None:
+    for name, text in content.items():
+        (tmp_path / name).write_text(text)
+    with pytest.raises(EmptyFolderError, match=message):
+        ImageFolder(tmp_path, Crop((8, 8)))
+    with pytest.raises(EmptyFolderError, match="is not a folder"):
+        ImageFolder(tmp_path / "missing", Crop((8, 8)))
+
+
+def test_folder_in_which_nothing_decodes(images: Path, tmp_path: Path) -> None:
+    whole = (images / "0.png").read_bytes()
+    (tmp_path / "a.png").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(EmptyFolderError, match="none of 1 images can be decoded"):
+        ImageFolder(tmp_path, Crop((8, 8)))[Key(0, 0)]
+
+
+def test_samples_depend_on_seed_epoch_and_index_only(images: Path) -> None:
+    def sample(seed: int, epoch: int, index: int, cache_mb: int = 256) -> torch.Tensor:
+        return ImageFolder(images, Crop((16, 16)), seed, cache_mb)[Key(epoch, index)][0]
+
+    first = sample(0, 0, 1)
+    torch.rand(3)
+    random.random()
+    assert torch.equal(sample(0, 0, 1, cache_mb=0), first)
+    assert not any(torch.equal(sample(*other), first) for other in ((1, 0, 1), (0, 1, 1), (0, 0, 2)))
+
+
+def test_crops_stay_inside_narrow_images() -> None:
+    rng, crop = random.Random(0), Crop((8, 8))
+    for size in ((1, 1), (500, 1), (1, 500), (37, 11)):
+        for _ in range(20):
+            left, top, right, bottom = crop.box(*size, rng)
+            assert 0 <= left < right <= size[0] and 0 <= top < bottom <= size[1]
+
+
+def test_odd_image_modes_become_rgb(tmp_path: Path) -> None:
+    Image.new("I;16", (4, 4), 257 * 100).save(tmp_path / "deep.png")
+    Image.new("RGBA", (4, 4), (0, 0, 0, 0)).save(tmp_path / "clear.png")
+    Image.new("L", (4, 4), 7).save(tmp_path / "grey.png")
+    found = {path.stem: load_rgb(path).getpixel((0, 0)) for path in tmp_path.iterdir()}
+    assert found == {"deep": (100, 100, 100), "clear": (255, 255, 255), "grey": (7, 7, 7)}
+
+
+def test_batches_cover_each_epoch_once_over_all_processes() -> None:
+    keys = [
+        key
+        for step in range(7)
+        for rank in range(2)
+        for key in next(iter(GlobalBatches(5, 3, seed=0, start=step, stop=step + 1, rank=rank, processes=2)))
+    ]
+    assert keys[:30] == [key for batch in GlobalBatches(5, 6, seed=0, start=0, stop=5) for key in batch]
+    for epoch in range(8):
+        assert sorted(key.index for key in keys if key.epoch == epoch) == list(range(5))
+
+
+def test_a_run_is_neither_overwritten_nor_mixed(images: Path, tmp_path: Path) -> None:
+    from maskops.models.mae import MAEConfig
+    from maskops.train import Settings, load_pretrained, pretrain
+
+    config = MAEConfig.of_size("tiny", image_size=32, patch_size=16, mask_ratio=0.5, depth=1, decoder_depth=1)
+    settings = dict(images=images, out=tmp_path / "run", epochs=1, batch_size=4, workers=0)
+    result = pretrain(config, Settings(**settings))
+    assert load_pretrained(tmp_path / "run").config == config
+    with pytest.raises(CheckpointError, match="holds a run already"):
+        pretrain(config, Settings(**settings))
+    with pytest.raises(CheckpointError, match="seed was 0, now 1"):
+        pretrain(config, Settings(**settings, seed=1, resume=True))
+    again = pretrain(config, Settings(**settings, resume=True))
+    assert (again.step, again.loss) == (result.step, result.loss)
+
+
+def test_a_half_deleted_checkpoint_is_never_found(tmp_path: Path) -> None:
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    for step in (1, 2, 3):
+        checkpoint.save(tmp_path, step, model, optimizer, {"step": step}, keep=2)
+    assert [path.name for path in checkpoint.finished(tmp_path)] == ["step-00000002", "step-00000003"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000002", "step-00000003"]

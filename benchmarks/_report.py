@@ -106,6 +106,11 @@ def print_rows(family: str, rows: list[Row], seconds: float) -> None:
             continue
         table.add_row(*cells_of(row))
     console.print(table)
+    busiest = max((row["load"] for row in rows if "load" in row), default=0.0)
+    if busiest > max((row["threads"] for row in rows), default=1) + 1:
+        console.print(
+            f"load reached {busiest:.1f}: other programs were running, so times, and ratios of short calls, are rough"
+        )
     absent = {(name, reason) for row in rows for name, reason in row.get("absent", {}).items()}
     for name, reason in sorted(absent):
         console.print(f"not measured: {name}: {reason}", markup=False)

@@ -116,7 +116,7 @@ def measure_case(case: Case, family: str, threads: int, args: argparse.Namespace
     for cache in variants(case, device, inputs):
         times, faults, rounds = measure_variant(case, cache, calls, inputs, args)
         row = row_of({**base, "cache": cache}, times, case.asked if cache == HOT else {})
-        row |= {"rounds": rounds, "page_faults": faults, "absent": absent}
+        row |= {"rounds": rounds, "page_faults": faults, "absent": absent, "load": os.getloadavg()[0]}
         if case.work is not None:
             row["roof"] = roof_of(case, case.work(inputs), row["ours_ms"], machine, threads)
         rows.append(row)
@@ -200,10 +200,10 @@ def main() -> int:
                     f"{family}: {case.name}, {case.mode}, {case.dtype}, {threads} threads", file=sys.stderr, flush=True
                 )
                 measured += measure_case(case, family, threads, args, machine)
+                if args.json:
+                    write_json(args.json, machine, rows + measured)
         print_rows(family, measured, time.perf_counter() - began)
         rows += measured
-        if args.json:
-            write_json(args.json, machine, rows)
     return 1 if any("refused" in row for row in rows) else 0
 
 

@@ -148,5 +148,5 @@ def _samples():
 AOT_SAMPLES = _samples()
 LIMITS = {
     "mask_sampling_uniform": {"dtypes": (), "reason": "takes no floating tensor; N < 2^30"},
-    "mask_sampling_rank": {"dtypes": ("float32", "float64"), "reason": "noise of 16 bits would tie too often"},
+    "mask_sampling_rank": {"dtypes": (torch.float32, torch.float64), "reason": "noise of 16 bits would tie too often"},
 }

@@ -47,9 +47,9 @@ def record_all(quick):
     for family in FAMILIES:
         module = importlib.import_module(f"maskops.kernels.{family}")
         for op, samples in module.AOT_SAMPLES.items():
-            dtypes = module.LIMITS[op]["dtypes"] or ("float32",)
+            dtypes = module.LIMITS[op]["dtypes"] or (torch.float32,)
             if quick:
-                dtypes = ("bfloat16",) if "bfloat16" in dtypes else dtypes[:1]
+                dtypes = (torch.bfloat16,) if torch.bfloat16 in dtypes else dtypes[:1]
             for dtype in dtypes:
                 for sample in samples:
                     for launch in _record(getattr(module, op), sample, dtype):
@@ -66,16 +66,16 @@ def _three_of_each_kernel(launches):
 
 
 def _record(launcher, sample, dtype):
-    names = {"float": dtype, "accumulator": "float64" if dtype == "float64" else "float32"}
+    dtypes = {"float": dtype, "accumulator": torch.float64 if dtype == torch.float64 else torch.float32}
 
     def tensor(a):
-        return torch.empty(a.shape, dtype=getattr(torch, names.get(a.dtype, a.dtype)), device="meta")
+        return torch.empty(a.shape, dtype=dtypes.get(a.dtype) or getattr(torch, a.dtype), device="meta")
 
     args = [tensor(a) if isinstance(a, Arg) else a for a in sample]
     found = []
     before = torch.get_float32_matmul_precision()
     try:
-        for precision in ("highest", "high") if dtype == "float32" else ("highest",):
+        for precision in ("highest", "high") if dtype == torch.float32 else ("highest",):
             torch.set_float32_matmul_precision(precision)
             with record_launches() as recorded:
                 launcher(*args)

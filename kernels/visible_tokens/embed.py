@@ -28,7 +28,7 @@ SCATTERED_TILE = (64, 64, 16, 8, 2)
 TILES = {
     2: ((128, 128, 64, 8, 3), (64, 128, 64, 4, 3)),
     4: ((64, 64, 16, 8, 2), (32, 64, 16, 4, 2)),
-    8: ((32, 32, 16, 4, 1),),
+    8: ((32, 32, 16, 8, 1), (32, 32, 16, 4, 1)),
 }
 ENOUGH_PROGRAMS = 264  # two per multiprocessor of an H100
 
@@ -135,8 +135,7 @@ def _grad_images(grad, images, weight, ids):
     grid = patch_grid(out, weight.shape[2:])
     (B, slots), E = grad.shape[:2], weight.shape[0]
     # Every pixel of the result has its own address until it is stored: the largest tile would spill them.
-    largest = 1 if grad.dtype.itemsize < 8 else 0
-    tile = _tile(grad.dtype, B * slots, grid.values, grid.patch["PW"], largest=largest)
+    tile = _tile(grad.dtype, B * slots, grid.values, grid.patch["PW"], largest=1)
     launch(
         _grad_images_kernel, cdiv(B * slots, tile["BLOCK_M"]) * cdiv(grid.values, tile["BLOCK_N"]),
         grad, weight.contiguous(), ids, out, B * slots, slots, E, *grid.grid[1:], grad.stride(0), grad.stride(1),

@@ -3,6 +3,7 @@
 scripts/gpu_check.py runs the launchers on meta tensors of these shapes, records what they would launch and compiles it.
 """
 
+import torch
 from maskops.kernels._common import Arg
 
 # One width per column tile (256, 128, 64, 32, 16); odd ones also take the path without 16-byte vectors.
@@ -92,5 +93,5 @@ AOT_SAMPLES = {
     "_visible_tokens_embed_backward": _embed_samples(backward=True),
 }  # fmt: skip
 
-_FLOATS = ("float32", "float64", "bfloat16", "float16")
+_FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 LIMITS = {name: {"dtypes": _FLOATS, "reason": ""} for name in AOT_SAMPLES}

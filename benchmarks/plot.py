@@ -32,7 +32,9 @@ def draw(rows: list[dict[str, Any]], machine: dict[str, Any], path: Path) -> Non
         height=0.7,
     )
     for y, row in enumerate(rows):
-        axis.text(row["ratio"] * 1.03, y, f"{row['ratio']:.2f}  vs {row['best_rival']}", va="center", fontsize=7.5)
+        axis.text(
+            max(row["ratio"], 1) * 1.03, y, f"{row['ratio']:.2f}  vs {row['best_rival']}", va="center", fontsize=7.5
+        )
     axis.set_yticks(range(len(rows)), [label(row) for row in rows], fontsize=7.5)
     axis.set_xscale("log", base=2)
     top = max(r["ratio"] for r in rows)

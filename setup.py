@@ -168,7 +168,7 @@ def include_flags() -> list[str]:
     import torch
 
     base = Path(torch.__file__).parent / "include"
-    return [f"-I{ROOT / 'csrc'}", f"-isystem{base}", f"-isystem{base / 'torch/csrc/api/include'}"]
+    return [f"-I{ROOT / 'csrc'}", "-isystem", str(base), "-isystem", str(base / "torch/csrc/api/include")]
 
 
 def torch_link_flags(library: str) -> list[str]:

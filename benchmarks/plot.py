@@ -25,12 +25,9 @@ def draw(rows: list[dict[str, Any]], machine: dict[str, Any], path: Path) -> Non
     families = list(dict.fromkeys(row["family"] for row in rows))
     rows = sorted(rows, key=lambda row: (families.index(row["family"]), -row["ratio"]))[::-1]
     figure, axis = plt.subplots(figsize=(11, 1.6 + 0.27 * len(rows)), layout="constrained")
-    axis.barh(
-        range(len(rows)),
-        [r["ratio"] for r in rows],
-        color=[FASTER if r["ratio"] >= 1 else SLOWER for r in rows],
-        height=0.7,
-    )
+    # Bars start at 1x, so that those of slower cases point the other way.
+    colours = [FASTER if r["ratio"] >= 1 else SLOWER for r in rows]
+    axis.barh(range(len(rows)), [r["ratio"] - 1 for r in rows], left=1, color=colours, height=0.7)
     for y, row in enumerate(rows):
         axis.text(
             max(row["ratio"], 1) * 1.03, y, f"{row['ratio']:.2f}  vs {row['best_rival']}", va="center", fontsize=7.5

@@ -100,13 +100,13 @@ def pretrain(
 
 @app.command()
 def info() -> None:
-    """Versions, CPU features and the instruction set in use, compiled libraries and GPU backends, each with the reason if it is missing."""
+    """Versions, CPU features, the instruction set in use, compiled libraries and GPU backends, with the reason if one is missing."""
     print("\n".join(f"{name:<14}{value}" for name, value in _facts().items()))
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def bench(context: typer.Context) -> None:
-    """Run the benchmarks of a source tree; arguments are those of benchmarks/run.py (see `maskops bench --family visible_tokens`)."""
+    """Run the benchmarks of a source tree; arguments are those of benchmarks/run.py."""
     if not _BENCHMARKS.exists():
         _fail("the benchmarks are in the source tree only: clone it, `pip install -e '.[bench]'`, then run this again", 2)
     raise typer.Exit(subprocess.call([sys.executable, str(_BENCHMARKS), *context.args]))

@@ -141,7 +141,7 @@ def to_pixels(images: Tensor) -> Tensor:
 
 
 def _why_unreadable(path: Path) -> str:
-    """The reason why Pillow cannot open this file, or an empty string. Reads the header only: a large folder is checked in seconds."""
+    """The reason why Pillow cannot open this file, or an empty string. Reads the header only, which is fast."""
     try:
         with Image.open(path) as image:
             return "" if image.width and image.height else "the image is empty"
@@ -152,8 +152,8 @@ def _why_unreadable(path: Path) -> str:
 class GlobalBatches(Sampler[list[Key]]):
     """For each step from `start` to `stop`: the keys of one process.
 
-    All epochs form one stream of samples, each epoch shuffled anew. Step s takes positions [s * G, (s + 1) * G) of it, G = batch_size *
-    processes, and process r takes the r-th part of those: two processes see exactly what one process sees with the doubled batch.
+    All epochs form one stream of samples, each epoch shuffled anew. Step s takes positions [s * G, (s + 1) * G) of it,
+    G = batch_size * processes, and process r takes the r-th part of those: two processes see exactly what one process sees with the doubled batch.
     """
 
     def __init__(self, length: int, batch_size: int, seed: int, start: int, stop: int, rank: int = 0, processes: int = 1):

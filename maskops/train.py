@@ -1,7 +1,7 @@
 """Pre-training on a folder of images, on Hugging Face Accelerate: one process, or many under `accelerate launch` or `torchrun`.
 
-The same losses come out of an unbroken run, of a run killed and resumed, and of two processes with half the batch each: crops and masks
-depend on (seed, position in the stream of samples) alone, and a checkpoint holds everything else.
+The same losses come out of an unbroken run, of a run killed and resumed, and of two processes with half the batch each:
+crops and masks depend on (seed, position in the stream of samples) alone, and a checkpoint holds everything else.
 """
 
 import dataclasses

@@ -16,9 +16,9 @@ from PIL import Image
 
 pytest.importorskip("accelerate")
 
-from maskops import checkpoint  # noqa: E402
-from maskops.checkpoint import CheckpointError  # noqa: E402
-from maskops.data import Crop, EmptyFolderError, GlobalBatches, ImageFolder, Key, load_rgb  # noqa: E402
+from maskops import checkpoint
+from maskops.checkpoint import CheckpointError
+from maskops.data import Crop, EmptyFolderError, GlobalBatches, ImageFolder, Key, load_rgb
 
 PROGRAM = """
 import sys

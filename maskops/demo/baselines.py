@@ -1,4 +1,7 @@
-"""What a reconstruction must beat: two guesses that need no learning.  Patches [B, N, V] on a grid of h x w; mask bool [B, N], True = masked."""
+"""What a reconstruction must beat: two guesses that need no learning.
+
+Patches [B, N, V] on a grid of h x w; mask bool [B, N], True = masked.
+"""
 
 import torch
 import torch.nn.functional as F

@@ -1,4 +1,4 @@
-"""The demo's photos: those that ship inside the wheels of scikit-image and scikit-learn, each cut into a training and a held-out part."""
+"""The demo's photos, from the wheels of scikit-image and scikit-learn, each cut into a training and a held-out part."""
 
 from importlib.util import find_spec
 from pathlib import Path

@@ -77,8 +77,8 @@ def write_speed(folder: Path, rows: list[dict[str, object]]) -> str:
         cells = f"{ours:.0f} | {usual:.0f} | {everything:.0f} | {ours / usual:.2f} | {ours / everything:.2f}"
         lines.append(f"| {row['model']}, batch {row['batch']} | {cells} |")
     note = (
-        f"float32 on {torch.get_num_threads()} threads, forward, backward and AdamW step, median of interleaved runs. Same weights; "
-        f"losses and gradients of the first two were checked to be equal. The transformer blocks are the same code in all three."
+        f"float32 on {torch.get_num_threads()} threads, forward, backward and AdamW step, median of interleaved runs. "
+        f"Same weights; losses and gradients of the first two were checked to be equal. The transformer blocks are the same code in all three."
     )
     table = "\n".join(lines)
     (folder / "speed.md").write_text(f"{table}\n\n{note}\n")

@@ -1,4 +1,7 @@
-"""The MAE step written the usual way, on the weights of our model: what the speed table compares with. The transformer blocks are shared."""
+"""The MAE step written the usual way, on the weights of our model: what the speed table compares with.
+
+The transformer blocks are shared.
+"""
 
 import torch
 import torch.nn.functional as F

@@ -1,12 +1,12 @@
 """MAE: a ViT encoder on the visible patches only and a light decoder that paints the masked ones.
 
 He et al., "Masked Autoencoders Are Scalable Vision Learners", 2022. Numbers, initialisation and parameter names are the
-published ones, so published checkpoints load with load_state_dict. B images, N patches, K visible, D encoder width, V values per patch.
+published ones, so published checkpoints load with load_state_dict.
+B images, N patches, K visible, D encoder width, V values per patch.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -34,7 +34,8 @@ class MAEOutput(NamedTuple):
 class MAEConfig:
     """Sizes of an MAE. MAEConfig.of_size("base") gives the published ones.
 
-    norm_pix trains on patches normalised by their own mean and deviation, the paper's better recipe. image_size: int or (height, width).
+    norm_pix trains on patches normalised by their own mean and deviation, the paper's better recipe.
+    image_size: int or (height, width).
     """
 
     image_size: int | tuple[int, int] = 224
@@ -91,8 +92,10 @@ class MAEConfig:
 
 # base and large are published; small and tiny are the usual ViT sizes with a decoder to match.
 SIZES: dict[str, dict[str, int]] = {
-    "tiny": dict(dim=192, depth=12, heads=3, mlp_dim=768, decoder_dim=128, decoder_depth=4, decoder_heads=4, decoder_mlp_dim=512),
-    "small": dict(dim=384, depth=12, heads=6, mlp_dim=1536, decoder_dim=256, decoder_depth=6, decoder_heads=8, decoder_mlp_dim=1024),
+    "tiny": dict(dim=192, depth=12, heads=3, mlp_dim=768,
+                 decoder_dim=128, decoder_depth=4, decoder_heads=4, decoder_mlp_dim=512),
+    "small": dict(dim=384, depth=12, heads=6, mlp_dim=1536,
+                  decoder_dim=256, decoder_depth=6, decoder_heads=8, decoder_mlp_dim=1024),
     "base": dict(dim=768, depth=12, heads=12, mlp_dim=3072),
     "large": dict(dim=1024, depth=24, heads=16, mlp_dim=4096),
 }  # fmt: skip
@@ -208,7 +211,7 @@ class MAE(nn.Module):
 
     @classmethod
     def from_hf(cls, hf_model: ViTMAEForPreTraining) -> MAE:
-        """The same model, weights copied, from a transformers ViTMAEForPreTraining. ValueError for what has no counterpart (dropout)."""
+        """The same model, weights copied, from a transformers ViTMAEForPreTraining. ValueError if it has dropout."""
         model = cls(config_from_hf(hf_model.config))
         reference = next(hf_model.parameters())
         model.to(device=reference.device, dtype=reference.dtype)

@@ -100,7 +100,7 @@ def pretrain(
 
 @app.command()
 def info() -> None:
-    """Versions, CPU features, the instruction set in use, compiled libraries and GPU backends, with the reason if one is missing."""
+    """Versions, CPU features, the instruction set in use, compiled libraries and GPU backends, with reasons if missing."""
     print("\n".join(f"{name:<14}{value}" for name, value in _facts().items()))
 
 

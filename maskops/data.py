@@ -153,7 +153,8 @@ class GlobalBatches(Sampler[list[Key]]):
     """For each step from `start` to `stop`: the keys of one process.
 
     All epochs form one stream of samples, each epoch shuffled anew. Step s takes positions [s * G, (s + 1) * G) of it,
-    G = batch_size * processes, and process r takes the r-th part of those: two processes see exactly what one process sees with the doubled batch.
+    G = batch_size * processes, and process r takes the r-th part:
+    two processes see exactly what one process sees with the doubled batch.
     """
 
     def __init__(self, length: int, batch_size: int, seed: int, start: int, stop: int, rank: int = 0, processes: int = 1):

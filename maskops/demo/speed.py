@@ -78,7 +78,8 @@ def write_speed(folder: Path, rows: list[dict[str, object]]) -> str:
         lines.append(f"| {row['model']}, batch {row['batch']} | {cells} |")
     note = (
         f"float32 on {torch.get_num_threads()} threads, forward, backward and AdamW step, median of interleaved runs. "
-        f"Same weights; losses and gradients of the first two were checked to be equal. The transformer blocks are the same code in all three."
+        f"Same weights; losses and gradients of the first two were checked to be equal. "
+        f"The transformer blocks are the same code in all three."
     )
     table = "\n".join(lines)
     (folder / "speed.md").write_text(f"{table}\n\n{note}\n")

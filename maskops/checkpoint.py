@@ -1,6 +1,6 @@
 """Checkpoints that survive a kill at any moment: safetensors and JSON in a folder that appears whole or not at all.
 
-    OUT/checkpoints/step-00000200/{model.safetensors, optimizer.safetensors, state.json}
+OUT/checkpoints/step-00000200/{model.safetensors, optimizer.safetensors, state.json}
 """
 
 import json
@@ -20,7 +20,9 @@ class CheckpointError(RuntimeError):
     """A checkpoint that is missing, or that does not fit the run."""
 
 
-def save(folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any], keep: int) -> Path:
+def save(
+    folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any], keep: int
+) -> Path:
     """Write the checkpoint of `step` below `folder` and delete all but the newest `keep`."""
     folder.mkdir(parents=True, exist_ok=True)
     partial, final = folder / f"{_PARTIAL}{step:08d}-{os.getpid()}", folder / f"{_PREFIX}{step:08d}"
@@ -95,7 +97,9 @@ def load_optimizer(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Op
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The optimiser's tensors as {"exp_avg/<parameter name>": tensor}."""
     slots = ((name, optimizer.state.get(p, {})) for name, p in model.named_parameters())
-    return {f"{slot}/{name}": value for name, state in slots for slot, value in state.items() if isinstance(value, Tensor)}
+    return {
+        f"{slot}/{name}": value for name, state in slots for slot, value in state.items() if isinstance(value, Tensor)
+    }
 
 
 def write_atomic(path: Path, text: str) -> None:

@@ -59,13 +59,19 @@ def pretrain(
     image_size: Annotated[int, typer.Option(min=1, help="Height and width of the crops.")] = 224,
     patch_size: Annotated[int, typer.Option(min=1, help="Height and width of a patch.")] = 16,
     norm_pix: Annotated[bool, typer.Option(help="Predict patches normalised by their mean and deviation.")] = True,
-    lr: Annotated[float, typer.Option(min=0.0, help="Learning rate for 256 images a step; scaled with the batch.")] = 1.5e-4,
+    lr: Annotated[
+        float, typer.Option(min=0.0, help="Learning rate for 256 images a step; scaled with the batch.")
+    ] = 1.5e-4,
     warmup_epochs: Annotated[float | None, typer.Option(min=0.0, help="Default: 5% of the epochs.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the weights, the crops and the masks.")] = 0,
     workers: Annotated[int, typer.Option(min=0, help="Processes that load images, per training process.")] = 2,
     bf16: Annotated[bool, typer.Option("--bf16", help="Mixed precision in bfloat16.")] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in --out, if there is one.")] = False,
-    save_every: Annotated[int | None, typer.Option(min=1, help="Steps between checkpoints. Default: every 5 minutes.")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the newest checkpoint in --out, if there is one.")
+    ] = False,
+    save_every: Annotated[
+        int | None, typer.Option(min=1, help="Steps between checkpoints. Default: every 5 minutes.")
+    ] = None,
 ) -> None:
     """Pre-train a model on a folder of images. On several processes or machines: `accelerate launch -m maskops pretrain ...`."""
     _need("accelerate", "safetensors", "PIL", "rich")
@@ -93,7 +99,9 @@ def pretrain(
     except KeyboardInterrupt:
         print(f"maskops: interrupted; add --resume to go on from the last checkpoint in {out}", file=sys.stderr)
         raise typer.Exit(130) from None
-    print(f"{result.step} steps, loss {result.loss:.4f}, {result.images_per_second:.0f} images/s: {result.model_folder}")
+    print(
+        f"{result.step} steps, loss {result.loss:.4f}, {result.images_per_second:.0f} images/s: {result.model_folder}"
+    )
     if result.unreadable:
         print(f"{len(result.unreadable)} unreadable images were skipped")
 
@@ -108,14 +116,20 @@ def info() -> None:
 def bench(context: typer.Context) -> None:
     """Run the benchmarks of a source tree; arguments are those of benchmarks/run.py."""
     if not _BENCHMARKS.exists():
-        _fail("the benchmarks are in the source tree only: clone it, `pip install -e '.[bench]'`, then run this again", 2)
+        _fail(
+            "the benchmarks are in the source tree only: clone it, `pip install -e '.[bench]'`, then run this again", 2
+        )
     raise typer.Exit(subprocess.call([sys.executable, str(_BENCHMARKS), *context.args]))
 
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(help="Where pictures, tables and the run go; a run there is replaced.")] = Path("out/demo"),
-    seconds: Annotated[float, typer.Option(min=1.0, help="Time for training; a slow machine takes fewer steps.")] = 210.0,
+    out: Annotated[Path, typer.Option(help="Where pictures, tables and the run go; a run there is replaced.")] = Path(
+        "out/demo"
+    ),
+    seconds: Annotated[
+        float, typer.Option(min=1.0, help="Time for training; a slow machine takes fewer steps.")
+    ] = 210.0,
 ) -> None:
     """Pre-train a small MAE on the photos that scikit-image and scikit-learn ship, and judge it on regions it has not seen."""
     _need("accelerate", "safetensors", "PIL", "rich", "matplotlib", "skimage", "sklearn")

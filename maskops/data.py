@@ -157,7 +157,9 @@ class GlobalBatches(Sampler[list[Key]]):
     two processes see exactly what one process sees with the doubled batch.
     """
 
-    def __init__(self, length: int, batch_size: int, seed: int, start: int, stop: int, rank: int = 0, processes: int = 1):
+    def __init__(
+        self, length: int, batch_size: int, seed: int, start: int, stop: int, rank: int = 0, processes: int = 1
+    ):
         self.length, self.batch_size, self.seed = length, batch_size, seed
         self.start, self.stop, self.rank, self.processes = start, stop, rank, processes
         self._epoch, self._order = -1, torch.empty(0)

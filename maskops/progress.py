@@ -14,7 +14,9 @@ _LINE_EVERY = 10.0  # seconds between two lines in a log file
 class TrainingProgress:
     """Use as a context; `update` after every step. Prints nothing if not `shown` (processes other than the first)."""
 
-    def __init__(self, total: int, done: int = 0, *, title: str = "train", shown: bool = True, stream: TextIO | None = None):
+    def __init__(
+        self, total: int, done: int = 0, *, title: str = "train", shown: bool = True, stream: TextIO | None = None
+    ):
         self.total, self.start, self.title, self.shown = total, done, title, shown
         self.console = Console(file=stream or sys.stderr)
         self._bar: Progress | None = None
@@ -29,7 +31,9 @@ class TrainingProgress:
             self._bar.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._bar:
             self._bar.stop()
 

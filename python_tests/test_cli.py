@@ -17,7 +17,12 @@ def run(*args: object, cwd: Path | None = None) -> subprocess.CompletedProcess:
     # Not from the repository root: there `python -m` puts our kernels/ folder in front of Hugging Face's package.
     env = {**os.environ, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0", "COLUMNS": "200"}
     return subprocess.run(
-        [sys.executable, "-P", "-m", "maskops", *map(str, args)], capture_output=True, text=True, env=env, cwd=cwd, timeout=100
+        [sys.executable, "-P", "-m", "maskops", *map(str, args)],
+        capture_output=True,
+        text=True,
+        env=env,
+        cwd=cwd,
+        timeout=100,
     )
 
 

@@ -46,7 +46,9 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def command(images: Path, out: Path, *, batch: int = 4, epochs: float = 12, resume: str = "new", workers: int = 0) -> list[str]:
+def command(
+    images: Path, out: Path, *, batch: int = 4, epochs: float = 12, resume: str = "new", workers: int = 0
+) -> list[str]:
     return [sys.executable, "-P", "-c", PROGRAM, *map(str, (images, out, batch, epochs, resume, workers))]
 
 
@@ -145,7 +147,8 @@ def test_unreadable_images_are_named_counted_and_skipped(images: Path, tmp_path:
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [({}, "no images"), ({"a.txt": "x"}, "no images"), ({"a.png": "x"}, "none of 1 images can be read")]
+    ("content", "message"),
+    [({}, "no images"), ({"a.txt": "x"}, "no images"), ({"a.png": "x"}, "none of 1 images can be read")],
 )
 def test_folder_without_images(tmp_path: Path, content: dict[str, str], message: str) -> None:
     for name, text in content.items():

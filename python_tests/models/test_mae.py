@@ -71,7 +71,9 @@ def test_float32_and_full_encoder_equal_to_transformers() -> None:
     torch.testing.assert_close(ours(images, noise).loss, hf(images, noise=noise).loss, rtol=1e-5, atol=1e-6)
     hf.vit.config.mask_ratio = 0.0
     in_order = torch.arange(16.0).expand(2, 16)
-    torch.testing.assert_close(ours.encode(images), hf.vit(images, noise=in_order).last_hidden_state, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        ours.encode(images), hf.vit(images, noise=in_order).last_hidden_state, rtol=1e-4, atol=1e-5
+    )
 
 
 def test_equal_noise_keeps_the_lower_index() -> None:

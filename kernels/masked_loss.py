@@ -98,7 +98,7 @@ def _loss_kernel(pred_ptr, images_ptr, restore_ptr, keep_ptr, hide_ptr, loss_ptr
         else:
             value = tl.where(size < BETA, 0.5 * error * error / BETA, size - 0.5 * BETA)
         total += tl.where(mask, value, 0.0)
-    tl.store(loss_ptr + r, tl.sum(total, 1) / V, mask=r < rows)
+    tl.store(loss_ptr + r, tl.where(chosen, tl.sum(total, 1) / V, 0.0), mask=r < rows)
     tl.store(stats_ptr + 2 * r, tl.where(chosen, mean, 0.0), mask=r < rows)
     tl.store(stats_ptr + 2 * r + 1, tl.where(chosen, rstd, 0.0), mask=r < rows)
 

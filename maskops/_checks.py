@@ -1,5 +1,6 @@
 """The wording of every error about an argument; csrc/common/check.h says the same sentences for the C++ backends."""
 
+import operator
 from collections.abc import Sequence
 
 import torch
@@ -17,10 +18,34 @@ def describe(x: Tensor) -> str:
     return f"{str(x.dtype).removeprefix('torch.')} [{', '.join(str(int(s)) for s in x.shape)}]"
 
 
+def check_is_tensor(op: str, arg: str, x: object) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{op}: {arg} must be a tensor, got {type(x).__name__}")
+
+
+def integer(op: str, arg: str, value: object) -> int:
+    """Any kind of int (also numpy's) as an int; a float is refused, not cut off."""
+    if isinstance(value, int | torch.SymInt):
+        return value
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{op}: {arg} must be int, got {value!r}") from None
+
+
+def integers(op: str, arg: str, values: object) -> list[int]:
+    if not isinstance(values, Sequence):
+        raise TypeError(f"{op}: {arg} must be a sequence of int, got {values!r}")
+    return [integer(op, arg, value) for value in values]
+
+
 def check_tensor(
     op: str, arg: str, x: Tensor, shape: str, dtypes: Sequence[torch.dtype], sizes: Sequence[int | None], like: Tensor
 ) -> None:
     """One sentence for a wrong dtype, rank, size or device.  shape: the sizes in words, "[B, N, D]"; None = any size."""
+    check_is_tensor(op, arg, x)
+    if x.layout != torch.strided or x.is_nested:
+        fail(op, arg, f"be a dense tensor {shape}", "a nested one" if x.is_nested else f"one of layout {x.layout}")
     if x.dtype not in dtypes:
         names = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
         fail(op, arg, f"be {names} {shape}", describe(x))

@@ -157,13 +157,13 @@ Split split_rows(const Tensor& num_keep_any, const std::optional<Tensor>& length
   std::optional<Tensor> lengths;
   if (lengths_any) lengths = torch::stable::contiguous(*lengths_any);
   const int64_t batch = num_keep.size(0);
+  auto data = [](const Tensor& x) { return static_cast<int64_t*>(x.data_ptr()); };
+  Rows rows{batch, tokens, max_keep, max_mask, ascending, data(num_keep), lengths ? data(*lengths) : nullptr, nullptr, nullptr, nullptr};
+  check_counts_data(rows);
   Tensor ids_keep = empty_like_device(num_keep, {batch, max_keep}), ids_mask = empty_like_device(num_keep, {batch, max_mask});
   Tensor ids_restore = empty_like_device(num_keep, {batch, tokens}), num_mask = empty_like_device(num_keep, {batch});
   Tensor cu_seqlens = empty_like_device(num_keep, {batch + 1}, ScalarType::Int);
-  auto data = [](const Tensor& x) { return static_cast<int64_t*>(x.data_ptr()); };
-  const Rows rows{batch, tokens, max_keep, max_mask, ascending, data(num_keep), lengths ? data(*lengths) : nullptr,
-                  data(ids_keep), data(ids_mask), data(ids_restore)};
-  check_counts_data(rows);
+  rows.ids_keep = data(ids_keep), rows.ids_mask = data(ids_mask), rows.ids_restore = data(ids_restore);
   int32_t* starts = static_cast<int32_t*>(cu_seqlens.mutable_data_ptr());
   starts[0] = 0;
   for (int64_t b = 0; b < batch; ++b) {

@@ -71,7 +71,7 @@ typename V::scalar sum_over(int64_t count, const Term& term) {
 template <class V, class A>
 void mean_and_rstd(const A* target, int64_t count, A* mean, A* rstd) {
   // Differences from the first pixel, so that the mean of a constant patch is that pixel to the last bit.
-  const A first = target[0];
+  const A first = count > 0 ? target[0] : A(0);  // no channels: the mean of nothing is NaN
   const V shift = V::all(first);
   *mean = first + sum_over<V>(count, [&](int64_t i, int64_t n) {
     if (n == V::width) return V::load(target + i) - shift;
@@ -232,7 +232,7 @@ void check_patch_loss_data(const Tensor& ids_restore, const Tensor& num_keep, co
   check_counts(op, "num_keep", data(num_keep), batch, tokens);
   for (int64_t b = 0; b < batch; ++b) {
     const int64_t masked = data(num_mask)[b];
-    if (masked < 0 || data(num_keep)[b] + masked > tokens) {
+    if (masked < 0 || masked > tokens - data(num_keep)[b]) {
       fail(op, "num_mask[" + std::to_string(b) + "]", "be at least 0 and num_keep + num_mask at most " + std::to_string(tokens), masked);
     }
   }

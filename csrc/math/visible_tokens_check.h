@@ -24,9 +24,10 @@ inline void check_gather(const Tensor& x, const Tensor& ids) {
   check_tensor("gather_tokens", "ids", ids, "[B, K]", kInt64, {x.size(0), kAny}, x);
 }
 
-inline void check_gather_backward(const Tensor& grad, const Tensor& ids) {
+inline void check_gather_backward(const Tensor& grad, const Tensor& ids, int64_t tokens = 0) {
   check_tensor("gather_tokens", "grad", grad, "[B, K, D]", kFloats, {kAny, kAny, kAny}, grad);
   check_tensor("gather_tokens", "ids", ids, "[B, K]", kInt64, {grad.size(0), grad.size(1)}, grad);
+  if (tokens < 0) fail("gather_tokens", "N", "be at least 0", tokens);
 }
 
 inline void check_fill(const char* op, const Tensor& fill, int64_t batch, int64_t tokens, const Tensor& like) {
@@ -67,12 +68,13 @@ inline void check_restore(const Tensor& x_keep, const Tensor& ids_restore, const
 }
 
 inline void check_restore_backward(const Tensor& grad, const Tensor& ids_restore, const Tensor& num_keep, int64_t prefix,
-                                   int64_t fill_dim) {
+                                   int64_t fill_dim, int64_t num_slots = 0) {
   const char* op = "restore_tokens";
   check_tensor(op, "grad", grad, "[B, P + N, D]", kFloats, {kAny, kAny, kAny}, grad);
   check_prefix(op, prefix, grad, "grad");
   check_tensor(op, "ids_restore", ids_restore, "[B, N]", kInt64, {grad.size(0), grad.size(1) - prefix}, grad);
   check_tensor(op, "num_keep", num_keep, "[B]", kInt64, {grad.size(0)}, grad);
+  if (num_slots < 0) fail(op, "num_slots", "be at least 0", num_slots);
   check_fill_dim(op, fill_dim);
 }
 
@@ -102,6 +104,20 @@ inline void check_unpack_backward(const Tensor& grad, const Tensor& ids_restore,
   check_fill_dim("unpack_tokens", fill_dim);
 }
 
+// Of a patch and of an image: every product of sizes then fits into int64.
+inline bool too_many_pixels(const std::vector<int64_t>& sizes) {
+  constexpr int64_t kMaxPixels = int64_t{1} << 40;
+  int64_t pixels = 1;
+  for (int64_t size : sizes) {
+    if (size == 0) return false;
+  }
+  for (int64_t size : sizes) {
+    if (size > kMaxPixels / pixels) return true;
+    pixels *= size;
+  }
+  return false;
+}
+
 // The grid of patches; the sizes must be two or three, positive and divide the image.
 inline PatchGrid check_grid(const char* op, const std::vector<int64_t>& patch, const std::vector<int64_t>& image, int64_t channels) {
   if ((patch.size() != 2 && patch.size() != 3) || patch.size() != image.size()) {
@@ -111,7 +127,9 @@ inline PatchGrid check_grid(const char* op, const std::vector<int64_t>& patch, c
     if (patch[axis] <= 0 || image[axis] % patch[axis] != 0) {
       fail(op, "patch_size", "be positive and divide the image size " + join_sizes(image), join_sizes(patch));
     }
+    if (image[axis] < 0) fail(op, "image_size", "be at least 0 along every axis", join_sizes(image));
   }
+  if (too_many_pixels(patch)) fail(op, "patch_size", "have at most 2^40 pixels", join_sizes(patch));
   if (patch.size() == 2) return PatchGrid::of(channels, 1, image[0], image[1], 1, patch[0], patch[1]);
   return PatchGrid::of(channels, image[0], image[1], image[2], patch[0], patch[1], patch[2]);
 }
@@ -151,6 +169,7 @@ inline PatchGrid check_unpatchify(const Tensor& patches, const std::optional<Ten
   if (patches.size(2) % grid.patch_pixels() != 0) {
     fail(op, "patches", "have V divisible by " + std::to_string(grid.patch_pixels()), "V = " + std::to_string(patches.size(2)));
   }
+  if (too_many_pixels(image)) fail(op, "image_size", "have at most 2^40 pixels", join_sizes(image));
   grid.channels = patches.size(2) / grid.patch_pixels();
   return grid;
 }

@@ -17,7 +17,7 @@ class PatchEmbed(nn.Module):
         self, patch_size: int | Sequence[int], in_channels: int, dim: int, *, bias: bool = True, axes: int = 2
     ):
         super().__init__()
-        self.patch_size = patch_sizes(patch_size, axes)
+        self.patch_size = patch_sizes("PatchEmbed", patch_size, axes)
         self.weight = nn.Parameter(torch.empty(dim, in_channels, *self.patch_size))
         self.bias = nn.Parameter(torch.empty(dim)) if bias else None
         self.reset_parameters()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from maskops._backends import find_op, public
-from maskops._checks import check_tensor, check_values, fail
+from maskops._checks import check_is_tensor, check_tensor, check_values, fail, integer
 from maskops._registry import OpSpec, define_op
 from maskops.ops.visible_tokens.split import TokenSplit
 from maskops.reference import mask_sampling as reference
@@ -67,6 +67,9 @@ def random_masking(
         (torch.Size([2, 4]), 24)
     """
     device = _device(device, noise, seed, lengths, num_keep, generator)
+    B, N = integer(FUNCTION, "B", B), integer(FUNCTION, "N", N)
+    if num_keep is not None and not isinstance(num_keep, Tensor):
+        num_keep = integer(FUNCTION, "num_keep", num_keep)
     _check_arguments(B, N, mask_ratio, num_keep, rounding, order, noise)
     counts, max_keep, max_mask, total = _keep_counts(B, N, mask_ratio, num_keep, rounding, lengths, max_seqlen, device)
     if noise is None:
@@ -107,7 +110,7 @@ def seed_tensor(seed: Seed, generator: torch.Generator | None, device: torch.dev
         seed = seed.to(device)
         return seed if seed.dim() else torch.stack([seed, torch.zeros_like(seed)])
     if seed is not None:
-        signed = (seed + 2**63) % 2**64 - 2**63
+        signed = (integer(FUNCTION, "seed", seed) + 2**63) % 2**64 - 2**63
         return torch.tensor([signed, 0], dtype=torch.int64, device=device)
     source = device if generator is None else generator.device
     return torch.randint(2**63 - 1, (2,), generator=generator, device=source).to(device)
@@ -144,6 +147,8 @@ def _check_arguments(
         fail(FUNCTION, "rounding", "be 'floor' or 'round'", repr(rounding))
     if order not in ("random", "ascending"):
         fail(FUNCTION, "order", "be 'random' or 'ascending'", repr(order))
+    if noise is not None:
+        check_is_tensor(FUNCTION, "noise", noise)
     if noise is not None and tuple(noise.shape) != (B, N):
         fail(FUNCTION, "noise", f"have shape [B, N] = [{B}, {N}]", f"{list(noise.shape)}")
 

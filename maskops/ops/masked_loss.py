@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from maskops._backends import find_op, public
-from maskops._checks import FLOATS, check_ids, check_tensor, check_values, fail
+from maskops._checks import FLOATS, check_ids, check_is_tensor, check_tensor, check_values, fail
 from maskops._registry import OpSpec, define_op
 from maskops.ops.visible_tokens.patches import check_images, patch_sizes
 from maskops.ops.visible_tokens.split import TokenSplit
@@ -69,8 +69,10 @@ def masked_patch_loss(
     """
     if reduction not in REDUCTIONS:
         fail(FUNCTION, "reduction", f"be one of {REDUCTIONS}", repr(reduction))
+    check_is_tensor(FUNCTION, "pred", pred)
+    check_is_tensor(FUNCTION, "images", images)
     op = find_op("masked_loss_patch", pred.device.type, backend)
-    sizes = patch_sizes(patch_size, images.dim() - 2)
+    sizes = patch_sizes(FUNCTION, patch_size, images.dim() - 2)
     rows = split.ids_restore, split.num_keep, split.num_mask
     per_patch, _ = op(pred, images.detach(), *rows, sizes, norm_pix, kind, beta, on)
     if reduction == "none":
@@ -113,7 +115,7 @@ def _check_data(
     tokens = ids_restore.shape[1]
     check_ids(FUNCTION, "ids_restore", ids_restore, tokens, allow_pad=False)
     check_values(FUNCTION, "num_keep", (num_keep >= 0) & (num_keep <= tokens), f"be in [0, {tokens}]", num_keep)
-    fits = (num_mask >= 0) & (num_keep + num_mask <= tokens)
+    fits = (num_mask >= 0) & (num_mask <= tokens - num_keep)
     check_values(FUNCTION, "num_mask", fits, f"be at least 0 and num_keep + num_mask at most {tokens}", num_mask)
 
 

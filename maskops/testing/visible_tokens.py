@@ -304,6 +304,33 @@ ERRORS = [
     ),
     ErrorSample(PATCHIFY, "images_rank", _with(0, lambda i: i[0]), ValueError, "images must have shape"),
     ErrorSample(
+        "visible_tokens_unpatchify",
+        "negative",
+        _with(3, lambda s: [-16, -24]),
+        ValueError,
+        "image_size must be at least 0",
+    ),
+    ErrorSample(
+        "visible_tokens_unpatchify",
+        "patch_overflow",  # the product of the sizes is 0 in 64 bits
+        lambda p, ids, patch, size, last: (p[:, :1], ids, [2**32, 2**32], [2**32, 2**32], last),
+        ValueError,
+        "patch_size must have at most 2\\^40 pixels",
+    ),
+    ErrorSample(
+        "visible_tokens_unpatchify",
+        "image_overflow",
+        lambda p, ids, patch, size, last: (
+            p,
+            torch.arange(p.shape[1]).expand(p.shape[:2]),
+            patch,
+            [2**33, 2**33],
+            last,
+        ),
+        ValueError,
+        "image_size must have at most 2\\^40 pixels",
+    ),
+    ErrorSample(
         "visible_tokens_unpatchify", "slots", _with(0, lambda p: p[:, 1:]), ValueError, "patches must have shape"
     ),
     ErrorSample(

@@ -85,7 +85,7 @@ Tensor visible_tokens_gather(const Tensor& x_any, const Tensor& ids_any) {
 }
 
 Tensor gather_backward(const Tensor& grad_any, const Tensor& ids_any, int64_t tokens) {
-  check_gather_backward(grad_any, ids_any);
+  check_gather_backward(grad_any, ids_any, tokens);
   const Tensor grad = with_contiguous_rows(grad_any), ids = torch::stable::contiguous(ids_any);
   const int64_t batch = ids.size(0), slots = ids.size(1), channels = grad.size(2);
   check_ids("gather_tokens", "ids", ids_data(ids), batch, slots, tokens, -1);
@@ -252,7 +252,7 @@ void run_restore_gradient(const Tensor& grad, const Map& map, const Tensor& grad
 std::tuple<Tensor, Tensor, Tensor> restore_backward(const Tensor& grad_any, const Tensor& restore_any, const Tensor& num_keep_any,
                                                     int64_t slots, int64_t prefix, int64_t fill_dim, bool need_x, bool need_fill,
                                                     bool need_pos) {
-  check_restore_backward(grad_any, restore_any, num_keep_any, prefix, fill_dim);
+  check_restore_backward(grad_any, restore_any, num_keep_any, prefix, fill_dim, slots);
   const Tensor grad = with_contiguous_rows(grad_any), restore = torch::stable::contiguous(restore_any);
   const Tensor num_keep = torch::stable::contiguous(num_keep_any);
   const int64_t batch = grad.size(0), tokens = restore.size(1), channels = grad.size(2), width = prefix + slots;

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from maskops._backends import find_op, public
-from maskops._checks import FLOATS, check_ids, check_tensor, check_values, fail
+from maskops._checks import FLOATS, check_ids, check_is_tensor, check_tensor, check_values, fail
 from maskops._registry import OpSpec, define_op
 from maskops.ops.visible_tokens.split import TokenSplit
 from maskops.reference import visible_tokens as reference
@@ -45,6 +45,8 @@ def gather_tokens(x: Tensor, ids: Tensor, *, backend: str = "auto") -> Tensor:
         >>> maskops.gather_tokens(x, torch.tensor([[2, 0, -1]])).tolist()
         [[[4.0, 5.0], [0.0, 1.0], [0.0, 0.0]]]
     """
+    check_is_tensor("gather_tokens", "x", x)
+    check_is_tensor("gather_tokens", "ids", ids)
     return find_op("visible_tokens_gather", x.device.type, backend)(x, ids)
 
 
@@ -90,6 +92,8 @@ def restore_tokens(
         >>> maskops.restore_tokens(torch.ones(1, 1, 2), split, torch.zeros(2)).tolist()
         [[[0.0, 0.0], [1.0, 1.0], [0.0, 0.0]]]
     """
+    check_is_tensor("restore_tokens", "x_keep", x_keep)
+    check_is_tensor("restore_tokens", "fill", fill)
     op = find_op("visible_tokens_restore", x_keep.device.type, backend)
     return op(x_keep, split.ids_restore, split.num_keep, squeeze_front(fill, 1), squeeze_front(pos, 2), prefix)
 
@@ -122,6 +126,8 @@ def _backward_gather(ops: Any, ctx: Any, grad: Tensor) -> tuple:
 def _check_gather_backward(grad: Tensor, ids: Tensor, N: int) -> None:
     check_tensor("gather_tokens", "grad", grad, "[B, K, D]", FLOATS, (None, None, None), grad)
     check_tensor("gather_tokens", "ids", ids, "[B, K]", INT64, grad.shape[:2], grad)
+    if N < 0:
+        fail("gather_tokens", "N", "be at least 0", N)
 
 
 def _setup_gather_backward(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -211,6 +217,8 @@ def _check_restore_backward(
     sizes = (grad.shape[0], grad.shape[1] - prefix)
     check_tensor(op, "ids_restore", ids_restore, "[B, N]", INT64, sizes, grad)
     check_tensor(op, "num_keep", num_keep, "[B]", INT64, (grad.shape[0],), grad)
+    if num_slots < 0:
+        fail(op, "num_slots", "be at least 0", num_slots)
     if fill_dim not in (1, 2, 3):
         fail(op, "fill", f"have shape {FILL_SHAPES}", f"{fill_dim} dimensions")
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from maskops._backends import find_op, public
-from maskops._checks import FLOATS, check_ids, check_tensor, check_values, fail
+from maskops._checks import FLOATS, check_ids, check_is_tensor, check_tensor, check_values, fail
 from maskops._registry import OpSpec, define_op
 from maskops.ops.visible_tokens.gather import FILL_SHAPES, INT64, check_fill, fill_gradient, squeeze_front
 from maskops.ops.visible_tokens.split import TokenSplit
@@ -44,6 +44,7 @@ def pack_tokens(x: Tensor, split: TokenSplit, *, total: int | None = None, backe
         >>> maskops.pack_tokens(torch.arange(4.0).view(2, 2, 1), split).flatten().tolist()
         [1.0, 2.0, 3.0]
     """
+    check_is_tensor(PACK, "x", x)
     if total is None:
         total = int(split.cu_seqlens[-1]) if split.total is None else split.total
     return find_op("visible_tokens_pack", x.device.type, backend)(x, split.ids_restore, split.cu_seqlens, total)
@@ -78,6 +79,8 @@ def unpack_tokens(packed: Tensor, split: TokenSplit, fill: Tensor, *, backend: s
         >>> maskops.unpack_tokens(torch.tensor([[1.0], [2.0], [3.0]]), split, torch.zeros(1)).flatten().tolist()
         [0.0, 1.0, 2.0, 3.0]
     """
+    check_is_tensor(UNPACK, "packed", packed)
+    check_is_tensor(UNPACK, "fill", fill)
     op = find_op("visible_tokens_unpack", packed.device.type, backend)
     return op(packed, split.ids_restore, split.cu_seqlens, squeeze_front(fill, 1))
 

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from maskops._backends import find_op, public
-from maskops._checks import FLOATS, check_ids, check_tensor, fail
+from maskops._checks import FLOATS, check_ids, check_is_tensor, check_tensor, fail, integer, integers
 from maskops._registry import OpSpec, define_op
 from maskops.reference import visible_tokens as reference
 
 INT64 = (torch.int64,)
+MAX_PIXELS = 2**40  # of a patch and of an image: every product of sizes then fits into int64
 PATCHIFY, UNPATCHIFY, EMBED = "patchify", "unpatchify", "embed_patches"
 
 
@@ -48,8 +49,9 @@ def patchify(
         >>> maskops.patchify(torch.arange(16.0).view(1, 1, 4, 4), 2, torch.tensor([[3]])).tolist()
         [[[10.0, 11.0, 14.0, 15.0]]]
     """
-    op = find_op("visible_tokens_patchify", images.device.type, backend)
-    return op(images, ids, patch_sizes(patch_size, images.dim() - 2), channels_last_patch)
+    check_is_tensor(PATCHIFY, "images", images)
+    sizes = patch_sizes(PATCHIFY, patch_size, images.dim() - 2)
+    return find_op("visible_tokens_patchify", images.device.type, backend)(images, ids, sizes, channels_last_patch)
 
 
 @public("visible_tokens_unpatchify")
@@ -83,8 +85,12 @@ def unpatchify(
         >>> maskops.unpatchify(torch.tensor([[[1.0, 2.0]]]), (1, 2), (2, 2), torch.tensor([[1]])).tolist()
         [[[[0.0, 0.0], [1.0, 2.0]]]]
     """
-    op = find_op("visible_tokens_unpatchify", patches.device.type, backend)
-    return op(patches, ids, patch_sizes(patch_size, len(image_size)), list(image_size), channels_last_patch)
+    check_is_tensor(UNPATCHIFY, "patches", patches)
+    image = integers(UNPATCHIFY, "image_size", image_size)
+    sizes = patch_sizes(UNPATCHIFY, patch_size, len(image))
+    return find_op("visible_tokens_unpatchify", patches.device.type, backend)(
+        patches, ids, sizes, image, channels_last_patch
+    )
 
 
 @public(
@@ -127,8 +133,13 @@ def embed_patches(
         >>> maskops.embed_patches(images, weight, None, 2, torch.tensor([[3, 0]])).tolist()
         [[[50.0], [10.0]]]
     """
-    sizes = patch_sizes(patch_size, images.dim() - 2)
+    check_is_tensor(EMBED, "images", images)
+    check_is_tensor(EMBED, "weight", weight)
+    sizes = patch_sizes(EMBED, patch_size, images.dim() - 2)
     if weight.dim() == 2:
+        check_images(EMBED, images, sizes)
+        values = images.shape[1] * math.prod(sizes)
+        check_tensor(EMBED, "weight", weight, "[E, V]", (weight.dtype,), (None, values), weight)
         weight = weight.view(weight.shape[0], images.shape[1], *sizes)
     if list(weight.shape[2:]) != sizes:
         fail(EMBED, "weight", f"have kernel size = patch_size {sizes}", f"{list(weight.shape)}")
@@ -137,8 +148,10 @@ def embed_patches(
     return find_op("visible_tokens_embed", images.device.type, backend)(images, weight, bias, ids, pos)
 
 
-def patch_sizes(patch_size: int | Sequence[int], axes: int) -> list[int]:
-    return [patch_size] * axes if isinstance(patch_size, int) else list(patch_size)
+def patch_sizes(op: str, patch_size: int | Sequence[int], axes: int) -> list[int]:
+    if isinstance(patch_size, Sequence):
+        return integers(op, "patch_size", patch_size)
+    return [integer(op, "patch_size", patch_size)] * axes
 
 
 # ---------------------------------------------------------------- checks
@@ -151,6 +164,10 @@ def check_grid(op: str, patch_size: list[int], image_size: list[int]) -> int:
     for patch, size in zip(patch_size, image_size, strict=True):
         if patch <= 0 or size % patch != 0:
             fail(op, "patch_size", f"be positive and divide the image size {list(image_size)}", list(patch_size))
+        if size < 0:
+            fail(op, "image_size", "be at least 0 along every axis", list(image_size))
+    if math.prod(patch_size) > MAX_PIXELS:
+        fail(op, "patch_size", "have at most 2^40 pixels", list(patch_size))
     return math.prod(size // patch for patch, size in zip(patch_size, image_size, strict=True))
 
 
@@ -212,6 +229,12 @@ def _check_optional_ids_data(op: str, ids: Tensor | None, image_size: Sequence[i
         check_ids(op, "ids", ids, grid_tokens(image_size, patch_size))
 
 
+def _check_unpatchify_data(ids: Tensor | None, patch_size: list[int], image_size: list[int]) -> None:
+    if math.prod(image_size) > MAX_PIXELS:
+        fail(UNPATCHIFY, "image_size", "have at most 2^40 pixels", list(image_size))
+    _check_optional_ids_data(UNPATCHIFY, ids, image_size, patch_size)
+
+
 # ---------------------------------------------------------------- patchify, unpatchify
 
 
@@ -267,7 +290,7 @@ define_op(
         family="visible_tokens",
         reference=reference.visible_tokens_unpatchify,
         check=_check_unpatchify,
-        check_data=lambda patches, ids, patch, size, last: _check_optional_ids_data(UNPATCHIFY, ids, size, patch),
+        check_data=lambda patches, ids, patch, size, last: _check_unpatchify_data(ids, patch, size),
         fake=_fake_unpatchify,
         setup=_setup_unpatchify,
         backward=_backward_unpatchify,

@@ -1,0 +1,94 @@
+"""Arguments that once crashed a kernel, overflowed or were silently taken for something else."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+import maskops
+from maskops.testing import op_of
+
+LARGEST = 2**63 - 1
+BACKENDS = pytest.mark.parametrize("backend", ["native", "reference"])
+
+
+def loss(backend: str, channels: int, norm_pix: bool, num_mask: int) -> tuple[torch.Tensor, torch.Tensor]:
+    args = torch.ones(1, 4, 4 * channels), torch.zeros(1, channels, 4, 4), torch.arange(4)[None], torch.tensor([1])
+    return op_of(backend, "masked_loss_patch")(*args, torch.tensor([num_mask]), [2, 2], norm_pix, "l2", 1.0, "masked")
+
+
+@BACKENDS
+def test_count_near_the_largest_int(backend: str) -> None:
+    """num_keep + num_mask wraps around, and no patch would count."""
+    with pytest.raises(ValueError, match=r"num_mask\[0\] must be at least 0 and num_keep \+ num_mask at most 4"):
+        loss(backend, 1, True, LARGEST)
+
+
+@BACKENDS
+@pytest.mark.parametrize("norm_pix", [True, False])
+def test_loss_without_channels(backend: str, norm_pix: bool) -> None:
+    """The mean over no values is NaN, as in PyTorch."""
+    per_patch, _ = loss(backend, 0, norm_pix, 3)
+    assert per_patch[0, 0] == 0
+    assert per_patch[0, 1:].isnan().all()
+
+
+@BACKENDS
+@pytest.mark.parametrize("size", [-1, -(2**63)])
+def test_negative_size_of_a_gradient(backend: str, size: int) -> None:
+    no_ids, no_counts = torch.empty(0, 1, dtype=torch.int64), torch.empty(0, dtype=torch.int64)
+    with pytest.raises(ValueError, match="gather_tokens: N must be at least 0"):
+        op_of(backend, "_visible_tokens_gather_backward")(torch.zeros(0, 1, 2), no_ids, size)
+    with pytest.raises(ValueError, match="restore_tokens: num_slots must be at least 0"):
+        op_of(backend, "_visible_tokens_restore_backward")(
+            torch.zeros(0, 1, 2), no_ids, no_counts, size, 0, 1, False, True, True
+        )
+
+
+@BACKENDS
+def test_lengths_are_checked_before_anything_is_allocated(backend: str) -> None:
+    counts, lengths = torch.tensor([1]), torch.tensor([2**62])
+    with pytest.raises(ValueError, match=r"lengths\[0\] must be in \[0, 4\], got 4611686018427387904"):
+        op_of(backend, "mask_sampling_uniform")(torch.tensor([1, 2]), counts, lengths, None, 4, 1, 2**62, False)
+
+
+@BACKENDS
+@pytest.mark.parametrize("change", [torch.Tensor.to_sparse, lambda x: x.to_mkldnn()], ids=["sparse", "mkldnn"])
+def test_only_dense_tensors(backend: str, change: Callable) -> None:
+    with pytest.raises(ValueError, match="gather_tokens: x must be a dense tensor"):
+        op_of(backend, "visible_tokens_gather")(change(torch.zeros(1, 4, 2)), torch.tensor([[0]]))
+
+
+IMAGES, SPLIT = torch.zeros(1, 1, 4, 4), maskops.split_tokens(torch.tensor([[True, False, True, False]]))
+
+
+@pytest.mark.parametrize(
+    "call,argument",
+    [
+        (lambda: maskops.random_masking(1, 4, 0.5, seed=1.5), "seed"),
+        (lambda: maskops.random_masking(1, 4, num_keep=1.5), "num_keep"),
+        (lambda: maskops.random_masking(1.0, 4, 0.5), "B"),
+        (lambda: maskops.gather_tokens(None, SPLIT.ids_keep), "x"),
+        (lambda: maskops.gather_tokens(torch.zeros(1, 4, 2), None), "ids"),
+        (lambda: maskops.restore_tokens(torch.zeros(1, 2, 2), SPLIT, None), "fill"),
+        (lambda: maskops.patchify(IMAGES, 2.0), "patch_size"),
+        (lambda: maskops.patchify(IMAGES, (2, 2.0)), "patch_size"),
+        (lambda: maskops.unpatchify(torch.zeros(1, 4, 4), 2, 4), "image_size"),
+        (lambda: maskops.masked_patch_loss(None, IMAGES, SPLIT, 2), "pred"),
+    ],
+)
+def test_wrong_kind_of_argument(call: Callable, argument: str) -> None:
+    with pytest.raises(TypeError, match=f": {argument} must be "):
+        call()
+
+
+def test_flat_weight_that_does_not_fit() -> None:
+    with pytest.raises(ValueError, match=r"embed_patches: weight must have shape \[E, V\] = \[\*, 4\]"):
+        maskops.embed_patches(IMAGES, torch.zeros(3, 5), None, 2)
+
+
+def test_integers_of_numpy() -> None:
+    numpy = pytest.importorskip("numpy")
+    assert maskops.patchify(IMAGES, numpy.int64(2)).shape == (1, 4, 4)
+    same = maskops.random_masking(numpy.int64(1), 4, 0.5, seed=numpy.int64(3))
+    assert torch.equal(same.ids_keep, maskops.random_masking(1, 4, 0.5, seed=3).ids_keep)

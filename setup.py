@@ -88,13 +88,9 @@ class BuildLibraries(build_ext):
         for source in sources("cuda", ".cu"):
             name = "_".join(source.relative_to(ROOT / "csrc").with_suffix("").parts)
             target = self.objects / f"{name}.o"
-            flags = [
-                "-std=c++20",
-                "-O3",
-                "-DUSE_CUDA",
-                "-Xcompiler=-fPIC,-fvisibility=hidden",
-                "--expt-relaxed-constexpr",
-            ]
+            built_for = f'-DMASKOPS_CUDA_ARCHS="{" ".join(cuda_archs())}"'
+            host = ["-Xcompiler=-fPIC,-fvisibility=hidden", "--expt-relaxed-constexpr"]
+            flags = ["-std=c++20", "-O3", "-DUSE_CUDA", built_for, *host]
             jobs.append(
                 ([nvcc(), *flags, TARGET, *archs, *include_flags(), "-c", str(source), "-o", str(target)], target)
             )

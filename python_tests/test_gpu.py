@@ -1,4 +1,4 @@
-"""The contract on a real GPU: run these, `make gpu-check` and `python benchmarks/run.py --device cuda` on a machine that has one."""
+"""The contract on a real GPU: run these, `make gpu-check` and `benchmarks/run.py --device cuda` on a machine that has one."""
 
 import importlib
 from collections.abc import Iterator

@@ -98,6 +98,15 @@ def test_kernel_is_registered(op: str, backend: str) -> None:
     assert has_kernel(backend, op, "cpu") == expected
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("op", sorted(OPS))
+def test_values_are_compared_on_every_backend(op: str, backend: str) -> None:
+    """A limit that is too narrow drops cases without a sound: at least float32 must be left."""
+    cases = [case.values for case in value_cases()]
+    found = any(s.op == op and v.split("-")[0] == backend and d == torch.float32 for s, v, d in cases)
+    assert found == (backend != "emulated" or OPS[op].cuda)
+
+
 @pytest.mark.parametrize("op", sorted(OPS))
 def test_samples_and_traffic_exist(op: str) -> None:
     assert any(sample.op == op for sample in SAMPLES)

@@ -20,7 +20,7 @@ namespace maskops {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr int64_t kAny = -1;  // a size that may be anything
+constexpr int64_t kAny = INT64_MIN;  // a size that may be anything
 inline constexpr std::initializer_list<ScalarType> kFloats = {
     ScalarType::Float, ScalarType::Double, ScalarType::BFloat16, ScalarType::Half};
 inline constexpr std::initializer_list<ScalarType> kInt64 = {ScalarType::Long};

@@ -42,7 +42,7 @@ __device__ __forceinline__ void check_loss_rows(const Rows& r, const IdsCheck& c
     const std::int64_t keep = load(r.num_keep + b), masked = load(r.num_mask + b);
     MASKOPS_DEVICE_CHECK(keep >= 0 && keep <= r.tokens, std::invalid_argument, "masked_patch_loss", "num_keep must be in [0, N]",
                          "num_keep[", b, "] must be in [0, ", r.tokens, "], got ", keep);
-    MASKOPS_DEVICE_CHECK(masked >= 0 && keep + masked <= r.tokens, std::invalid_argument, "masked_patch_loss",
+    MASKOPS_DEVICE_CHECK(masked >= 0 && masked <= r.tokens - keep, std::invalid_argument, "masked_patch_loss",
                          "num_mask must be at least 0 and num_keep + num_mask at most N", "num_mask[", b,
                          "] must be at least 0 and num_keep + num_mask at most ", r.tokens, ", got ", masked);
   }

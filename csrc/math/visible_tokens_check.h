@@ -24,7 +24,7 @@ inline void check_gather(const Tensor& x, const Tensor& ids) {
   check_tensor("gather_tokens", "ids", ids, "[B, K]", kInt64, {x.size(0), kAny}, x);
 }
 
-inline void check_gather_backward(const Tensor& grad, const Tensor& ids, int64_t tokens = 0) {
+inline void check_gather_backward(const Tensor& grad, const Tensor& ids, int64_t tokens) {
   check_tensor("gather_tokens", "grad", grad, "[B, K, D]", kFloats, {kAny, kAny, kAny}, grad);
   check_tensor("gather_tokens", "ids", ids, "[B, K]", kInt64, {grad.size(0), grad.size(1)}, grad);
   if (tokens < 0) fail("gather_tokens", "N", "be at least 0", tokens);
@@ -68,7 +68,7 @@ inline void check_restore(const Tensor& x_keep, const Tensor& ids_restore, const
 }
 
 inline void check_restore_backward(const Tensor& grad, const Tensor& ids_restore, const Tensor& num_keep, int64_t prefix,
-                                   int64_t fill_dim, int64_t num_slots = 0) {
+                                   int64_t fill_dim, int64_t num_slots) {
   const char* op = "restore_tokens";
   check_tensor(op, "grad", grad, "[B, P + N, D]", kFloats, {kAny, kAny, kAny}, grad);
   check_prefix(op, prefix, grad, "grad");

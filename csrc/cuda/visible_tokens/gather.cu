@@ -59,7 +59,7 @@ Tensor visible_tokens_gather(const Tensor& x_any, const Tensor& ids_any) {
 }
 
 Tensor visible_tokens_gather_backward(const Tensor& grad_any, const Tensor& ids_any, std::int64_t tokens) {
-  check_gather_backward(grad_any, ids_any);
+  check_gather_backward(grad_any, ids_any, tokens);
   const DeviceScope scope(grad_any);
   const Tensor grad = with_contiguous_rows(grad_any), ids = torch::stable::contiguous(ids_any);
   const std::int64_t batch = grad.size(0), slots = grad.size(1), channels = grad.size(2);

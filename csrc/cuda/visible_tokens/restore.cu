@@ -54,7 +54,7 @@ std::tuple<Tensor, Tensor, Tensor> visible_tokens_restore_backward(const Tensor&
                                                                    const Tensor& num_keep_any, std::int64_t num_slots,
                                                                    std::int64_t prefix, std::int64_t fill_dim, bool need_x,
                                                                    bool need_fill, bool need_pos) {
-  check_restore_backward(grad_any, ids_any, num_keep_any, prefix, fill_dim);
+  check_restore_backward(grad_any, ids_any, num_keep_any, prefix, fill_dim, num_slots);
   const DeviceScope scope(grad_any);
   const Tensor grad = with_contiguous_rows(grad_any), ids_restore = torch::stable::contiguous(ids_any);
   const Tensor num_keep = torch::stable::contiguous(num_keep_any);

@@ -77,24 +77,30 @@ inline std::string device_name(const Tensor& x) {
 }
 
 // One sentence for a wrong dtype, rank, size or device. shape: the sizes in words, "[B, N, D]".
-inline void check_tensor(const char* op, const char* arg, const Tensor& x, const std::string& shape,
+inline void check_tensor(const char* op, const char* arg, const Tensor& x, const char* shape,
                          std::initializer_list<ScalarType> dtypes, std::initializer_list<int64_t> sizes, const Tensor& like) {
+  // Sentences are put together only for an argument that is wrong: a good one costs a few comparisons.
+  const ScalarType type = x.scalar_type();
   bool known = false;
-  std::string names;
-  for (ScalarType type : dtypes) {
-    known = known || x.scalar_type() == type;
-    names += (names.empty() ? "" : " or ") + dtype_name(type);
+  for (ScalarType candidate : dtypes) known = known || type == candidate;
+  if (!known) {
+    std::string names;
+    for (ScalarType candidate : dtypes) names += (names.empty() ? "" : " or ") + dtype_name(candidate);
+    fail(op, arg, "be " + names + " " + shape, describe(x));
   }
-  if (!known) fail(op, arg, "be " + names + " " + shape, describe(x));
   bool fits = x.dim() == static_cast<int64_t>(sizes.size());
   int64_t axis = 0;
   for (int64_t size : sizes) {
     if (fits && size != kAny && x.size(axis) != size) fits = false;
     ++axis;
   }
-  if (!fits) fail(op, arg, "have shape " + shape + " = " + join_sizes(sizes), describe(x));
+  if (!fits) fail(op, arg, std::string("have shape ") + shape + " = " + join_sizes(sizes), describe(x));
+  if (x.is_cpu() && like.is_cpu()) return;
   if (device_name(x) != device_name(like)) fail(op, arg, "be on " + device_name(like), "a tensor on " + device_name(x));
 }
+
+// torch's own contiguous() goes through the dispatcher even where there is nothing to do.
+inline Tensor contiguous_or_copy(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
 
 // A tensor whose last axis is contiguous: itself, or a copy. Kernels then read rows in place through their strides.
 inline Tensor with_contiguous_rows(const Tensor& x) {

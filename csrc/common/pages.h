@@ -17,7 +17,7 @@ namespace maskops {
 inline void prefer_huge_pages(void* data, int64_t bytes) {
 #ifdef __linux__
   constexpr uintptr_t kHuge = uintptr_t{2} << 20;
-  constexpr int64_t kWorthwhile = int64_t{8} << 20;
+  constexpr int64_t kWorthwhile = int64_t{4} << 20;
   if (bytes < kWorthwhile) return;
   const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kHuge - 1) / kHuge * kHuge;
   const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + static_cast<uintptr_t>(bytes)) / kHuge * kHuge;

@@ -153,9 +153,9 @@ void check_counts_data(const Rows& rows) {
 template <class OrderRow>
 Split split_rows(const Tensor& num_keep_any, const std::optional<Tensor>& lengths_any, int64_t tokens, int64_t max_keep,
                  int64_t max_mask, bool ascending, const OrderRow& order_row) {
-  const Tensor num_keep = torch::stable::contiguous(num_keep_any);
+  const Tensor num_keep = contiguous_or_copy(num_keep_any);
   std::optional<Tensor> lengths;
-  if (lengths_any) lengths = torch::stable::contiguous(*lengths_any);
+  if (lengths_any) lengths = contiguous_or_copy(*lengths_any);
   const int64_t batch = num_keep.size(0);
   auto data = [](const Tensor& x) { return static_cast<int64_t*>(x.data_ptr()); };
   Rows rows{batch, tokens, max_keep, max_mask, ascending, data(num_keep), lengths ? data(*lengths) : nullptr, nullptr, nullptr, nullptr};
@@ -183,9 +183,9 @@ Split split_rows(const Tensor& num_keep_any, const std::optional<Tensor>& length
 Split mask_sampling_uniform(const Tensor& seed_any, const Tensor& num_keep, std::optional<Tensor> lengths,
                             std::optional<Tensor> mask_any, int64_t tokens, int64_t max_keep, int64_t max_mask, bool ascending) {
   check_sampling_uniform(seed_any, num_keep, lengths, mask_any, tokens, max_keep, max_mask);
-  const Tensor seed = torch::stable::contiguous(seed_any);
+  const Tensor seed = contiguous_or_copy(seed_any);
   std::optional<Tensor> mask;
-  if (mask_any) mask = torch::stable::contiguous(*mask_any);
+  if (mask_any) mask = contiguous_or_copy(*mask_any);
   const bool* masked = mask ? static_cast<const bool*>(mask->const_data_ptr()) : nullptr;
   const int64_t* words = static_cast<const int64_t*>(seed.const_data_ptr());
   const PhiloxKey key = PhiloxKey::of(words[0], words[1]);
@@ -202,7 +202,7 @@ Split mask_sampling_uniform(const Tensor& seed_any, const Tensor& num_keep, std:
 template <class Key, class Value>
 Split rank_rows(const Tensor& noise_any, const Tensor& num_keep, const std::optional<Tensor>& lengths, int64_t max_keep,
                 int64_t max_mask, bool ascending) {
-  const Tensor noise = torch::stable::contiguous(noise_any);
+  const Tensor noise = contiguous_or_copy(noise_any);
   const int64_t tokens = noise.size(1);
   const Value* values = static_cast<const Value*>(noise.const_data_ptr());
   auto order_row = [&](int64_t b, int64_t length, Scratch& scratch) {

@@ -244,10 +244,10 @@ struct Inputs {
 
   Inputs(const Tensor& p, const Tensor& i, const Tensor& ids, const Tensor& keep, const Tensor& mask)
       : pred(with_contiguous_rows(p)),
-        images(torch::stable::contiguous(i)),
-        ids_restore(torch::stable::contiguous(ids)),
-        num_keep(torch::stable::contiguous(keep)),
-        num_mask(torch::stable::contiguous(mask)) {}
+        images(contiguous_or_copy(i)),
+        ids_restore(contiguous_or_copy(ids)),
+        num_keep(contiguous_or_copy(keep)),
+        num_mask(contiguous_or_copy(mask)) {}
 
   PatchLoss arguments(const PatchGrid& grid, bool norm_pix, LossKind kind, double beta, LossOn on) const {
     auto data = [](const Tensor& x) { return static_cast<const int64_t*>(x.const_data_ptr()); };
@@ -293,7 +293,7 @@ Tensor masked_loss_patch_backward(const Tensor& grad_any, const Tensor& pred, co
       check_patch_loss_backward(grad_any, pred, images, stats_any, ids_restore, num_keep, num_mask, patch_size, kind, beta, on);
   const Inputs inputs(pred, images, ids_restore, num_keep, num_mask);
   check_patch_loss_data(inputs.ids_restore, inputs.num_keep, inputs.num_mask);
-  const Tensor grad = torch::stable::contiguous(grad_any), stats = torch::stable::contiguous(stats_any);
+  const Tensor grad = contiguous_or_copy(grad_any), stats = contiguous_or_copy(stats_any);
   Tensor grad_pred = empty_like_device(pred, {pred.size(0), pred.size(1), pred.size(2)});
   PatchLoss args = inputs.arguments(grid, norm_pix, loss_kind(kind), beta, loss_on(on));
   args.per_patch = grad.data_ptr(), args.stats = stats.data_ptr(), args.grad_pred = grad_pred.mutable_data_ptr();

@@ -38,7 +38,7 @@ const void* data_or_null(const std::optional<Tensor>& x) { return x ? x->const_d
 
 std::optional<Tensor> contiguous(const std::optional<Tensor>& x) {
   if (!x) return std::nullopt;
-  return torch::stable::contiguous(*x);
+  return contiguous_or_copy(*x);
 }
 
 // What the kernels need to know about one call, and the tables they point into.
@@ -52,8 +52,8 @@ struct Call {
   Embed args{};
 
   Call(const PatchGrid& grid_of, const Tensor& images_any, const Tensor& weight_any, const std::optional<Tensor>& ids_any)
-      : grid(grid_of), batch(images_any.size(0)), images(torch::stable::contiguous(images_any)),
-        weight(torch::stable::contiguous(weight_any)), ids(contiguous(ids_any)) {
+      : grid(grid_of), batch(images_any.size(0)), images(contiguous_or_copy(images_any)),
+        weight(contiguous_or_copy(weight_any)), ids(contiguous(ids_any)) {
     slots = ids ? ids->size(1) : grid.tokens();
     const int64_t* chosen = static_cast<const int64_t*>(data_or_null(ids));
     if (chosen) check_ids(kOp, "ids", chosen, batch, slots, grid.tokens(), -1);
@@ -206,7 +206,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> embed_backward(const Tensor& grad_any
                                                           bool need_bias, bool need_pos) {
   const PatchGrid grid = check_embed_backward(grad_any, images, weight, ids);
   Call call(grid, images, weight, ids);
-  const Tensor grad = torch::stable::contiguous(grad_any);
+  const Tensor grad = contiguous_or_copy(grad_any);
   call.args.grad = grad.const_data_ptr();
   const int64_t embed = call.args.embed;
   auto empty = [&](bool needed, std::vector<int64_t> sizes) {

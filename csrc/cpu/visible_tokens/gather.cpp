@@ -63,7 +63,7 @@ void gather_samples(const Tensor& x, const Tensor& ids, const Tensor& out) {
 Tensor visible_tokens_gather(const Tensor& x_any, const Tensor& ids_any) {
   constexpr int64_t kManySamples = 8;  // fewer are shared among the threads row by row
   check_gather(x_any, ids_any);
-  const Tensor x = with_contiguous_rows(x_any), ids = torch::stable::contiguous(ids_any);
+  const Tensor x = with_contiguous_rows(x_any), ids = contiguous_or_copy(ids_any);
   const int64_t batch = ids.size(0), slots = ids.size(1), channels = x.size(2);
   Tensor out = empty_like_device(x, {batch, slots, channels});
   if (batch >= kManySamples) {
@@ -86,7 +86,7 @@ Tensor visible_tokens_gather(const Tensor& x_any, const Tensor& ids_any) {
 
 Tensor gather_backward(const Tensor& grad_any, const Tensor& ids_any, int64_t tokens) {
   check_gather_backward(grad_any, ids_any, tokens);
-  const Tensor grad = with_contiguous_rows(grad_any), ids = torch::stable::contiguous(ids_any);
+  const Tensor grad = with_contiguous_rows(grad_any), ids = contiguous_or_copy(ids_any);
   const int64_t batch = ids.size(0), slots = ids.size(1), channels = grad.size(2);
   check_ids("gather_tokens", "ids", ids_data(ids), batch, slots, tokens, -1);
   const int64_t size = static_cast<int64_t>(grad.element_size());
@@ -153,9 +153,9 @@ void run_restore(const Tensor& source, const Map& map, const Tensor& fill_any, c
                  const Tensor& out, int64_t prefix) {
   const int64_t rows = out.size(1), channels = out.size(2);
   if (map.empty() || channels == 0) return;
-  const Tensor fill = torch::stable::contiguous(fill_any);
+  const Tensor fill = contiguous_or_copy(fill_any);
   std::optional<Tensor> pos;
-  if (pos_any) pos = torch::stable::contiguous(*pos_any);
+  if (pos_any) pos = contiguous_or_copy(*pos_any);
   const RowStrides fill_rows = fill_strides(fill.dim(), rows - prefix, channels);
   const int64_t row_bytes = channels * static_cast<int64_t>(out.element_size());
   const RestoreRows args{static_cast<int>(dtype_of(out)), source.const_data_ptr(), map.data(), fill.const_data_ptr(),
@@ -168,8 +168,8 @@ void run_restore(const Tensor& source, const Map& map, const Tensor& fill_any, c
 Tensor visible_tokens_restore(const Tensor& x_any, const Tensor& restore_any, const Tensor& num_keep_any, const Tensor& fill,
                               std::optional<Tensor> pos, int64_t prefix) {
   check_restore(x_any, restore_any, num_keep_any, fill, pos, prefix);
-  const Tensor x = with_contiguous_rows(x_any), restore = torch::stable::contiguous(restore_any);
-  const Tensor num_keep = torch::stable::contiguous(num_keep_any);
+  const Tensor x = with_contiguous_rows(x_any), restore = contiguous_or_copy(restore_any);
+  const Tensor num_keep = contiguous_or_copy(num_keep_any);
   const int64_t batch = restore.size(0), tokens = restore.size(1), slots = x.size(1) - prefix;
   check_ids("restore_tokens", "ids_restore", ids_data(restore), batch, tokens, tokens, 0);
   check_counts("restore_tokens", "num_keep", ids_data(num_keep), batch, std::min(slots, tokens));
@@ -184,8 +184,8 @@ Tensor visible_tokens_restore(const Tensor& x_any, const Tensor& restore_any, co
 
 Tensor visible_tokens_unpack(const Tensor& packed_any, const Tensor& restore_any, const Tensor& starts_any, const Tensor& fill) {
   check_unpack(packed_any, restore_any, starts_any, fill);
-  const Tensor packed = with_contiguous_rows(packed_any), restore = torch::stable::contiguous(restore_any);
-  const Tensor cu_seqlens = torch::stable::contiguous(starts_any);
+  const Tensor packed = with_contiguous_rows(packed_any), restore = contiguous_or_copy(restore_any);
+  const Tensor cu_seqlens = contiguous_or_copy(starts_any);
   const int32_t* starts = static_cast<const int32_t*>(cu_seqlens.const_data_ptr());
   const int64_t batch = restore.size(0), tokens = restore.size(1), row = packed.stride(0);
   check_ids("unpack_tokens", "ids_restore", ids_data(restore), batch, tokens, tokens, 0);
@@ -253,8 +253,8 @@ std::tuple<Tensor, Tensor, Tensor> restore_backward(const Tensor& grad_any, cons
                                                     int64_t slots, int64_t prefix, int64_t fill_dim, bool need_x, bool need_fill,
                                                     bool need_pos) {
   check_restore_backward(grad_any, restore_any, num_keep_any, prefix, fill_dim, slots);
-  const Tensor grad = with_contiguous_rows(grad_any), restore = torch::stable::contiguous(restore_any);
-  const Tensor num_keep = torch::stable::contiguous(num_keep_any);
+  const Tensor grad = with_contiguous_rows(grad_any), restore = contiguous_or_copy(restore_any);
+  const Tensor num_keep = contiguous_or_copy(num_keep_any);
   const int64_t batch = grad.size(0), tokens = restore.size(1), channels = grad.size(2), width = prefix + slots;
   check_ids("restore_tokens", "ids_restore", ids_data(restore), batch, tokens, tokens, 0);
   check_counts("restore_tokens", "num_keep", ids_data(num_keep), batch, std::min(slots, tokens));
@@ -275,8 +275,8 @@ std::tuple<Tensor, Tensor, Tensor> restore_backward(const Tensor& grad_any, cons
 std::tuple<Tensor, Tensor> unpack_backward(const Tensor& grad_any, const Tensor& restore_any, const Tensor& starts_any, int64_t total,
                                            int64_t fill_dim, bool need_packed, bool need_fill) {
   check_unpack_backward(grad_any, restore_any, starts_any, total, fill_dim);
-  const Tensor grad = with_contiguous_rows(grad_any), restore = torch::stable::contiguous(restore_any);
-  const Tensor cu_seqlens = torch::stable::contiguous(starts_any);
+  const Tensor grad = with_contiguous_rows(grad_any), restore = contiguous_or_copy(restore_any);
+  const Tensor cu_seqlens = contiguous_or_copy(starts_any);
   const int32_t* starts = static_cast<const int32_t*>(cu_seqlens.const_data_ptr());
   const int64_t batch = grad.size(0), tokens = grad.size(1), channels = grad.size(2);
   check_ids("unpack_tokens", "ids_restore", ids_data(restore), batch, tokens, tokens, 0);
@@ -293,8 +293,8 @@ std::tuple<Tensor, Tensor> unpack_backward(const Tensor& grad_any, const Tensor&
 
 Tensor visible_tokens_pack(const Tensor& x_any, const Tensor& restore_any, const Tensor& starts_any, int64_t total) {
   check_pack(x_any, restore_any, starts_any, total);
-  const Tensor x = with_contiguous_rows(x_any), restore = torch::stable::contiguous(restore_any);
-  const Tensor cu_seqlens = torch::stable::contiguous(starts_any);
+  const Tensor x = with_contiguous_rows(x_any), restore = contiguous_or_copy(restore_any);
+  const Tensor cu_seqlens = contiguous_or_copy(starts_any);
   const int32_t* starts = static_cast<const int32_t*>(cu_seqlens.const_data_ptr());
   const int64_t batch = x.size(0), tokens = x.size(1), channels = x.size(2), size = static_cast<int64_t>(x.element_size());
   check_ids("pack_tokens", "ids_restore", ids_data(restore), batch, tokens, tokens, 0);

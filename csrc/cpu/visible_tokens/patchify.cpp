@@ -121,13 +121,13 @@ const int64_t* optional_ids(const char* op, const std::optional<Tensor>& ids, in
 
 std::optional<Tensor> contiguous_or_none(const std::optional<Tensor>& ids) {
   if (!ids) return std::nullopt;
-  return torch::stable::contiguous(*ids);
+  return contiguous_or_copy(*ids);
 }
 
 Tensor visible_tokens_patchify(const Tensor& images_any, std::optional<Tensor> ids_any, std::vector<int64_t> patch_size,
                                bool channels_last) {
   const PatchGrid grid = check_patchify(images_any, ids_any, patch_size);
-  const Tensor images = torch::stable::contiguous(images_any);
+  const Tensor images = contiguous_or_copy(images_any);
   const std::optional<Tensor> ids = contiguous_or_none(ids_any);
   const int64_t* chosen = optional_ids("patchify", ids, grid.tokens());
   const int64_t batch = images.size(0), slots = ids ? ids->size(1) : grid.tokens();
@@ -142,7 +142,7 @@ Tensor visible_tokens_patchify(const Tensor& images_any, std::optional<Tensor> i
 Tensor visible_tokens_unpatchify(const Tensor& patches_any, std::optional<Tensor> ids_any, std::vector<int64_t> patch_size,
                                  std::vector<int64_t> image_size, bool channels_last) {
   const PatchGrid grid = check_unpatchify(patches_any, ids_any, patch_size, image_size);
-  const Tensor patches = torch::stable::contiguous(patches_any);
+  const Tensor patches = contiguous_or_copy(patches_any);
   const std::optional<Tensor> ids = contiguous_or_none(ids_any);
   const int64_t* chosen = optional_ids("unpatchify", ids, grid.tokens());
   const int64_t batch = patches.size(0), slots = patches.size(1);

@@ -63,7 +63,7 @@ void check_bounds(const std::vector<int64_t>& kept, int64_t tokens, int64_t max_
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> visible_tokens_split(const Tensor& mask_any, int64_t max_keep, int64_t max_mask) {
   check_split(mask_any, max_keep, max_mask);
-  const Tensor mask = torch::stable::contiguous(mask_any);
+  const Tensor mask = contiguous_or_copy(mask_any);
   const int64_t batch = mask.size(0), tokens = mask.size(1);
   const bool* data = static_cast<const bool*>(mask.const_data_ptr());
   const std::vector<int64_t> kept = count_kept(data, batch, tokens);

@@ -95,8 +95,7 @@ def unpatchify(
 
 @public(
     "visible_tokens_embed",
-    native="C++ on CPU (AVX-512, AVX2, portable), on GPU the Triton kernel; float32, float64 (CPU), bfloat16, float16",
-    triton="CUDA, ROCm and XPU; float32, bfloat16, float16",
+    native="C++ on CPU (AVX-512, AVX2, portable), on GPU the Triton kernel; float32, float64, bfloat16, float16",
 )
 def embed_patches(
     images: Tensor, weight: Tensor, bias: Tensor | None, patch_size: int | Sequence[int], ids: Tensor | None = None,

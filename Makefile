@@ -1,11 +1,11 @@
 # Every target builds what it needs in .venv; nothing is done by hand.
 #   make demo       pre-train a masked autoencoder on real photos, pictures and tables in out/demo
-#   make test       the whole suite         make bench      the benchmarks, JSON in benchmarks/results
+#   make test       the whole suite         make bench      the benchmarks, JSON in out/bench.json
 #   make gpu-check  the proof of the GPU kernels without a GPU      make lint     ruff
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
-SOURCES := $(shell find csrc kernels maskops -name '*.cpp' -o -name '*.h' -o -name 'pyproject.toml') setup.py pyproject.toml
+SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
 # A CPU build of torch; any torch >= 2.10 serves (make TORCH=torch).
 TORCH ?= torch==2.13.0
 

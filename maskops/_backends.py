@@ -111,7 +111,8 @@ def explain(op: str, *args: Any) -> str:
     device = next((a.device.type for a in args if isinstance(a, Tensor)), "cpu")
     order = ["native", "triton", "reference"] if device in ("cpu", "cuda") else ["triton", "reference"]
     reasons = {backend: why_not(backend, name, device) for backend in order}
-    chosen = "native" if not reasons.get("native", "x") else "reference" if device == "cpu" else order[0]
+    # auto calls the native namespace, where Triton stands in for missing CUDA C++ and the reference for all the rest.
+    chosen = next(backend for backend in order if not reasons[backend] and (backend != "triton" or device != "cpu"))
     lines = [f"{name} on {device}: auto runs {_kind(chosen, name, device)}"]
     lines += [f"  {backend}: {reason or 'can run'}" for backend, reason in reasons.items()]
     return "\n".join(lines)
@@ -122,4 +123,7 @@ def _kind(backend: str, name: str, device: str) -> str:
         return "the reference (plain PyTorch)"
     if backend == "native" and device == "cpu":
         return f"the C++ kernel ({_extension.isa_in_use()})"
-    return "the CUDA C++ kernel" if _extension.status().get("_C_cuda") == "loaded" else "the Triton kernel"
+    cuda = (
+        device == "cuda" and backend == "native" and OPS[name].cuda and _extension.status().get("_C_cuda") == "loaded"
+    )
+    return "the CUDA C++ kernel" if cuda else "the Triton kernel"

@@ -81,6 +81,8 @@ def pretrain(
     from maskops.train import Settings, TrainingError
     from maskops.train import pretrain as train
 
+    if not 0 < epochs < 1e6:
+        _fail(f"--epochs must be above 0 and below 1000000, got {epochs}", 2)
     try:
         config = MAEConfig.of_size(
             size.value, image_size=image_size, patch_size=patch_size, mask_ratio=mask_ratio, norm_pix=norm_pix
@@ -92,7 +94,7 @@ def pretrain(
                 warmup_epochs=0.05 * epochs if warmup_epochs is None else warmup_epochs, save_every=save_every,
             ),
         )  # fmt: skip
-    except (EmptyFolderError, CheckpointError, ValueError) as error:
+    except (EmptyFolderError, CheckpointError, ValueError, OSError) as error:
         _fail(error, 2)
     except TrainingError as error:
         _fail(error, 1)

@@ -24,6 +24,7 @@ CONFIG = MAEConfig(
 STEPS, BATCH, LR = 1000, 64, 2e-3
 _MASKS = 8  # masks per held-out crop
 _PICTURES = 10
+_MARK = ".maskops-demo"
 
 
 def run(out: Path, seconds: float) -> bool:
@@ -96,10 +97,16 @@ def _affordable_steps(seconds: float) -> int:
 
 
 def _empty(out: Path) -> None:
-    """Remove what an earlier demo left, and nothing else."""
-    for name in ("photos", "run"):
-        shutil.rmtree(out / name, ignore_errors=True)
+    """Remove what an earlier demo left. A folder that no demo has marked as its own is somebody's, and is refused."""
+    own = [out / name for name in ("photos", "run")]
+    if any(folder.exists() for folder in own) and not (out / _MARK).exists():
+        raise ValueError(
+            f"demo: {out} must be a new folder or one of an earlier demo, and it holds photos/ or run/ of another"
+        )
+    for folder in own:
+        shutil.rmtree(folder, ignore_errors=True)
     out.mkdir(parents=True, exist_ok=True)
+    (out / _MARK).write_text("Made by `maskops demo`, which replaces photos/ and run/ here.\n")
 
 
 def _write_errors(out: Path, errors: dict[str, float]) -> None:

@@ -29,7 +29,7 @@ lint: $(VENV)/.dev
 
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q --upgrade pip "setuptools>=77" ninja "pybind11>=2.13" "$(TORCH)"
+	$(BIN)/pip install -q --upgrade pip "setuptools>=77" "pybind11>=2.13" "$(TORCH)"
 	touch $@
 
 $(VENV)/.demo: $(VENV)/.torch $(SOURCES)

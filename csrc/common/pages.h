@@ -13,6 +13,9 @@
 
 namespace maskops {
 
+// Results beyond this size leave the last-level cache before anybody reads them, so kernels write them past it.
+constexpr int64_t kStreamBytes = int64_t{24} << 20;
+
 // The whole huge pages inside [data, data + bytes); data is about to be overwritten. A refusal changes nothing but the speed.
 inline void prefer_huge_pages(void* data, int64_t bytes) {
 #ifdef __linux__

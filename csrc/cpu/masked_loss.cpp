@@ -222,8 +222,6 @@ extern const PatchLossKernels PatchLossKernels_table{&run<true>, &run<false>};
 namespace maskops {
 namespace {
 
-constexpr int64_t kStreamBytes = int64_t{24} << 20;
-
 void check_patch_loss_data(const Tensor& ids_restore, const Tensor& num_keep, const Tensor& num_mask) {
   const char* op = "masked_patch_loss";
   const int64_t batch = ids_restore.size(0), tokens = ids_restore.size(1);

@@ -17,9 +17,6 @@ namespace {
 
 using Map = std::vector<int64_t>;
 
-// Results beyond this size leave the last-level cache before anybody reads them, so they are written past it.
-constexpr int64_t kStreamBytes = int64_t{24} << 20;
-
 const int64_t* ids_data(const Tensor& ids) { return static_cast<const int64_t*>(ids.const_data_ptr()); }
 
 void run_copy(const Tensor& source, const Map& map, const Tensor& out, int64_t row_bytes) {

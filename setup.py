@@ -80,7 +80,7 @@ class BuildLibraries(build_ext):
         warnings = ["-Wall", "-Wno-unknown-pragmas", "-Wno-restrict", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
         flags = ["-std=c++20", level_of_optimisation, "-g1", "-fPIC", "-fvisibility=hidden", *warnings]
         command = [cxx(), *flags, *ISA_FLAGS[level], *sanitize_flags(), f"-DMASKOPS_ISA_LEVEL={level}", TARGET]
-        return [*command, *include_flags(), "-c", str(source), "-o", str(target)], target
+        return [*command, "-MMD", *include_flags(), "-c", str(source), "-o", str(target)], target
 
     def build_cuda(self, output: Path) -> None:
         archs = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in cuda_archs()]
@@ -92,7 +92,7 @@ class BuildLibraries(build_ext):
             host = ["-Xcompiler=-fPIC,-fvisibility=hidden", "--expt-relaxed-constexpr"]
             flags = ["-std=c++20", "-O3", "-DUSE_CUDA", built_for, *host]
             jobs.append(
-                ([nvcc(), *flags, TARGET, *archs, *include_flags(), "-c", str(source), "-o", str(target)], target)
+                ([nvcc(), *flags, "-MMD", TARGET, *archs, *include_flags(), "-c", str(source), "-o", str(target)], target)
             )
         link = [nvcc(), "-shared", *torch_link_flags("torch_cuda"), "-o", str(output)]
         self.compile_and_link(jobs, link)
@@ -110,6 +110,7 @@ class BuildLibraries(build_ext):
             "-O3",
             "-fPIC",
             "-fvisibility=hidden",
+            "-MMD",
             *include,
             "-c",
             str(ROOT / "csrc/host.cpp"),
@@ -128,9 +129,14 @@ class BuildLibraries(build_ext):
 
 
 def up_to_date(target: Path) -> bool:
-    """Whether an object is newer than every source and this file; headers are few, so any change rebuilds all."""
-    newest = max(p.stat().st_mtime for p in [*(ROOT / "csrc").rglob("*"), ROOT / "setup.py"] if p.is_file())
-    return target.exists() and target.stat().st_mtime > newest
+    """Whether an object is newer than this file and all that it was compiled from, by the compiler's own list (-MMD)."""
+    listed = target.with_suffix(".d")
+    if not (target.exists() and listed.exists()):
+        return False
+    # "target.o: a.cpp b.h \\\n c.h"; system headers are not listed.
+    read = listed.read_text().replace("\\\n", " ").split(": ", 1)[1].split()
+    files = [Path(name) for name in read] + [ROOT / "setup.py"]
+    return all(p.exists() and p.stat().st_mtime < target.stat().st_mtime for p in files)
 
 
 def run(command: list[str]) -> None:

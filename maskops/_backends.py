@@ -80,15 +80,30 @@ def why_not(backend: str, name: str, device: str) -> str:
 
 
 def find_op(name: str, device: str, backend: str) -> Any:
-    """The op to call. auto: the native namespace, which falls back on the reference where no kernel exists."""
+    """The op to call. auto: the native namespace, which falls back on the reference where no kernel exists.
+
+    The overload, not the packet of overloads: finding one by its arguments costs as much as a small gather.
+    """
     if backend == "auto":
-        return getattr(torch.ops.maskops, name)
+        return _without_autograd(getattr(torch.ops.maskops, name).default)
     if backend not in NAMESPACES:
         raise ValueError(f"{name}: backend must be one of {BACKENDS}, got {backend!r}")
     reason = why_not(backend, name, device)
     if reason:
         raise RuntimeError(f"{name}: backend {backend!r} cannot run here: {reason}")
-    return getattr(getattr(torch.ops, NAMESPACES[backend]), name)
+    return _without_autograd(getattr(getattr(torch.ops, NAMESPACES[backend]), name).default)
+
+
+def _without_autograd(op: Any) -> Callable:
+    """The op as it is where a gradient may be asked for, else past autograd's Python layer, which costs 5 to 10 us a call."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return op
+
+    def call(*args: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*args)
+
+    return call
 
 
 def explain(op: str, *args: Any) -> str:

@@ -1,7 +1,10 @@
 // Checks of ids and counts on the CPU, where the values can be looked at before any kernel runs.
 #pragma once
 
-#include <vector>
+#include <algorithm>
+#include <cstdlib>
+#include <memory>
+#include <new>
 
 #include "common/check.h"
 #include "common/parallel.h"
@@ -10,42 +13,33 @@ namespace maskops {
 
 namespace detail {
 
-// The first k of a row whose id came before, or -1. seen: one bit per token, all zero, left all zero.
-inline int64_t repeated_id(const int64_t* ids, int64_t slots, std::vector<uint64_t>& seen) {
-  int64_t bad = -1, k = 0;
-  for (; k < slots && bad < 0; ++k) {
-    if (ids[k] < 0) continue;
-    uint64_t& word = seen[ids[k] >> 6];
-    const uint64_t bit = uint64_t{1} << (ids[k] & 63);
-    if (word & bit) bad = k;
-    word |= bit;
-  }
-  for (int64_t j = 0; j < k; ++j) {
-    if (ids[j] >= 0) seen[ids[j] >> 6] = 0;
-  }
-  return bad;
-}
-
-// Whether all ids >= 0 of a row differ: as many bits set as ids. A pass without branches, for rows that fill their bitmap well.
-inline bool all_differ(const int64_t* ids, int64_t slots, std::vector<uint64_t>& seen) {
-  int64_t valid = 0, bits = 0;
-  for (int64_t k = 0; k < slots; ++k) {
-    if (ids[k] < 0) continue;
-    seen[ids[k] >> 6] |= uint64_t{1} << (ids[k] & 63);
-    ++valid;
-  }
-  for (uint64_t& word : seen) {
-    bits += __builtin_popcountll(word);
-    word = 0;
-  }
-  return bits == valid;
-}
-
 inline std::string position(const char* arg, int64_t row, int64_t column) {
   return std::string(arg) + "[" + std::to_string(row) + ", " + std::to_string(column) + "]";
 }
 
 }  // namespace detail
+
+// For each token the last row in which it was seen, so that nothing has to be cleared between rows. calloc: of many tokens only
+// the pages that ids reach cost anything.
+class TokenMarks {
+ public:
+  explicit TokenMarks(int64_t tokens)
+      : rows_(static_cast<uint32_t*>(std::calloc(static_cast<size_t>(tokens) + 1, sizeof(uint32_t))), &std::free) {
+    if (!rows_) throw std::bad_alloc();
+  }
+  uint32_t next_row(int64_t tokens) {
+    if (++row_ == 0) {  // after 2^32 rows the oldest marks would look new
+      std::fill_n(rows_.get(), tokens + 1, 0u);
+      row_ = 1;
+    }
+    return row_;
+  }
+  uint32_t& operator[](int64_t token) { return rows_.get()[token]; }
+
+ private:
+  std::unique_ptr<uint32_t, decltype(&std::free)> rows_;
+  uint32_t row_ = 0;
+};
 
 // ids [B, K] contiguous: distinct tokens in [low, tokens) per row; -1 (where low = -1) marks an empty slot. Rows are looked at
 // from any thread, faults are thrown after the loop.
@@ -54,23 +48,21 @@ class IdCheck {
   IdCheck(const char* op, const char* arg, const int64_t* ids, int64_t slots, int64_t tokens, int64_t low)
       : op_(op), arg_(arg), ids_(ids), slots_(slots), tokens_(tokens), low_(low) {}
 
-  std::vector<uint64_t> scratch() const { return std::vector<uint64_t>((tokens_ + 63) / 64, 0); }
+  TokenMarks scratch() const { return TokenMarks(tokens_); }
 
-  // Whether row b is good. seen: scratch() of this thread.
-  bool row(int64_t b, std::vector<uint64_t>& seen) {
+  // Whether row b is good, in one pass without branches. marks: scratch() of this thread.
+  bool row(int64_t b, TokenMarks& marks) {
     const int64_t* row = ids_ + b * slots_;
-    bool inside = true;
-    for (int64_t k = 0; k < slots_; ++k) inside &= row[k] >= low_ && row[k] < tokens_;
-    if (!inside) {
-      int64_t k = 0;
-      while (row[k] >= low_ && row[k] < tokens_) ++k;
-      outside_.note(b * slots_ + k);
-      return false;
+    const uint32_t now = marks.next_row(tokens_);
+    bool bad = false;
+    for (int64_t k = 0; k < slots_; ++k) {
+      const bool inside = static_cast<uint64_t>(row[k]) < static_cast<uint64_t>(tokens_);
+      uint32_t& mark = marks[inside ? row[k] : tokens_];  // one mark more, for ids outside
+      bad |= inside ? mark == now : row[k] < low_ || row[k] >= 0;
+      mark = now;
     }
-    if (static_cast<int64_t>(seen.size()) <= slots_ && detail::all_differ(row, slots_, seen)) return true;
-    const int64_t k = detail::repeated_id(row, slots_, seen);
-    if (k >= 0) repeated_.note(b * slots_ + k);
-    return k < 0;
+    if (bad) note_fault(b, marks);
+    return !bad;
   }
 
   void raise() const {
@@ -83,6 +75,18 @@ class IdCheck {
   }
 
  private:
+  void note_fault(int64_t b, TokenMarks& marks) {
+    const int64_t* row = ids_ + b * slots_;
+    int64_t k = 0;
+    while (k < slots_ && row[k] >= low_ && row[k] < tokens_) ++k;
+    if (k < slots_) return outside_.note(b * slots_ + k);
+    const uint32_t now = marks.next_row(tokens_);
+    for (k = 0; row[k] < 0 || marks[row[k]] != now; ++k) {
+      if (row[k] >= 0) marks[row[k]] = now;
+    }
+    repeated_.note(b * slots_ + k);
+  }
+
   const char *op_, *arg_;
   const int64_t* ids_;
   int64_t slots_, tokens_, low_;
@@ -92,8 +96,8 @@ class IdCheck {
 inline void check_ids(const char* op, const char* arg, const int64_t* ids, int64_t batch, int64_t slots, int64_t tokens, int64_t low) {
   IdCheck check(op, arg, ids, slots, tokens, low);
   parallel_for(batch, slots * 16, [&](int64_t begin, int64_t end) {
-    std::vector<uint64_t> seen = check.scratch();
-    for (int64_t b = begin; b < end; ++b) check.row(b, seen);
+    TokenMarks marks = check.scratch();
+    for (int64_t b = begin; b < end; ++b) check.row(b, marks);
   });
   check.raise();
 }

@@ -39,15 +39,16 @@ void gather_samples(const Tensor& x, const Tensor& ids, const Tensor& out) {
   const CopyRows all{static_cast<const char*>(x.const_data_ptr()), nullptr, static_cast<char*>(out.mutable_data_ptr()), row_bytes,
                      ids.numel() * row_bytes > kStreamBytes};
   const RowKernels& kernels = pick_RowKernels();
+  const int64_t* id = ids_data(ids);  // outside of the loop: the stable ABI's accessors are calls
   parallel_for(ids.size(0), slots * (row_bytes * 2 + 16), [&](int64_t begin, int64_t end) {
-    std::vector<uint64_t> seen = check.scratch();
+    TokenMarks marks = check.scratch();
     Map map(slots);
     CopyRows own = all;
     own.map = map.data();
     for (int64_t b = begin; b < end; ++b) {
-      if (!check.row(b, seen)) continue;
+      if (!check.row(b, marks)) continue;
       for (int64_t k = 0; k < slots; ++k) {
-        const int64_t n = ids_data(ids)[b * slots + k];
+        const int64_t n = id[b * slots + k];
         map[k] = n < 0 ? -1 : strides.at(b, n) * size;
       }
       own.out = all.out + b * slots * row_bytes;
@@ -70,10 +71,11 @@ Tensor visible_tokens_gather(const Tensor& x_any, const Tensor& ids_any) {
   check_ids("gather_tokens", "ids", ids_data(ids), batch, slots, x.size(1), -1);
   const int64_t size = static_cast<int64_t>(x.element_size());
   const RowStrides strides = row_strides(x);
+  const int64_t* id = ids_data(ids);
   Map map(batch * slots);
   for (int64_t b = 0; b < batch; ++b) {
     for (int64_t k = 0; k < slots; ++k) {
-      const int64_t n = ids_data(ids)[b * slots + k];
+      const int64_t n = id[b * slots + k];
       map[b * slots + k] = n < 0 ? -1 : strides.at(b, n) * size;
     }
   }
@@ -88,10 +90,11 @@ Tensor gather_backward(const Tensor& grad_any, const Tensor& ids_any, int64_t to
   check_ids("gather_tokens", "ids", ids_data(ids), batch, slots, tokens, -1);
   const int64_t size = static_cast<int64_t>(grad.element_size());
   const RowStrides strides = row_strides(grad);
+  const int64_t* id = ids_data(ids);
   Map map(batch * tokens, -1);
   for (int64_t b = 0; b < batch; ++b) {
     for (int64_t k = 0; k < slots; ++k) {
-      const int64_t n = ids_data(ids)[b * slots + k];
+      const int64_t n = id[b * slots + k];
       if (n >= 0) map[b * tokens + n] = strides.at(b, k) * size;
     }
   }

@@ -37,12 +37,17 @@ namespace {
 // The pixels of one patch into `target`, in the order (r, p, q, c).
 template <class I, class A>
 void read_patch(const PatchGrid& grid, const I* corner, A* target) {
+  using V = typename VecFor<I>::type;
   const int64_t plane = grid.channel_pixels(), width = grid.patch_w, channels = grid.channels;
   for (int64_t r = 0; r < grid.patch_t; ++r) {
     for (int64_t p = 0; p < grid.patch_h; ++p, target += width * channels) {
       const I* row = corner + grid.inside(r, p, 0);
       if (channels == 3) {
-        for (int64_t q = 0; q < width; ++q) {
+        int64_t q = 0;
+        for (; q + V::width <= width; q += V::width) {
+          store_interleaved(V::load(row + q), V::load(row + plane + q), V::load(row + 2 * plane + q), target + 3 * q);
+        }
+        for (; q < width; ++q) {
           target[3 * q] = to_float(row[q]);
           target[3 * q + 1] = to_float(row[plane + q]);
           target[3 * q + 2] = to_float(row[2 * plane + q]);
@@ -54,6 +59,25 @@ void read_patch(const PatchGrid& grid, const I* corner, A* target) {
       }
     }
   }
+}
+
+// A patch is short pieces of image rows, which no hardware prefetcher guesses: the next one is fetched while one is computed.
+template <class T, class I>
+void prefetch_patch(const PatchLoss& args, int64_t b, int64_t n) {
+  constexpr int64_t kLine = 64;
+  const PatchGrid& grid = args.grid;
+  const I* corner = static_cast<const I*>(args.images) + b * grid.image_values() + grid.corner(n);
+  for (int64_t c = 0; c < grid.channels; ++c) {
+    for (int64_t r = 0; r < grid.patch_t; ++r) {
+      for (int64_t p = 0; p < grid.patch_h; ++p) {
+        const char* row = reinterpret_cast<const char*>(corner + c * grid.channel_pixels() + grid.inside(r, p, 0));
+        const int64_t bytes = grid.patch_w * static_cast<int64_t>(sizeof(I));
+        for (int64_t i = 0; i < bytes; i += kLine) __builtin_prefetch(row + i);
+      }
+    }
+  }
+  const char* pred = reinterpret_cast<const char*>(static_cast<const T*>(args.pred) + b * args.pred_batch + n * args.pred_row);
+  for (int64_t i = 0; i < grid.values() * static_cast<int64_t>(sizeof(T)); i += kLine) __builtin_prefetch(pred + i);
 }
 
 // Sum over i of term(i, n) for n = number of valid elements at i; four chains hide the latency of the additions.
@@ -173,7 +197,13 @@ template <LossKind kKind, class T, class I, bool kForward>
 void run_patches(const PatchLoss& args, void* buffer, int64_t begin, int64_t end) {
   using A = typename Arithmetic<T>::type;
   const int64_t tokens = args.grid.tokens();
+  auto selected = [&](int64_t i) { return loss_selects(args.on, args.ids_restore[i], args.num_keep[i / tokens], args.num_mask[i / tokens]); };
+  int64_t fetched = begin;
   for (int64_t i = begin; i < end; ++i) {
+    if (fetched <= i) {
+      for (fetched = i + 1; fetched < end && !selected(fetched);) ++fetched;
+      if (fetched < end) prefetch_patch<T, I>(args, fetched / tokens, fetched % tokens);
+    }
     if constexpr (kForward) forward_patch<kKind, T, I>(args, i / tokens, i % tokens, static_cast<A*>(buffer));
     else backward_patch<kKind, T, I>(args, i / tokens, i % tokens, static_cast<A*>(buffer));
   }
@@ -212,6 +242,7 @@ extern const PatchLossKernels PatchLossKernels_table{&run<true>, &run<false>};
 #if MASKOPS_ISA_LEVEL == 0
 #include <torch/csrc/stable/library.h>
 
+#include <memory>
 #include <tuple>
 #include <vector>
 
@@ -263,8 +294,11 @@ struct Inputs {
     const int64_t values = args.grid.values();
     const int pred_type = static_cast<int>(dtype_of(pred)), image_type = static_cast<int>(dtype_of(images));
     parallel_for(pred.size(0) * args.grid.tokens(), values * 8, [&](int64_t begin, int64_t end) {
-      std::vector<double> buffer(values);
-      kernel(pred_type, image_type, args, buffer.data(), begin, end);
+      constexpr size_t kLine = 64;  // vectors that straddle cache lines took half as long again
+      std::vector<double> buffer(values + kLine / sizeof(double));
+      void* aligned = buffer.data();
+      size_t space = buffer.size() * sizeof(double);
+      kernel(pred_type, image_type, args, std::align(kLine, kLine, aligned, space), begin, end);
     });
   }
 };

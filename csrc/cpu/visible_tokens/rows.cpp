@@ -45,12 +45,15 @@ void copy_rows(const CopyRows& args, int64_t begin, int64_t end) {
   return args.stream ? copy_rows_to<true>(args, begin, end) : copy_rows_to<false>(args, begin, end);
 }
 
-// to = from + pos. Rows are short (a few KB), so the alignment of `to` is settled per row.
+// to = from + pos, while the row at `next` and the next row of the output are fetched, as in copy_row. Rows are short (a few KB),
+// so the alignment of `to` is settled per row.
 template <class T, bool kStream>
-void add_row(const T* from, const T* pos, T* to, int64_t channels) {
+void add_row(const T* from, const T* pos, const T* next, T* to, int64_t channels) {
   using V = typename VecFor<T>::type;
   int64_t d = 0;
   for (; d + V::width <= channels; d += V::width) {
+    __builtin_prefetch(next + d);
+    if (!kStream) __builtin_prefetch(to + channels + d, 1);
     const V sum = V::load(from + d) + V::load(pos + d);
     if (kStream) sum.stream(to + d);
     else sum.store(to + d);
@@ -65,34 +68,43 @@ void restore_typed(const RestoreRows& args, int64_t begin, int64_t end) {
   const T *source = static_cast<const T*>(args.source), *fill = static_cast<const T*>(args.fill), *pos = static_cast<const T*>(args.pos);
   T* out = static_cast<T*>(args.out);
   const bool stream = args.stream && can_stream<V>(out) && channels % V::width == 0;
+  auto row_of = [&](int64_t i) {
+    if (args.map[i] >= 0) return source + args.map[i];
+    return fill + i / args.rows * args.fill_batch + (i % args.rows - args.prefix) * args.fill_row;
+  };
   for (int64_t i = begin; i < end; ++i) {
-    const int64_t b = i / args.rows, r = i % args.rows;
-    const T* from = args.map[i] >= 0 ? source + args.map[i] : fill + b * args.fill_batch + (r - args.prefix) * args.fill_row;
+    const int64_t r = i % args.rows;
+    const T *from = row_of(i), *next = row_of(i + 1 < end ? i + 1 : i);
     T* to = out + i * channels;
-    if (!pos && args.stream) copy_row<true>(reinterpret_cast<const char*>(from), reinterpret_cast<const char*>(from), reinterpret_cast<char*>(to), bytes);
-    else if (!pos) memcpy(to, from, bytes);
-    else if (stream) add_row<T, true>(from, pos + r * channels, to, channels);
-    else add_row<T, false>(from, pos + r * channels, to, channels);
+    auto chars = [](const T* row) { return reinterpret_cast<const char*>(row); };
+    if (!pos && args.stream) copy_row<true>(chars(from), chars(next), reinterpret_cast<char*>(to), bytes);
+    else if (!pos) copy_row<false>(chars(from), chars(next), reinterpret_cast<char*>(to), bytes);
+    else if (stream) add_row<T, true>(from, pos + r * channels, next, to, channels);
+    else add_row<T, false>(from, pos + r * channels, next, to, channels);
   }
   if (args.stream) stream_fence();
 }
 
-// sum += row
+// sum += row, while the row at `next` is fetched
 template <class T, class A>
-void accumulate(const T* row, A* sum, int64_t channels) {
+void accumulate(const T* row, const T* next, A* sum, int64_t channels) {
   using V = typename VecFor<T>::type;
   int64_t d = 0;
-  for (; d + V::width <= channels; d += V::width) (V::load(sum + d) + V::load(row + d)).store(sum + d);
+  for (; d + V::width <= channels; d += V::width) {
+    __builtin_prefetch(next + d);
+    (V::load(sum + d) + V::load(row + d)).store(sum + d);
+  }
   if (d < channels) (V::load_n(sum + d, channels - d) + V::load_n(row + d, channels - d)).store_n(sum + d, channels - d);
 }
 
 // Both sums of a filled row, which is read once.
 template <class T, class A>
-void accumulate_both(const T* row, A* first, A* second, int64_t channels) {
+void accumulate_both(const T* row, const T* next, A* first, A* second, int64_t channels) {
   using V = typename VecFor<T>::type;
   int64_t d = 0;
   for (; d + V::width <= channels; d += V::width) {
     const V x = V::load(row + d);
+    __builtin_prefetch(next + d);
     (V::load(first + d) + x).store(first + d);
     (V::load(second + d) + x).store(second + d);
   }
@@ -123,15 +135,16 @@ void gradient_of_position(const RestoreGradient& args, int64_t r, A* pos_sum, A*
   for (int64_t b = 0; b < args.batch; ++b) {
     const int64_t target = args.map[b * args.rows + r];
     const T* row = grad + b * args.grad_batch + r * args.grad_row;
+    const T* next = b + 1 < args.batch ? row + args.grad_batch : row;
     if (target >= 0) {
-      if (keep_pos) accumulate(row, pos_sum, channels);
+      if (keep_pos) accumulate(row, next, pos_sum, channels);
       if (grad_x) memcpy(grad_x + target, row, channels * sizeof(T));
     } else if (fill_sum && keep_pos) {
-      accumulate_both(row, pos_sum, fill_sum, channels);
+      accumulate_both(row, next, pos_sum, fill_sum, channels);
     } else if (fill_sum) {
-      accumulate(row, fill_sum, channels);
+      accumulate(row, next, fill_sum, channels);
     } else {
-      if (keep_pos) accumulate(row, pos_sum, channels);
+      if (keep_pos) accumulate(row, next, pos_sum, channels);
       const int64_t tokens = args.rows - args.prefix;
       if (filled) memcpy(filled + (b * tokens + r - args.prefix) * channels, row, channels * sizeof(T));
     }

@@ -9,7 +9,7 @@
 // which adds bias, converts, scatters or accumulates. Every sum runs over k in one fixed order, whatever the blocking of
 // m and n, so results do not depend on the number of threads. Nothing here allocates: the caller brings the buffers.
 //
-// Packed element types: float, double, and Bf16Pair (two consecutive k; only where cpu_has_avx512_bf16()). Other inputs
+// Packed element types: float, double, and Bf16Pair (two consecutive k; only where use_bf16_dot()). Other inputs
 // are converted while they are packed.
 #pragma once
 

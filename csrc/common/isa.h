@@ -29,6 +29,8 @@
 MASKOPS_EXPORT int maskops_isa_in_use();            // 0 portable, 1 AVX2 + FMA + F16C, 2 AVX-512 (F, BW, DQ, VL)
 MASKOPS_EXPORT int maskops_isa_best();              // the highest level that this CPU and this build have
 MASKOPS_EXPORT int maskops_set_isa(int level);      // 0 on success, -1 when the level is not available
+MASKOPS_EXPORT int maskops_bf16_dot_in_use();        // 1 where products of bfloat16 go through vdpbf16ps at level 2
+MASKOPS_EXPORT int maskops_set_bf16_dot(int on);      // 0 on success, -1 when this CPU has no vdpbf16ps
 MASKOPS_EXPORT const char* maskops_cpu_features();  // comma separated
 MASKOPS_EXPORT const char* maskops_isa_error();     // "" or what is wrong with the environment variable MASKOPS_ISA
 
@@ -37,7 +39,7 @@ namespace maskops {
 inline namespace MASKOPS_ISA_NS {}  // made inline by its first mention; the macros below may then reopen it
 
 inline int isa_in_use() { return maskops_isa_in_use(); }
-bool cpu_has_avx512_bf16();  // vdpbf16ps exists and level 2 is in use
+bool use_bf16_dot();  // level 2 is in use, vdpbf16ps exists, and it is the fast way on this CPU (or set_bf16_dot asked for it)
 
 }  // namespace maskops
 

@@ -59,7 +59,7 @@ struct Call {
     if (chosen) check_ids(kOp, "ids", chosen, batch, slots, grid.tokens(), -1);
     place_slots(chosen);
     args.dtype = static_cast<int>(dtype_of(images));
-    args.pairs = dtype_of(images) == Dtype::kBFloat16 && kernels.has_pairs && cpu_has_avx512_bf16();
+    args.pairs = dtype_of(images) == Dtype::kBFloat16 && kernels.has_pairs && use_bf16_dot();
     args.rows = batch * slots;
     args.embed = weight.size(0);
     args.values = grid.values();

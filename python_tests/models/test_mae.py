@@ -170,6 +170,10 @@ def test_reconstruct_puts_a_perfect_prediction_in_place(norm_pix: bool) -> None:
 
 # ---------------------------------------------------------------- the Works check
 
+# Measured after 300 steps: 0.020 to 0.046 over ten seeds; broken 0.90 and more over three, where 1 is painting the mean.
+# The broken ones get half the steps, after which a sound model is below 0.15.
+STEPS, LEARNED, UNLEARNED = 300, 0.1, 0.5
+
 
 def gradient_images(count: int, generator: torch.Generator) -> Tensor:
     """Planes of colour with a random slope: a masked patch follows from where it is and from what is visible elsewhere."""
@@ -178,12 +182,17 @@ def gradient_images(count: int, generator: torch.Generator) -> Tensor:
     return slope[:, :, 0] * x + slope[:, :, 1] * y
 
 
-def train_error(model: MAE) -> float:
-    """Held-out masked error after a short training, as a share of the variance of the pixels."""
-    generator = torch.Generator().manual_seed(1)
+def train_error(kind: type[MAE], seed: int, steps: int = STEPS) -> float:
+    """Held-out masked error after a short training, as a share of the variance of the pixels.
+
+    The seed chooses the weights, the images and the masks of the training.
+    """
+    torch.manual_seed(seed)
+    model = kind(TINY)
+    generator = torch.Generator().manual_seed(100 + seed)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-3, betas=(0.9, 0.95))
-    for step in range(250):
-        model(gradient_images(32, generator), seed=step).loss.backward()
+    for step in range(steps):
+        model(gradient_images(32, generator), seed=seed * STEPS + step).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     images = gradient_images(256, generator)
@@ -218,15 +227,15 @@ class Blind(MAE):
         return super().decode(torch.zeros_like(latent), split)
 
 
-THRESHOLD = 0.05
+SEEDS = (0, 1, 2)
 
 
-def test_learns_to_paint_masked_patches() -> None:
-    torch.manual_seed(0)
-    assert train_error(MAE(TINY)) < THRESHOLD
+@pytest.mark.parametrize("seed", SEEDS)
+def test_learns_to_paint_masked_patches(seed: int) -> None:
+    assert train_error(MAE, seed) < LEARNED
 
 
+@pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("broken", [VisibleLoss, Blind, Placeless])
-def test_the_works_check_goes_red_when_broken(broken: type[MAE]) -> None:
-    torch.manual_seed(0)
-    assert train_error(broken(TINY)) > 2 * THRESHOLD
+def test_the_works_check_goes_red_when_broken(broken: type[MAE], seed: int) -> None:
+    assert train_error(broken, seed, STEPS // 2) > UNLEARNED

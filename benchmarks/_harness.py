@@ -44,7 +44,7 @@ class Case:
         gate: instead of the comparison with the reference: raises AssertionError if results are wrong.
         quick: measured in a --quick run.
         sets: "rotate" also measures the case out of cache; "one" does not.
-        after: (inputs) -> more fields of the row.
+        after: (inputs) -> more fields of the row; left out by --quick.
         rounds: at most so many rounds.
     """
 
@@ -145,10 +145,16 @@ class Timer:
 
 
 def interleaved(
-    calls: dict[str, Callable[[Inputs], object]], sets: list[Inputs], timer: Timer, seconds: float, most: int
+    calls: dict[str, Callable[[Inputs], object]],
+    sets: list[Inputs],
+    timer: Timer,
+    seconds: float,
+    least: int,
+    most: int,
 ) -> tuple[dict[str, list[float]], int]:
     """Milliseconds of every call, round by round, the order rotated; and the page faults of ours per call.
 
+    Measuring ends after `seconds`, but not before `least` rounds and not after `most`.
     With one input set each timed call follows an untimed one, so that what fits is cached. With several no input is reused
     before all the others were read.
     """
@@ -156,7 +162,7 @@ def interleaved(
     times: dict[str, list[float]] = {name: [] for name in names}
     faults: list[int] = []
     began, turn, done = time.perf_counter(), 0, 0
-    while done < most and (time.perf_counter() - began < seconds or done < min(5, most)):
+    while done < most and (time.perf_counter() - began < seconds or done < min(least, most)):
         for name in names[done % len(names) :] + names[: done % len(names)]:
             inputs, turn = sets[turn % len(sets)], turn + 1
             if not cold and done == 0:

@@ -83,9 +83,10 @@ def contenders_of(case: Case, quick: bool) -> tuple[dict[str, Forward], dict[str
 
 
 def build_times(case: Case, rivals: dict[str, Forward], inputs: Inputs) -> dict[str, float]:
-    """Milliseconds of the first call of what compiles, and of ours: the cold start."""
+    """Milliseconds of the first call of what compiles, and of ours: the cold start. Empty where nothing compiles."""
+    compiled = {name: forward for name, forward in rivals.items() if name.endswith(", compiled")}
     times = {}
-    for name, forward in {"ours": case.ours, **{n: f for n, f in rivals.items() if n.endswith(", compiled")}}.items():
+    for name, forward in {"ours": case.ours, **compiled}.items() if compiled else ():
         start = time.perf_counter()
         runner(case, forward)(inputs)
         times[name] = (time.perf_counter() - start) * 1e3
@@ -107,7 +108,7 @@ def measure_case(case: Case, family: str, threads: int, args: argparse.Namespace
         check_case(case, inputs, rivals)
     except AssertionError as reason:
         return [{**base, "refused": str(reason)}]
-    if len(build) > 1:
+    if build:
         rows.append(row_of({**base, "mode": "build", "cache": "cold start"}, {n: [t] for n, t in build.items()}, {}))
     modes = args.mode.split(",") if args.mode else None
     if modes is not None and case.mode not in modes:
@@ -120,7 +121,7 @@ def measure_case(case: Case, family: str, threads: int, args: argparse.Namespace
         if case.work is not None:
             row["roof"] = roof_of(case, case.work(inputs), row["ours_ms"], machine, threads)
         rows.append(row)
-    if case.after is not None:
+    if case.after is not None and not args.quick:
         rows[-1] |= case.after(inputs)
     return rows
 
@@ -141,7 +142,7 @@ def measure_variant(
     if cache == KEPT and not keep_pages():
         raise RuntimeError("the 'kept pages' rows need glibc's mallopt")
     try:
-        times, faults = interleaved(calls, sets, Timer(device), seconds, case.rounds)
+        times, faults = interleaved(calls, sets, Timer(device), seconds, 3 if args.quick else 5, case.rounds)
     finally:
         if cache == KEPT:
             return_pages()

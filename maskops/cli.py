@@ -54,7 +54,7 @@ def pretrain(
     system: Annotated[System, typer.Option(help="What to train.")] = System.mae,
     epochs: Annotated[float, typer.Option(min=0.0, help="Passes over the images.")] = 100,
     batch_size: Annotated[int, typer.Option(min=1, help="Images per step and process.")] = 64,
-    mask_ratio: Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of patches that are masked.")] = 0.75,
+    mask_ratio: Annotated[float, typer.Option(help="Share of patches that are masked, above 0 and below 1.")] = 0.75,
     size: Annotated[Size, typer.Option(help="Size of the model.")] = Size.base,
     image_size: Annotated[int, typer.Option(min=1, help="Height and width of the crops.")] = 224,
     patch_size: Annotated[int, typer.Option(min=1, help="Height and width of a patch.")] = 16,
@@ -83,6 +83,8 @@ def pretrain(
 
     if not 0 < epochs < 1e6:
         _fail(f"--epochs must be above 0 and below 1000000, got {epochs}", 2)
+    if not 0 < mask_ratio < 1:
+        _fail(f"--mask-ratio must be above 0 and below 1, got {mask_ratio:g}", 2)
     try:
         config = MAEConfig.of_size(
             size.value, image_size=image_size, patch_size=patch_size, mask_ratio=mask_ratio, norm_pix=norm_pix

@@ -75,7 +75,10 @@ def pretrain(config: MAEConfig, settings: Settings) -> Result:
         EmptyFolderError: no readable image.
         CheckpointError: settings.out holds a run and resume is off, or the run there was started with other settings.
         TrainingError: the loss is not finite.
+        ValueError: config masks no patch, so that there is nothing to learn from.
     """
+    if config.num_keep == config.num_patches:
+        raise ValueError(f"pretrain: mask_ratio must be in (0, 1), got {config.mask_ratio}, which masks no patch")
     accelerator = Accelerator(mixed_precision="bf16" if settings.bf16 else None)
     if accelerator.scaler is not None:
         raise TrainingError("mixed precision must be bf16 or off, got fp16")
@@ -306,9 +309,19 @@ def _jsonable(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_same_run(folder: Path, saved: dict[str, Any], now: dict[str, Any]) -> None:
-    different = [f"{name} was {saved.get(name)}, now {now[name]}" for name in now if saved.get(name) != now[name]]
+    saved, now = _flat(saved), _flat(now)
+    names = dict.fromkeys([*now, *(name for name in saved if name.startswith("model."))])
+    different = [
+        f"{name} was {saved.get(name)}, now {now.get(name)}" for name in names if saved.get(name) != now.get(name)
+    ]
     if different:
         raise CheckpointError(f"{folder} is of a run with other settings: {'; '.join(different)}")
+
+
+def _flat(fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields with those of the model beside them, as model.<name>."""
+    model = fields.get("model") or {}
+    return {k: v for k, v in fields.items() if k != "model"} | {f"model.{k}": v for k, v in model.items()}
 
 
 def _truncate_losses(path: Path, step: int) -> float:

@@ -56,6 +56,9 @@ def test_pretrain_resume_and_refusal(tmp_path: Path) -> None:
     refused = run(*command)
     assert refused.returncode == 2 and "holds a run already" in refused.stderr and "Traceback" not in refused.stderr
     assert run(*command, "--resume").returncode == 0
+    other = run(*command, "--resume", "--patch-size", 16, "--lr", 1e-3)
+    assert other.returncode == 2 and "Traceback" not in other.stderr
+    assert other.stderr.strip().endswith("other settings: lr was 0.00015, now 0.001; model.patch_size was 8, now 16")
 
 
 @pytest.mark.parametrize(
@@ -63,6 +66,8 @@ def test_pretrain_resume_and_refusal(tmp_path: Path) -> None:
     [
         ((), "no images"),
         (("--image-size", 30), "image_size must be a multiple of patch_size 16, got 30"),
+        (("--mask-ratio", 0), "--mask-ratio must be above 0 and below 1, got 0"),
+        (("--mask-ratio", "nan"), "--mask-ratio must be above 0 and below 1, got nan"),
         (("--mask-ratio", 0.999), "keeps none of 196 patches"),
         (("--size", "huge"), "huge"),
     ],

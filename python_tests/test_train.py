@@ -1,5 +1,6 @@
 """Training: killed and resumed, on two processes, on bad folders."""
 
+import dataclasses
 import json
 import os
 import random
@@ -217,8 +218,20 @@ def test_a_run_is_neither_overwritten_nor_mixed(images: Path, tmp_path: Path) ->
         pretrain(config, Settings(**settings))
     with pytest.raises(CheckpointError, match="seed was 0, now 1"):
         pretrain(config, Settings(**settings, seed=1, resume=True))
+    with pytest.raises(CheckpointError, match=r"settings: model.dim was 192, now 96$"):
+        pretrain(dataclasses.replace(config, dim=96), Settings(**settings, resume=True))
     again = pretrain(config, Settings(**settings, resume=True))
     assert (again.step, again.loss) == (result.step, result.loss)
+
+
+def test_a_mask_that_hides_nothing_is_an_error(images: Path, tmp_path: Path) -> None:
+    from maskops.models.mae import MAEConfig
+    from maskops.train import Settings, pretrain
+
+    config = MAEConfig.of_size("tiny", image_size=32, mask_ratio=0.0)
+    with pytest.raises(ValueError, match=r"mask_ratio must be in \(0, 1\), got 0.0"):
+        pretrain(config, Settings(images, tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_half_deleted_checkpoint_is_never_found(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ __global__ void __launch_bounds__(kRowThreads, 4)
     gather_backward_kernel(const T* __restrict__ grad, RowStrides strides, const std::int64_t* __restrict__ ids, T* __restrict__ grad_x,
                            std::int64_t slots, std::int64_t tokens, std::int64_t channels, int chunk) {
   MASKOPS_SHARED(int, slot_of, kMaxChunk);
-  const std::int64_t chunks = (tokens + chunk - 1) / chunk;
+  const std::int64_t chunks = blocks_of_sample(tokens, chunk);
   const std::int64_t b = blockIdx.x / chunks, base = blockIdx.x % chunks * chunk;
   invert_ids(slot_of, ids, b, slots, tokens, base, chunk, Function::gather);
   for (std::int64_t t = threadIdx.x / 32; t < chunk && base + t < tokens; t += kRowWarps) {
@@ -70,7 +70,7 @@ Tensor visible_tokens_gather_backward(const Tensor& grad_any, const Tensor& ids_
     const int chunk = tokens_per_block(slots, channels * static_cast<std::int64_t>(sizeof(T)));
     const int width = vector_width<T>({channels, strides.batch, strides.row}, {const_data<T>(grad), data<T>(grad_x)});
     dispatch_width<T>(width, [&](auto w) {
-      launch(gather_backward_kernel<T, w()>, grid_for(batch * ceil_div(tokens, chunk), 1), dim3(kRowThreads), 0, scope.stream(),
+      launch(gather_backward_kernel<T, w()>, grid_for(batch * blocks_of_sample(tokens, chunk), 1), dim3(kRowThreads), 0, scope.stream(),
              const_data<T>(grad), strides, const_data<std::int64_t>(ids), data<T>(grad_x), slots, tokens, channels, chunk);
     });
   });

@@ -55,7 +55,7 @@ template <typename T, int W, bool LAST>
 __global__ void __launch_bounds__(kRowThreads, 2)
     unpatchify_kernel(const T* __restrict__ patches, RowStrides strides, T* __restrict__ images, const Patches p, int chunk) {
   MASKOPS_SHARED(int, slot_of, kMaxChunk);
-  const std::int64_t tokens = p.grid.tokens(), chunks = (tokens + chunk - 1) / chunk;
+  const std::int64_t tokens = p.grid.tokens(), chunks = blocks_of_sample(tokens, chunk);
   const std::int64_t b = blockIdx.x / chunks, base = blockIdx.x % chunks * chunk;
   if (!p.all) invert_ids(slot_of, p.ids, b, p.slots, tokens, base, chunk, Function::unpatchify);
   const std::uint32_t values = static_cast<std::uint32_t>(p.grid.values());
@@ -102,7 +102,7 @@ void run_unpatchify(const Tensor& patches, const Patches& p, const Tensor& image
   int width = image_width(p.grid, data<T>(images));
   if (!LAST) width = std::min(width, vector_width<T>({p.grid.values(), strides.batch, strides.row}, {const_data<T>(patches)}));
   dispatch_width<T>(width, [&](auto w) {
-    launch(unpatchify_kernel<T, w(), LAST>, grid_for(p.batch * ceil_div(p.grid.tokens(), chunk), 1), dim3(kRowThreads), 0, stream,
+    launch(unpatchify_kernel<T, w(), LAST>, grid_for(p.batch * blocks_of_sample(p.grid.tokens(), chunk), 1), dim3(kRowThreads), 0, stream,
            const_data<T>(patches), strides, data<T>(images), p, chunk);
   });
 }

@@ -97,6 +97,11 @@ __device__ __forceinline__ void invert_ids(Shared& slot_of, const std::int64_t* 
   }
 }
 
+// Blocks that share the tokens of one sample: one even where there are none, which then checks the ids.
+MASKOPS_HOST_DEVICE inline std::int64_t blocks_of_sample(std::int64_t tokens, int chunk) {
+  return tokens > 0 ? (tokens + chunk - 1) / chunk : 1;
+}
+
 // Tokens per block: few, for many blocks, but so many that reading K ids costs at most a quarter of writing the rows.
 inline int tokens_per_block(std::int64_t slots, std::int64_t row_bytes) {
   if (slots >= INT_MAX) throw std::runtime_error(sentence("maskops: rows of ", slots, " ids are not supported"));

@@ -49,6 +49,9 @@ ERRORS = [
     ErrorSample(
         GATHER, "too_small", _with(1, lambda i: _set(i, -2, 1, 0)), IndexError, r"must be in \[-1, 12\), got -2"
     ),
+    ErrorSample(
+        "_visible_tokens_gather_backward", "no_tokens", _with(2, lambda n: 0), IndexError, r"must be in \[-1, 0\), got"
+    ),
     ErrorSample(GATHER, "twice", _with(1, _twice), IndexError, "must be unique in its row"),
     ErrorSample(RESTORE, "no_permutation", _with(1, _twice), IndexError, "ids_restore.* must be unique in its row"),
     ErrorSample(RESTORE, "count", _with(2, lambda c: c + 99), ValueError, "num_keep.* must be in"),
@@ -99,6 +102,13 @@ ERRORS = [
         ),
         ValueError,
         "image_size must have at most 2\\^40 pixels",
+    ),
+    ErrorSample(
+        "visible_tokens_unpatchify",
+        "empty_image",
+        lambda p, ids, patch, size, last: (p, torch.zeros(p.shape[:2], dtype=torch.int64), patch, [0, 24], last),
+        IndexError,
+        r"ids\[.*\] must be in \[-1, 0\), got 0",
     ),
     ErrorSample(
         "visible_tokens_unpatchify", "slots", _with(0, lambda p: p[:, 1:]), ValueError, "patches must have shape"

@@ -1,6 +1,6 @@
-"""Reference of the family nm_matmul: N outputs, K inputs, G groups of m along K, J = G n kept slots, M rows, S samples, P patterns.
+"""Reference of nm_matmul: N outputs, K inputs, G groups of m along K, J = G n kept slots, M rows, S samples, P patterns.
 
-A compressed weight is `values` [N, J] and `indices` uint8 [N, ceil(J bits / 8)], bits = ceil(log2 m): the place of slot j inside its
+A compressed weight is `values` [N, J] and `indices` uint8 [N, ceil(J bits / 8)], bits = ceil(log2 m): the place of slot j in its
 group stands in bits [j bits, (j + 1) bits) of the row, little endian. A slot whose column is K or more is padding.
 """
 

@@ -23,6 +23,7 @@ from _harness import (
     Case,
     Forward,
     Inputs,
+    Row,
     Timer,
     check_case,
     cold_sets,
@@ -40,7 +41,6 @@ from maskops.families import FAMILIES
 # Beside the families: whole models, each with its own bench_<name>.py.
 MODELS = ("mae_step",)
 HOT, COLD, KEPT = "hot", "cold", "cold, kept pages"
-Row = dict[str, Any]
 
 
 def parse() -> argparse.Namespace:

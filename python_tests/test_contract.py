@@ -184,6 +184,8 @@ def test_opcheck(op: str, backend: str) -> None:
 
 def spread(x: Tensor) -> Tensor:
     """The same values with other strides: every axis transposed in memory."""
+    if x.dim() == 0:
+        return x
     return x.clone().permute(*range(x.dim() - 1, -1, -1)).contiguous().permute(*range(x.dim() - 1, -1, -1))
 
 

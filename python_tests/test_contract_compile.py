@@ -113,10 +113,11 @@ def case_bitmask_linear(batch: int, count: int) -> tuple[Callable, tuple]:
 
 
 def case_nm_soft_linear(batch: int, count: int) -> tuple[Callable, tuple]:
-    x, logits = torch.randn(batch, count, requires_grad=True), torch.randn(DIM, count // 8, 28, requires_grad=True)
+    # One row more, or the first batch is tied to the 6 patterns.
+    x, logits = torch.randn(batch + 1, count, requires_grad=True), torch.randn(DIM, count // 4, 6, requires_grad=True)
 
     def f(x: Tensor, weight: Tensor, logits: Tensor, seed: Tensor) -> Tensor:
-        y, kept = maskops.nm_soft_linear(x, weight, logits, 2, 8, tau=0.5, seed=seed)
+        y, kept = maskops.nm_soft_linear(x, weight, logits, 2, 4, tau=0.5, seed=seed)
         return y + kept.to(y.dtype)
 
     return f, (x, torch.randn(DIM, count), logits, seed_tensor(3, None, torch.device("cpu")))

@@ -334,6 +334,59 @@ struct VecFor<double> {
   using type = VecD;
 };
 
+// ---- across vectors ---------------------------------------------------------------------------------------------
+
+// a0 b0 a1 b1 ... of the lower (kHalf = 0) or the upper halves of two vectors.
+template <int kHalf, class V>
+static inline V interleave(V a, V b) {
+  constexpr int w = V::width, h = kHalf * w / 2;
+  if constexpr (w == 2) {
+    return {__builtin_shufflevector(a.v, b.v, h, w + h)};
+  } else if constexpr (w == 4) {
+    return {__builtin_shufflevector(a.v, b.v, h, w + h, h + 1, w + h + 1)};
+  } else if constexpr (w == 8) {
+    return {__builtin_shufflevector(a.v, b.v, h, w + h, h + 1, w + h + 1, h + 2, w + h + 2, h + 3, w + h + 3)};
+  } else {
+    return {__builtin_shufflevector(a.v, b.v, h, w + h, h + 1, w + h + 1, h + 2, w + h + 2, h + 3, w + h + 3, h + 4,
+                                    w + h + 4, h + 5, w + h + 5, h + 6, w + h + 6, h + 7, w + h + 7)};
+  }
+}
+
+// Element i of vector j and element j of vector i change places. Each round moves one bit of the row's number to the column's.
+template <class V>
+static inline void transpose(V (&rows)[V::width]) {
+  constexpr int w = V::width;
+#pragma GCC unroll 4
+  for (int round = 1; round < w; round *= 2) {
+    V next[w];
+#pragma GCC unroll 8
+    for (int i = 0; i < w / 2; ++i) {
+      next[2 * i] = interleave<0>(rows[i], rows[i + w / 2]);
+      next[2 * i + 1] = interleave<1>(rows[i], rows[i + w / 2]);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < w; ++i) rows[i] = next[i];
+  }
+}
+
+// base[at[0]], base[at[1]], ...
+static inline VecF gather(const float* base, const int32_t* at) {
+#if MASKOPS_ISA_LEVEL == 2
+  return {_mm512_i32gather_ps(_mm512_loadu_si512(at), base, 4)};
+#elif MASKOPS_ISA_LEVEL == 1
+  return {_mm256_i32gather_ps(base, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)), 4)};
+#else
+  float buffer[VecF::width];
+  for (int i = 0; i < VecF::width; ++i) buffer[i] = base[at[i]];
+  return VecF::load(buffer);
+#endif
+}
+static inline VecD gather(const double* base, const int32_t* at) {
+  double buffer[VecD::width];
+  for (int i = 0; i < VecD::width; ++i) buffer[i] = base[at[i]];
+  return VecD::load(buffer);
+}
+
 // Streaming stores of V to T memory need this alignment of the address; call stream_fence() after the last of them.
 template <class V, class T>
 static inline bool can_stream(const T* p) {

@@ -110,7 +110,7 @@ def learn_masks(
                 parameter.grad = grad
             nn.utils.clip_grad_norm_(logits, config.clip)
             optimizer.step()
-            history.append(Step(step + 1, loss.item(), float(kept)))
+            history.append(Step(step + 1, loss.item(), kept.item()))
             if not math.isfinite(history[-1].loss):
                 raise FloatingPointError(f"learn_masks: the loss is not finite at step {step + 1}")
             if on_step is not None:

@@ -43,7 +43,8 @@ inline void finish_warp(Machine& m, unsigned warp, unsigned mask, int kind) {
     }
     lanes[lane]->state = State::ready;
   }
-  if ((live & ~mask) == 0) ++m.warp_epochs[warp];
+  // Instructions that exchange registers order no accesses of shared memory.
+  if (kind != kExchange && (live & ~mask) == 0) ++m.warp_epochs[warp];
 }
 
 inline std::uint64_t warp_operation(int kind, unsigned mask, std::uint64_t value, int source, const std::source_location& at) {

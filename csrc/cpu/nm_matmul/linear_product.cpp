@@ -31,7 +31,7 @@ void multiply_pairs(int64_t pairs, const PairCounts* counts, const typename V::s
       const V a = V::all(values[0]), b = V::all(values[1]);
 #pragma GCC unroll 8
       for (int i = 0; i < N; ++i) {
-        const V rows = V::load(column + i * W);
+        const V rows = loaded_once(V::load(column + i * W));
         first[i] = fma(a, rows, first[i]);
         second[i] = fma(b, rows, second[i]);
       }

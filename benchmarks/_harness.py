@@ -5,10 +5,12 @@ interleaved in one process on the same inputs, so that a busy machine slows all 
 """
 
 import ctypes
+import re
 import resource
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ from torch import Tensor
 from maskops.testing import assert_close, in_float64
 
 Inputs = dict[str, Any]
+Row = dict[str, Any]
 Forward = Callable[..., Any]
 
 # How far a rival may be off, root mean square relative to the expected values, before it counts as computing something else.
@@ -214,3 +217,21 @@ def return_pages() -> None:
     mallopt(_M_MMAP_MAX, 65536)
     mallopt(_M_MMAP_THRESHOLD, 128 << 10)
     mallopt(_M_TRIM_THRESHOLD, 128 << 10)
+
+
+def peak_extra_bytes(call: Callable[[], object]) -> int:
+    """By how much the resident memory of this process grows at most during a call. Linux only."""
+    libc, status = ctypes.CDLL(None), Path("/proc/self/status")
+
+    def kilobytes(name: str) -> int:
+        return int(re.search(rf"{name}:\s+(\d+)", status.read_text()).group(1))
+
+    libc.mallopt(_M_MMAP_THRESHOLD, 128 << 10)  # every large block comes fresh from the system and is seen
+    call()
+    libc.malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again at what is resident now
+    before = kilobytes("VmRSS")
+    result = call()
+    peak = kilobytes("VmHWM")
+    del result
+    return (peak - before) << 10

@@ -13,7 +13,6 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 # Compile times are reported as cold times, so nothing may come out of a cache of an earlier run.
 os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
@@ -23,6 +22,7 @@ from _harness import (
     Case,
     Forward,
     Inputs,
+    Row,
     Timer,
     check_case,
     cold_sets,
@@ -40,7 +40,6 @@ from maskops.families import FAMILIES
 # Beside the families: whole models, each with its own bench_<name>.py.
 MODELS = ("mae_step",)
 HOT, COLD, KEPT = "hot", "cold", "cold, kept pages"
-Row = dict[str, Any]
 
 
 def parse() -> argparse.Namespace:

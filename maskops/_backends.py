@@ -20,6 +20,9 @@ _triton_reason = ""
 PUBLIC: dict[str, str] = {}
 """Public function name -> name of the op that it calls, over all families."""
 
+_PATHS: dict[str, Callable[..., str]] = {}
+"""Public function name -> function of its arguments that says which of several ways it takes."""
+
 _SUPPORT = """
 
     Backends:
@@ -29,13 +32,20 @@ _SUPPORT = """
     """
 
 
-def public(op: str, *, native: str = "", triton: str = "") -> Callable[[Callable], Callable]:
-    """Mark the public function of an op, and let its docstring end with what its backends take."""
+def public(
+    op: str, *, native: str = "", triton: str = "", path: Callable[..., str] | None = None
+) -> Callable[[Callable], Callable]:
+    """Mark the public function of an op, and let its docstring end with what its backends take.
+
+    path: for a function that itself chooses between ways to compute: (the function's arguments) -> a sentence for explain.
+    """
     native = native or "C++ on CPU (AVX-512, AVX2, portable) and CUDA C++; float32, float64, bfloat16, float16"
     triton = triton or "CUDA, ROCm and XPU; float32, float64, bfloat16, float16"
 
     def mark(function: Callable) -> Callable:
         PUBLIC[function.__name__] = op
+        if path is not None:
+            _PATHS[function.__name__] = path
         before, example = function.__doc__.rstrip().split("\n\n    Example:", 1)
         support = _SUPPORT.format(native=native, triton=triton).rstrip()
         function.__doc__ = f"{before}{support}\n\n    Example:{example}\n    "
@@ -114,7 +124,8 @@ def explain(op: str, *args: Any) -> str:
         *args: the op's arguments; the first tensor decides the device. Without tensors: the CPU.
 
     Returns:
-        A text of one line per backend, the chosen one first.
+        A text: what auto runs; for a function that chooses between ways to compute ("nm_linear", given its arguments) which
+        one it takes, and why; then one line per backend.
 
     Example:
         >>> print(maskops.explain("visible_tokens_gather", torch.ones(1, 4, 8)).splitlines()[0])  # doctest: +ELLIPSIS
@@ -129,6 +140,8 @@ def explain(op: str, *args: Any) -> str:
     # auto calls the native namespace, where Triton stands in for missing CUDA C++ and the reference for all the rest.
     chosen = next(backend for backend in order if not reasons[backend] and (backend != "triton" or device != "cpu"))
     lines = [f"{name} on {device}: auto runs {_kind(chosen, name, device)}"]
+    if op in _PATHS and args:
+        lines.append(f"  {_PATHS[op](*args)}")
     lines += [f"  {backend}: {reason or 'can run'}" for backend, reason in reasons.items()]
     return "\n".join(lines)
 

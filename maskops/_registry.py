@@ -39,6 +39,7 @@ class OpSpec:
         constants: names of floating arguments that no gradient flows to.
         cuda: whether csrc/cuda has a kernel; without one the native op on a GPU is the Triton kernel.
         autocast: "preserve" (dtypes as they come), "promote" (to the widest floating dtype), "lower" (to autocast's dtype).
+        autocast_skips: names of arguments that autocast leaves as they come.
     """
 
     schema: str
@@ -52,6 +53,7 @@ class OpSpec:
     constants: tuple[str, ...] = ()
     cuda: bool = True
     autocast: str = "preserve"
+    autocast_skips: tuple[str, ...] = ()
     arguments: tuple[str, ...] = field(init=False)
     defaults: tuple = field(init=False)
 
@@ -159,14 +161,16 @@ def _autocast_kernel(namespace: str, spec: OpSpec, device: str, key: str) -> Cal
     excluded = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
 
     def kernel(_keyset: Any, *args: Any) -> Any:
-        floats = [a.dtype for a in args if _castable(a)]
+        # Trailing arguments that equal their default are missing from args.
+        cast = [_castable(a) and name not in spec.autocast_skips for a, name in zip(args, spec.arguments, strict=False)]
+        floats = [a.dtype for a, wanted in zip(args, cast, strict=True) if wanted]
         if spec.autocast == "lower":
             dtype = torch.get_autocast_dtype(device)
         else:
             dtype = torch.float32 if torch.float32 in floats or len(set(floats)) > 1 else (floats or [None])[0]
         with torch._C._ExcludeDispatchKeyGuard(excluded):
             op = getattr(getattr(torch.ops, namespace), spec.name)
-            return op(*(a.to(dtype) if _castable(a) else a for a in args))
+            return op(*(a.to(dtype) if wanted else a for a, wanted in zip(args, cast, strict=True)))
 
     return kernel
 

@@ -4,4 +4,5 @@ FAMILIES = (
     "visible_tokens",
     "mask_sampling",
     "masked_loss",
+    "nm_matmul",
 )

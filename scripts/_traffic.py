@@ -61,6 +61,29 @@ def example_arguments():
     }
 
 
+def _nm_arguments():
+    """op -> arguments of the family nm_matmul: a 2:4 weight [64, 128] and 64 rows."""
+    M, N, K, n, m = 64, 64, 128, 2, 4
+    reference, x, weight = torch.ops.maskops_reference, torch.rand(M, K), torch.rand(N, K)
+    mask = reference.nm_matmul_mask(weight, n, m)
+    values, indices = reference.nm_matmul_compress(weight * mask, n, m)
+    bits, grad, bias = reference.nm_matmul_pack(mask)[None], torch.rand(M, N), torch.rand(N)
+    soft = (x, weight, torch.randn(N, K // m, 6), torch.tensor([7, 0]), n, m, 1.0, 1.0, False)
+    return {
+        "nm_matmul_mask": (weight, n, m),
+        "nm_matmul_compress": (weight * mask, n, m),
+        "nm_matmul_decompress": (values, indices, n, m, K),
+        "nm_matmul_select": (weight, indices, n, m),
+        "nm_matmul_linear": (x, values, indices, bias, n, m),
+        "_nm_matmul_linear_backward": (grad, x, values, indices, n, m, True, True),
+        "nm_matmul_pack": (mask,),
+        "nm_matmul_bitmask": (x[None], weight, bits, bias, None),
+        "_nm_matmul_bitmask_backward": (grad[None], x[None], weight, bits, True, True, False, False),
+        "nm_matmul_soft": soft,
+        "_nm_matmul_soft_backward": (grad, torch.tensor(1.0), *soft, True, True),
+    }
+
+
 def measure():
     """One row (dict) per op: least and counted bytes; math.nan where there is no number, with the reason in "note"."""
     emulator = importlib.import_module("maskops.testing.emulator")
@@ -71,7 +94,7 @@ def measure():
     for family in FAMILIES:
         models |= getattr(importlib.import_module(f"maskops.testing.{family}"), "TRAFFIC", {})
     rows = []
-    for op, args in example_arguments().items():
+    for op, args in (example_arguments() | _nm_arguments()).items():
         row = {"op": op, "least": math.nan, "counted": math.nan, "note": "", "error": ""}
         if op in models:
             row["least"] = models[op](*args)

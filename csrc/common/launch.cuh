@@ -30,7 +30,7 @@
   const ::maskops_emulator::SharedArray<T> name(&name##_tag, #name, count)
 #define MASKOPS_DYNAMIC_SHARED(T, name) const ::maskops_emulator::SharedArray<T> name = ::maskops_emulator::dynamic_shared<T>(#name)
 #else
-#define MASKOPS_SHARED(T, name, count) __shared__ T name[count]
+#define MASKOPS_SHARED(T, name, count) __shared__ __align__(16) T name[count]
 #define MASKOPS_DYNAMIC_SHARED(T, name)                                         \
   extern __shared__ __align__(16) unsigned char maskops_dynamic_shared_bytes[]; \
   T* const name = reinterpret_cast<T*>(maskops_dynamic_shared_bytes)

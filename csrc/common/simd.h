@@ -334,38 +334,6 @@ struct VecFor<double> {
   using type = VecD;
 };
 
-// to[3 i + c] = element i of plane c: three planes of pixels become one row of colours.
-template <class V>
-static inline void store_interleaved(V red, V green, V blue, typename V::scalar* to) {
-  typename V::scalar planes[3][V::width];
-  red.store(planes[0]), green.store(planes[1]), blue.store(planes[2]);
-  for (int i = 0; i < V::width; ++i) {
-    for (int c = 0; c < 3; ++c) to[3 * i + c] = planes[c][i];
-  }
-}
-#if MASKOPS_ISA_LEVEL == 2
-struct InterleaveTables {
-  alignas(64) int32_t first_two[3][16] = {}, third[3][16] = {};
-  uint16_t is_third[3] = {};
-  constexpr InterleaveTables() {
-    for (int at = 0; at < 48; ++at) {
-      const int i = at / 3, c = at % 3;
-      first_two[at / 16][at % 16] = c == 1 ? 16 + i : i;
-      third[at / 16][at % 16] = i;
-      if (c == 2) is_third[at / 16] = uint16_t(is_third[at / 16] | 1u << (at % 16));
-    }
-  }
-};
-static inline void store_interleaved(VecF red, VecF green, VecF blue, float* to) {
-  static constexpr InterleaveTables kTables;
-  for (int part = 0; part < 3; ++part) {
-    const __m512 two = _mm512_permutex2var_ps(red.v, _mm512_load_si512(kTables.first_two[part]), green.v);
-    _mm512_storeu_ps(to + 16 * part,
-                     _mm512_mask_permutexvar_ps(two, kTables.is_third[part], _mm512_load_si512(kTables.third[part]), blue.v));
-  }
-}
-#endif
-
 // Streaming stores of V to T memory need this alignment of the address; call stream_fence() after the last of them.
 template <class V, class T>
 static inline bool can_stream(const T* p) {

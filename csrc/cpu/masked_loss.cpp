@@ -28,7 +28,7 @@ MASKOPS_DECLARE_KERNELS(PatchLossKernels)
 
 }  // namespace maskops
 
-#include "common/simd.h"
+#include "common/simd_shuffle.h"
 
 namespace maskops {
 inline namespace MASKOPS_ISA_NS {

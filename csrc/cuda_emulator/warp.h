@@ -9,7 +9,7 @@
 
 namespace maskops_emulator {
 
-enum WarpKind { kSync = 1, kShuffle, kBallot, kReduceAdd, kReduceMin, kReduceMax };
+enum WarpKind { kSync = 1, kShuffle, kBallot, kReduceAdd, kReduceMin, kReduceMax, kExchange };
 
 inline std::uint64_t combine(int kind, std::uint64_t a, std::uint64_t b) {
   const auto x = static_cast<std::int64_t>(a), y = static_cast<std::int64_t>(b);
@@ -43,7 +43,8 @@ inline void finish_warp(Machine& m, unsigned warp, unsigned mask, int kind) {
     }
     lanes[lane]->state = State::ready;
   }
-  if ((live & ~mask) == 0) ++m.warp_epochs[warp];
+  // Instructions that exchange registers order no accesses of shared memory.
+  if (kind != kExchange && (live & ~mask) == 0) ++m.warp_epochs[warp];
 }
 
 inline std::uint64_t warp_operation(int kind, unsigned mask, std::uint64_t value, int source, const std::source_location& at) {
@@ -84,6 +85,21 @@ T shuffle(unsigned mask, T value, int source, const std::source_location& at) {
   bits = warp_operation(kShuffle, mask, bits, source, at);
   std::memcpy(&value, &bits, sizeof(T));
   return value;
+}
+
+// For instructions of a whole warp: every lane brings an object, and body(peers) runs in every lane with peers[i] = lane i's object.
+// The objects live on the stacks of fibers that wait, and nobody leaves before all have read.
+template <typename T, typename Body>
+void exchange(const T& mine, const std::source_location& at, const Body& body) {
+  Machine& m = machine();
+  const unsigned first = m.current->rank / 32 * 32;
+  if (first + 32 > m.thread_count) throw KernelFault("an instruction of a whole warp in a warp that is not full, in " + place(at));
+  const auto bits = reinterpret_cast<std::uint64_t>(&mine);
+  warp_operation(kExchange, 0xffffffffu, bits, 0, at);
+  const T* peers[32];
+  for (unsigned lane = 0; lane < 32; ++lane) peers[lane] = reinterpret_cast<const T*>(m.threads[first + lane]->warp_value);
+  body(peers);
+  warp_operation(kExchange, 0xffffffffu, bits, 0, at);
 }
 
 inline int lane_of_current() { return static_cast<int>(machine().current->rank % 32); }

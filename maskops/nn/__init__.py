@@ -1,5 +1,6 @@
 """Thin modules: parameters and one call of an op; no maths."""
 
+from maskops.nn.nm_matmul import BitmaskLinear, NMLinear, SoftNMLinear
 from maskops.nn.visible_tokens import PatchEmbed, TokenRestore
 
-__all__ = ["PatchEmbed", "TokenRestore"]
+__all__ = ["BitmaskLinear", "NMLinear", "PatchEmbed", "SoftNMLinear", "TokenRestore"]

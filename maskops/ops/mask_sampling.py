@@ -102,15 +102,17 @@ def shuffled_split(
     return TokenSplit(ids_keep, ids_mask, ids_restore, num_keep, num_mask, cu_seqlens, max_keep, total)
 
 
-def seed_tensor(seed: Seed, generator: torch.Generator | None, device: torch.device) -> Tensor:
-    """int64 [2] = (seed, offset) on the device."""
+def seed_tensor(
+    seed: Seed, generator: torch.Generator | None, device: torch.device, function: str = FUNCTION
+) -> Tensor:
+    """int64 [2] = (seed, offset) on the device.  function: the public function that errors name."""
     if isinstance(seed, Tensor):
         if seed.dtype != torch.int64 or tuple(seed.shape) not in ((), (2,)):
-            fail(FUNCTION, "seed", "be int, or int64 [] or [2]", f"{seed.dtype} {list(seed.shape)}")
+            fail(function, "seed", "be int, or int64 [] or [2]", f"{seed.dtype} {list(seed.shape)}")
         seed = seed.to(device)
         return seed if seed.dim() else torch.stack([seed, torch.zeros_like(seed)])
     if seed is not None:
-        signed = (integer(FUNCTION, "seed", seed) + 2**63) % 2**64 - 2**63
+        signed = (integer(function, "seed", seed) + 2**63) % 2**64 - 2**63
         return torch.tensor([signed, 0], dtype=torch.int64, device=device)
     source = device if generator is None else generator.device
     return torch.randint(2**63 - 1, (2,), generator=generator, device=source).to(device)

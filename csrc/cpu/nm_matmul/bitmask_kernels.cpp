@@ -1,0 +1,376 @@
+// Kernels of nm_matmul_bitmask, compiled once per instruction set. A work item is one panel of B (a few columns of the result)
+// against one block of rows of one sample; the packed block of rows is kept from item to item.
+#include "cpu/nm_matmul/bitmask.h"
+
+namespace maskops {
+inline namespace MASKOPS_ISA_NS {
+namespace {
+
+// ---- bits
+
+typedef uint32_t Words __attribute__((vector_size(sizeof(VecF))));
+constexpr int kWords = int(sizeof(Words) / 4);
+constexpr int64_t kColumnsAtOnce = 32 * kWords;  // columns of the mask that are transposed in one go
+
+// From up to 32 rows of a mask to one number per column k, whose bit r is row r. Columns k of one go stand at k % 32 * kWords +
+// k / 32, so that 32 x 32 bits are transposed in every lane of the vectors, by exchanges between vectors only.
+void transpose_bits(const uint8_t* bits, int64_t row_bytes, int64_t rows, uint32_t* to) {
+  for (int64_t at = 0; at < row_bytes; at += sizeof(Words), to += kColumnsAtOnce) {
+    const int64_t bytes = min_of<int64_t>(row_bytes - at, sizeof(Words));
+    Words word[32] = {};
+    for (int64_t r = 0; r < rows; ++r) memcpy(&word[r], bits + r * row_bytes + at, size_t(bytes));
+    uint32_t low = 0x0000ffffu;
+#pragma GCC unroll 5
+    for (int width = 16; width > 0; width >>= 1, low ^= low << width) {
+#pragma GCC unroll 16
+      for (int i = 0; i < 16; ++i) {
+        const int r = i / width * 2 * width + i % width;
+        const Words swap = ((word[r] >> width) ^ word[r + width]) & low;
+        word[r + width] ^= swap;
+        word[r] ^= swap << width;
+      }
+    }
+    memcpy(to, word, sizeof(word));
+  }
+}
+
+// Bits [j, j + 32) of a row, as far as it goes.
+inline uint32_t row_bits(const uint8_t* row, int64_t row_bytes, int64_t j) {
+  const int64_t first = j / 8, bytes = min_of<int64_t>(row_bytes - first, 8);
+  uint64_t word = 0;
+  if (bytes == 8) memcpy(&word, row + first, 8);
+  else memcpy(&word, row + first, size_t(bytes));
+  return uint32_t(word >> (j % 8));
+}
+
+// ---- panels
+
+// One packed step of a panel of `width` columns, where the bits of its first (and for pairs second) k are set.
+template <class P>
+inline void keep_step(const P* from, int width, uint32_t kept, uint32_t, P* to) {
+  using V = typename Gemm<P>::Vec;
+  for (int c = 0; c < width; c += V::width) keep_bits(V::load(from + c), kept >> c).store(to + c);
+}
+#if MASKOPS_ISA_LEVEL == 2
+inline __m512i keep_pairs(__m512i pairs, uint32_t first, uint32_t second) {
+  const __m512i low = _mm512_maskz_set1_epi32(__mmask16(first), 0xffff);
+  return _mm512_and_si512(pairs, _mm512_mask_or_epi32(low, __mmask16(second), low, _mm512_set1_epi32(int(0xffff0000u))));
+}
+inline void keep_step(const Bf16Pair* from, int width, uint32_t first, uint32_t second, Bf16Pair* to) {
+  for (int c = 0; c < width; c += 16) _mm512_storeu_si512(to + c, keep_pairs(_mm512_loadu_si512(from + c), first >> c, second >> c));
+}
+#endif
+
+// Packed steps [s0, s1) of a panel of the weight under the transposed mask; s0 is a multiple of kPanelSteps.
+template <class P>
+void mask_panel(const P* from, const uint32_t* transposed, int64_t s0, int64_t s1, int width, P* to) {
+  constexpr int kStep = Gemm<P>::kStep, kSteps = 32 / kStep;
+  from += s0 * width;
+  for (int64_t s = s0; s < s1; s += kSteps) {
+    const int64_t k = s * kStep, count = min_of<int64_t>(s1 - s, kSteps);
+    const uint32_t* bits = transposed + k / kColumnsAtOnce * kColumnsAtOnce + k % kColumnsAtOnce / 32;
+    for (int64_t i = 0; i < count; ++i, from += width, to += width) {
+      keep_step(from, width, bits[i * kStep * kWords], kStep == 2 ? bits[(2 * i + 1) * kWords] : 0u, to);
+    }
+  }
+}
+
+// `cols` values of one row of the weight, or zeros past the last row.
+template <class V, class T>
+inline void keep_row(const T* from, int64_t cols, int width, uint32_t kept, typename V::scalar* to) {
+  for (int c = 0; c < width; c += V::width) {
+    const int64_t n = max_of<int64_t>(0, min_of<int64_t>(cols - c, V::width));
+    keep_bits(n == V::width ? V::load(from + c) : V::load_n(from + c, n), kept >> c).store(to + c);
+  }
+}
+
+// Packed steps [s0, s1), which are rows of the masked weight, of `cols` columns starting at j: the weight is read in place.
+template <class P, class T>
+void pack_masked_rows(const Bitmask& args, const uint8_t* bits, int64_t s0, int64_t s1, int64_t j, int64_t cols, int width, P* to) {
+  const T* weight = static_cast<const T*>(args.weight) + j;
+  for (int64_t n = s0; n < s1; ++n, to += width) {
+    keep_row<typename Gemm<P>::Vec>(weight + n * args.inputs, cols, width, row_bits(bits + n * args.mask_row, args.mask_row, j), to);
+  }
+}
+#if MASKOPS_ISA_LEVEL == 2
+inline __m512i load_row(const bf16* from, int64_t cols) {
+  const __mmask16 some = cols >= 16 ? __mmask16(0xffff) : __mmask16((1u << max_of<int64_t>(0, cols)) - 1u);
+  return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some, from));
+}
+template <>
+void pack_masked_rows<Bf16Pair, bf16>(const Bitmask& args, const uint8_t* bits, int64_t s0, int64_t s1, int64_t j, int64_t cols,
+                                      int width, Bf16Pair* to) {
+  const bf16* weight = static_cast<const bf16*>(args.weight) + j;
+  for (int64_t n = 2 * s0; n < 2 * s1; n += 2, to += width) {
+    const bool both = n + 1 < args.outputs;
+    const uint32_t first = row_bits(bits + n * args.mask_row, args.mask_row, j);
+    const uint32_t second = both ? row_bits(bits + (n + 1) * args.mask_row, args.mask_row, j) : 0u;
+    for (int c = 0; c < width; c += 16) {
+      const __m512i low = load_row(weight + n * args.inputs + c, cols - c);
+      const __m512i high = both ? load_row(weight + (n + 1) * args.inputs + c, cols - c) : _mm512_setzero_si512();
+      _mm512_storeu_si512(to + c, keep_pairs(_mm512_or_si512(low, _mm512_slli_epi32(high, 16)), first >> c, second >> c));
+    }
+  }
+}
+#endif
+
+// The cache lines of `count` values; an address that does not exist is no fault.
+template <class T>
+inline void prefetch(const T* base, int64_t at, int64_t count) {
+  const uintptr_t first = reinterpret_cast<uintptr_t>(base) + uintptr_t(at) * sizeof(T);
+  for (uintptr_t line = 0; line < uintptr_t(count) * sizeof(T); line += 64) {
+    __builtin_prefetch(reinterpret_cast<const void*>(first + line), 0, 2);
+  }
+}
+
+// ---- forward and the gradient for x: C [M, n] of each sample, with sums over k
+
+// Steps of a masked panel at a time: it is made in the L1 cache, and stays there while all rows of A pass by.
+constexpr int64_t kPanelSteps = 160;  // a multiple of 32
+
+template <class P>
+struct ProductBuffers {
+  using Sum = typename Gemm<P>::Sum;
+  P *a, *panel;
+  Sum* sums;  // of a block, tile by tile
+  uint32_t* transposed;
+
+  ProductBuffers(const Blocks& blocks, int64_t k, Pieces& pieces)
+      : a(pieces.take<P>(packed_a_size<P>(blocks.size, k))),
+        panel(pieces.take<P>(kPanelSteps * Gemm<P>::kCols)),
+        sums(pieces.take<Sum>(round_up(blocks.size, Gemm<P>::kRows) * Gemm<P>::kCols)),
+        transposed(pieces.take<uint32_t>(round_up(k, kColumnsAtOnce))) {}
+};
+
+template <class P>
+BitmaskPlan plan_product(const Bitmask& args, int64_t n, int64_t k) {
+  const Blocks blocks = row_blocks<P>(args.rows, k);
+  Pieces pieces(nullptr);
+  ProductBuffers<P>(blocks, k, pieces);
+  const int64_t panels = parts_of(n, Gemm<P>::kCols);
+  return {panels, args.samples * blocks.number() * panels, packed_b_size<P>(n, k) * int64_t(sizeof(P)), pieces.bytes};
+}
+
+// What makes the panel of columns [j, j + cols) under a mask has
+//     open(bits, j, cols, use)                       called once per panel
+//     make(bits, j, cols, width, s0, s1, use)        puts its steps [s0, s1) into use.panel
+//     ahead(j, s0, s1)                               touches what make will read
+
+// The sums of `rows` packed rows of A with one panel. While the rows pass by, the next part is brought into the L2 cache: all of
+// the weight does not stay there, and to wait for it took a quarter of the time of the product with 64 rows per sample.
+template <class P, class Make>
+void multiply_panel(int64_t rows, int64_t k, const uint8_t* bits, int64_t j, int64_t cols, const ProductBuffers<P>& use,
+                    const Make& make) {
+  using G = Gemm<P>;
+  const int64_t steps = gemm_steps<P>(k), tiles = parts_of(rows, G::kRows);
+  const bool narrow = cols <= G::kWidth;
+  make.open(bits, j, cols, use);
+  for (int64_t s0 = 0; s0 == 0 || s0 < steps; s0 += kPanelSteps) {
+    const int64_t s1 = min_of(steps, s0 + kPanelSteps);
+    make.make(bits, j, cols, narrow ? G::kWidth : G::kCols, s0, s1, use);
+    const int64_t next = s1 < steps ? s1 : 0, next_j = s1 < steps ? j : j + G::kCols;
+    const int64_t share = parts_of(min_of(steps - next, kPanelSteps), tiles);
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+      const int64_t i = tile * G::kRows, count = min_of<int64_t>(rows - i, G::kRows);
+      const TileKernel<P> kernel = narrow ? tile_kernel<P, 1>(count) : tile_kernel<P, 2>(count);
+      make.ahead(next_j, next + tile * share, min_of(steps, next + (tile + 1) * share));
+      kernel(s1 - s0, use.a + i * steps + s0 * G::kRows, use.panel, use.sums + i * G::kCols, s0 > 0);
+    }
+  }
+}
+
+// Items [begin, end) of (sample, block of rows, panel). a: [S, M, k], out: [S, M, n].
+template <class P, class T, class Make>
+void multiply_items(const Bitmask& args, Range items, const T* a, int64_t n, int64_t k, const T* bias, T* out, void* buffer,
+                    const Make& make) {
+  using G = Gemm<P>;
+  const Blocks blocks = row_blocks<P>(args.rows, k);
+  Pieces pieces(buffer);
+  const ProductBuffers<P> use(blocks, k, pieces);
+  const int64_t panels = parts_of(n, G::kCols);
+  int64_t packed = -1;
+  for (int64_t item = items.begin; item < items.end; ++item) {
+    const int64_t block = item / panels, s = block / blocks.number(), j = item % panels * G::kCols;
+    const Range at = blocks.at(block % blocks.number());
+    const int64_t rows = at.end - at.begin, cols = min_of<int64_t>(n - j, G::kCols);
+    if (block != packed) {
+      pack_a<P, T>(MatrixRows<T>{a + s * args.rows * k, k}, at.begin, rows, k, use.a);
+      packed = block;
+    }
+    multiply_panel<P>(rows, k, args.bits + s * args.mask_sample, j, cols, use, make);
+    write_tile<typename G::Vec, T>(use.sums, G::kCols, rows, cols, bias ? bias + j : nullptr, out + (s * args.rows + at.begin) * n + j, n);
+  }
+}
+
+template <class P>
+struct PanelsOfPacked {
+  const P* packed;
+  int64_t k, mask_row;
+
+  inline void open(const uint8_t* bits, int64_t j, int64_t cols, const ProductBuffers<P>& use) const {
+    transpose_bits(bits + j * mask_row, mask_row, cols, use.transposed);
+  }
+  inline void make(const uint8_t*, int64_t j, int64_t, int width, int64_t s0, int64_t s1, const ProductBuffers<P>& use) const {
+    mask_panel(packed + j * gemm_steps<P>(k), use.transposed, s0, s1, width, use.panel);
+  }
+  inline void ahead(int64_t j, int64_t s0, int64_t s1) const {
+    const int64_t at = j * gemm_steps<P>(k);
+    for (int64_t s = s0; s < s1; ++s) prefetch(packed, at + s * Gemm<P>::kCols, Gemm<P>::kCols);
+  }
+};
+
+template <class P, class T>
+struct PanelsOfRows {
+  const Bitmask& args;
+
+  inline void open(const uint8_t*, int64_t, int64_t, const ProductBuffers<P>&) const {}
+  inline void make(const uint8_t* bits, int64_t j, int64_t cols, int width, int64_t s0, int64_t s1, const ProductBuffers<P>& use) const {
+    pack_masked_rows<P, T>(args, bits, s0, s1, j, cols, width, use.panel);
+  }
+  inline void ahead(int64_t j, int64_t s0, int64_t s1) const {
+    for (int64_t n = s0 * Gemm<P>::kStep; n < s1 * Gemm<P>::kStep; ++n) {
+      prefetch(static_cast<const T*>(args.weight), n * args.inputs + j, Gemm<P>::kCols);
+    }
+  }
+};
+
+BitmaskPlan plan_forward(const Bitmask& args) {
+  BitmaskPlan plan{};
+  with_types(args.dtype, args.pairs, [&]<class P, class T>() { plan = plan_product<P>(args, args.outputs, args.inputs); });
+  return plan;
+}
+
+void pack_weight(const Bitmask& args, Range panels, void* packed) {
+  with_types(args.dtype, args.pairs, [&]<class P, class T>() {
+    const MatrixRows<T> rows{static_cast<const T*>(args.weight), args.inputs};
+    pack_b<P, T>(rows, args.outputs, args.inputs, panels.begin, panels.end, static_cast<P*>(packed));
+  });
+}
+
+void forward(const Bitmask& args, Range items, const void* packed, void* buffer) {
+  with_types(args.dtype, args.pairs, [&]<class P, class T>() {
+    const PanelsOfPacked<P> make{static_cast<const P*>(packed), args.inputs, args.mask_row};
+    multiply_items<P, T>(args, items, static_cast<const T*>(args.x), args.outputs, args.inputs, static_cast<const T*>(args.bias),
+                         static_cast<T*>(args.out), buffer, make);
+  });
+}
+
+BitmaskPlan plan_grad_x(const Bitmask& args) {
+  BitmaskPlan plan{};
+  with_types(args.dtype, args.pairs, [&]<class P, class T>() { plan = plan_product<P>(args, args.inputs, args.outputs); });
+  return plan;
+}
+
+void grad_x(const Bitmask& args, Range items, void* buffer) {
+  with_types(args.dtype, args.pairs, [&]<class P, class T>() {
+    multiply_items<P, T>(args, items, static_cast<const T*>(args.grad), args.inputs, args.outputs, nullptr, static_cast<T*>(args.out),
+                         buffer, PanelsOfRows<P, T>{args});
+  });
+}
+
+// ---- gradients for weight and scores: an item is a block of [N, K], over which the samples are summed in their order
+
+constexpr int64_t kBlockPanels = 8;
+
+template <class P>
+struct WeightBlocks {
+  Blocks rows, cols;
+
+  explicit WeightBlocks(const Bitmask& args)
+      : rows(Blocks::of(args.outputs, kGemmRows, Gemm<P>::kRows)),
+        cols(Blocks::of(args.inputs, kBlockPanels * Gemm<P>::kCols, round_up(Gemm<P>::kCols, 8))) {}
+};
+
+template <class P, class T>
+struct WeightBuffers {
+  using Sum = typename Gemm<P>::Sum;
+  OuterBuffers<P, T> product;
+  Sum *one, *weight, *scores;
+
+  WeightBuffers(const WeightBlocks<P>& blocks, Pieces& pieces)
+      : product(blocks.rows.size, blocks.cols.size, pieces),
+        one(pieces.take<Sum>(blocks.rows.size * blocks.cols.size)),
+        weight(pieces.take<Sum>(blocks.rows.size * blocks.cols.size)),
+        scores(pieces.take<Sum>(blocks.rows.size * blocks.cols.size)) {}
+};
+
+BitmaskPlan plan_grad_weight(const Bitmask& args) {
+  BitmaskPlan plan{};
+  with_types(args.dtype, args.pairs, [&]<class P, class T>() {
+    const WeightBlocks<P> blocks(args);
+    Pieces pieces(nullptr);
+    WeightBuffers<P, T>(blocks, pieces);
+    plan = {0, blocks.rows.number() * blocks.cols.number(), 0, pieces.bytes};
+  });
+  return plan;
+}
+
+// visit(row, column, offset in the block, values) for every vector of a block.
+template <class V, class Visit>
+inline void for_block(Range rows, Range cols, int64_t stride, const Visit& visit) {
+  for (int64_t n = rows.begin; n < rows.end; ++n) {
+    for (int64_t k = cols.begin; k < cols.end; k += V::width) {
+      visit(n, k, (n - rows.begin) * stride + k - cols.begin, min_of<int64_t>(cols.end - k, V::width));
+    }
+  }
+}
+
+// out = sums (times the weight), rounded to the storage type.
+template <class V, class T>
+void write_block(Range rows, Range cols, const typename V::scalar* sums, int64_t stride, const T* times, T* out, int64_t columns) {
+  for_block<V>(rows, cols, stride, [&](int64_t n, int64_t k, int64_t at, int64_t count) {
+    V value = V::load_n(sums + at, count);
+    if (times) value = value * V::load_n(times + n * columns + k, count);
+    value.store_n(out + n * columns + k, count);
+  });
+}
+
+template <class P, class T>
+void grad_weight_block(const Bitmask& args, Range rows, Range cols, const WeightBuffers<P, T>& use, int64_t stride) {
+  using V = typename Gemm<P>::Vec;
+  const int64_t N = args.outputs, K = args.inputs, count = (rows.end - rows.begin) * stride;
+  const T* weight = static_cast<const T*>(args.weight);
+  T* scores = static_cast<T*>(args.grad_scores);
+  memset(use.weight, 0, size_t(count) * sizeof(*use.weight));
+  memset(use.scores, 0, size_t(count) * sizeof(*use.scores));
+  for (int64_t s = 0; s < args.samples; ++s) {
+    const MatrixRows<T> grad{static_cast<const T*>(args.grad) + s * args.rows * N + rows.begin, N};
+    const MatrixRows<T> x{static_cast<const T*>(args.x) + s * args.rows * K + cols.begin, K};
+    multiply_outer<P, T>(grad, x, args.rows, rows.end - rows.begin, cols.end - cols.begin, use.product, use.one, stride);
+    const uint8_t* bits = args.bits + s * args.mask_sample;
+    if (args.grad_weight) {
+      for_block<V>(rows, cols, stride, [&](int64_t n, int64_t k, int64_t at, int64_t some) {
+        const V kept = keep_bits(V::load_n(use.one + at, some), row_bits(bits + n * args.mask_row, args.mask_row, k));
+        (V::load_n(use.weight + at, some) + kept).store_n(use.weight + at, some);
+      });
+    }
+    if (scores && args.scores_per_sample) write_block<V, T>(rows, cols, use.one, stride, weight, scores + s * N * K, K);
+    if (scores && !args.scores_per_sample) {
+      for_block<V>(rows, cols, stride, [&](int64_t, int64_t, int64_t at, int64_t some) {
+        (V::load_n(use.scores + at, some) + V::load_n(use.one + at, some)).store_n(use.scores + at, some);
+      });
+    }
+  }
+  if (args.grad_weight) write_block<V, T>(rows, cols, use.weight, stride, nullptr, static_cast<T*>(args.grad_weight), K);
+  if (scores && !args.scores_per_sample) write_block<V, T>(rows, cols, use.scores, stride, weight, scores, K);
+}
+
+void grad_weight(const Bitmask& args, Range items, void* buffer) {
+  with_types(args.dtype, args.pairs, [&]<class P, class T>() {
+    const WeightBlocks<P> blocks(args);
+    Pieces pieces(buffer);
+    const WeightBuffers<P, T> use(blocks, pieces);
+    for (int64_t item = items.begin; item < items.end; ++item) {
+      const Range rows = blocks.rows.at(item / blocks.cols.number()), cols = blocks.cols.at(item % blocks.cols.number());
+      grad_weight_block<P, T>(args, rows, cols, use, blocks.cols.size);
+    }
+  });
+}
+
+}  // namespace
+
+extern const BitmaskKernels BitmaskKernels_table{MASKOPS_ISA_LEVEL == 2, &plan_forward, &pack_weight,      &forward,
+                                                 &plan_grad_x,           &grad_x,       &plan_grad_weight, &grad_weight};
+
+}  // namespace MASKOPS_ISA_NS
+}  // namespace maskops

@@ -1,0 +1,77 @@
+// The kernels of nm_matmul_linear, one table per instruction set.
+//
+// Many rows of x: x is packed transposed, so that the vectors run along its rows ("panels"), and the weight becomes lists of
+// its kept values with the places of their columns in the packed block ("lists"): one broadcast and a few multiply-adds per
+// kept weight, nothing for the others. Few rows of x: the weight is read once, as it lies, and x is picked by shuffles.
+#pragma once
+
+#include <cstdint>
+
+#include "common/isa.h"
+#include "cpu/nm_matmul/product.h"
+#include "math/nm_matmul.h"
+
+namespace maskops {
+
+// A matrix [rows, columns] whose rows are contiguous.
+struct NmMatrix {
+  const void* data;
+  int64_t stride, rows, columns;
+};
+
+// A compressed weight [N, K].
+struct NmCompressed {
+  NmLayout layout;
+  int64_t outputs;  // N
+  const void* values;
+  int64_t values_stride;
+  const uint8_t* indices;
+  int64_t indices_stride;
+};
+
+// out [M, R] = a [M, C] * weight^T + bias, or with `transposed` a [M, C] * weight. R, C = N, K or K, N.
+struct NmProduct {
+  int dtype;
+  bool transposed;
+  NmMatrix a;
+  NmCompressed weight;
+  const void* bias;  // [R] or null
+  void* out;
+};
+
+// How rows of a matrix are packed: `count` panels of `vectors` vectors of rows, the last one with `last` vectors in use. A
+// panel holds `vectors` vectors for each column in turn.
+struct NmPanels {
+  int64_t count, vectors, last, row_bytes;
+};
+
+// Work items that threads share, and the bytes of buffer that each thread needs.
+struct NmPlan {
+  int64_t items, buffer_bytes;
+  int64_t chunk, chunks, splits;  // rows of the result per item, and into how many ranges the panels are split
+};
+
+// grad_values [N, J] += (grad^T x) at the kept places, for a block of rows; sums in float32 or float64.
+struct NmGradValues {
+  int dtype;
+  NmCompressed weight;
+  NmPanels panels;
+  const void *grad, *x;  // packed
+  bool add;
+  void* sums;  // [N, J]
+};
+
+struct NmProductKernels {
+  NmPanels (*panels)(int dtype, int64_t rows);
+  void (*pack)(int dtype, const NmMatrix& a, const NmPanels& panels, Range some, Range columns, void* to);
+  NmPlan (*plan)(const NmProduct&, const NmPanels&, int64_t threads);
+  void (*multiply)(const NmProduct&, const NmPanels&, const NmPlan&, Range items, const void* packed, void* buffer);
+};
+MASKOPS_DECLARE_KERNELS(NmProductKernels)
+
+// Steps of the work in which threads share it.
+constexpr int64_t kNmPackColumns = 256;   // of a panel, per item of packing
+constexpr int64_t kNmMostRows = 2048;     // rows of x packed at a time: bounds the buffers, and fixes the order of additions
+constexpr int64_t kNmFewOutputs = 16;     // outputs per item where x has few rows
+
+}  // namespace maskops

@@ -1,0 +1,243 @@
+// A compressed weight as lists for the products: where the sums over its columns (or rows) find their factors.
+//
+// A tile is 64 rows of the weight by one span of at most 64 columns, whole groups. Rows of lists go in pairs: first the columns
+// that both rows keep, whose packed values are loaded once for both, then those of the first row, then those of the second. A
+// pair of 2:4 rows thus needs 3/4 of the loads, and loads, not multiply-adds, are what the products run out of first.
+#pragma once
+
+#include "common/simd_shuffle.h"
+#include "cpu/nm_matmul/linear_places.h"
+
+namespace maskops {
+inline namespace MASKOPS_ISA_NS {
+
+constexpr int kTileSide = 64;  // one bit of a word per column
+
+struct PairCounts {
+  uint8_t both, first, second, unused;
+};
+
+// Columns of a span: as many whole groups as fit.
+static inline int64_t span_of(const NmLayout& layout) { return kTileSide / layout.m * layout.m; }
+
+template <class S>
+struct ListTile {
+  alignas(64) S dense[kTileSide][kTileSide];  // valid where kept
+  uint64_t kept[kTileSide];
+};
+
+// ---- from the compressed rows to a tile
+
+template <class S, class T>
+struct TileReader {
+  NmCompressed weight;
+  int64_t span, slots;  // of a span
+#if MASKOPS_ISA_LEVEL == 2
+  PlaceReader places;
+  alignas(64) int32_t starts[kTileSide];  // first column of a slot's group in its span
+#endif
+
+  explicit TileReader(const NmCompressed& w)
+      : weight(w), span(span_of(w.layout)), slots(span_of(w.layout) / w.layout.m * w.layout.n)
+#if MASKOPS_ISA_LEVEL == 2
+        ,
+        places(w.layout.bits)
+#endif
+  {
+#if MASKOPS_ISA_LEVEL == 2
+    for (int i = 0; i < kTileSide; ++i) starts[i] = i / w.layout.n * w.layout.m;
+#endif
+  }
+
+  inline int64_t spans() const { return max_of<int64_t>(1, parts_of(weight.layout.K, span)); }
+
+  // Any order of places inside a group, one slot at a time.
+  inline uint64_t read_slots(int64_t row, int64_t b, S* dense) const {
+    const NmLayout& l = weight.layout;
+    const T* values = static_cast<const T*>(weight.values) + row * weight.values_stride;
+    const uint8_t* places_of_row = weight.indices + row * weight.indices_stride;
+    const int64_t width = min_of(span, l.K - b * span), first = b * slots, stop = min_of(l.slots, first + slots);
+    uint64_t kept = 0;
+    int64_t start = 0;
+    int in_group = 0;
+    for (int64_t slot = first; slot < stop; ++slot) {
+      const int64_t column = start + read_place(places_of_row, slot, l.bits);
+      if (column < width) {
+        dense[column] = to_float(values[slot]);
+        kept |= uint64_t{1} << column;
+      }
+      if (++in_group == l.n) {
+        in_group = 0;
+        start += l.m;
+      }
+    }
+    return kept;
+  }
+
+#if MASKOPS_ISA_LEVEL == 2
+  // Columns of ascending slots: their values spread to their columns without looking at single ones.
+  inline uint64_t read_vectors(int64_t row, int64_t b, float* dense) const {
+    const NmLayout& l = weight.layout;
+    const T* values = static_cast<const T*>(weight.values) + row * weight.values_stride + b * slots;
+    const uint8_t* places_of_row = weight.indices + row * weight.indices_stride;
+    const int64_t width = min_of(span, l.K - b * span), count = min_of(slots, l.slots - b * slots);
+    const __m512i one = _mm512_set1_epi64(1);
+    __m512i bits = _mm512_setzero_si512();
+    for (int64_t i = 0; i < count; i += 16) {
+      const __m512i column =
+          _mm512_add_epi32(places.read(places_of_row, l.row_bytes, b * slots + i), _mm512_load_si512(starts + i));
+      const __mmask16 some = VecF::first(min_of<int64_t>(16, count - i));
+      const __m512i low = _mm512_cvtepu32_epi64(_mm512_castsi512_si256(column));
+      const __m512i high = _mm512_cvtepu32_epi64(_mm512_extracti64x4_epi64(column, 1));
+      bits = _mm512_or_si512(bits, _mm512_maskz_sllv_epi64(__mmask8(some), one, low));
+      bits = _mm512_or_si512(bits, _mm512_maskz_sllv_epi64(__mmask8(some >> 8), one, high));
+    }
+    const uint64_t kept = uint64_t(_mm512_reduce_or_epi64(bits)) & (width >= 64 ? ~uint64_t{0} : (uint64_t{1} << width) - 1);
+#pragma GCC unroll 4
+    for (int q = 0; q < 4; ++q) {
+      const uint32_t here = uint32_t(kept >> (16 * q)) & 0xffffu;
+      const int some = __builtin_popcount(here);
+      const VecF packed = VecF::load_n(values, some);
+      _mm512_store_ps(dense + 16 * q, _mm512_maskz_expand_ps(__mmask16(here), packed.v));
+      values += some;
+    }
+    return kept;
+  }
+#endif
+
+  inline uint64_t read_row(int64_t row, int64_t b, double* dense) const { return read_slots(row, b, dense); }
+  inline uint64_t read_row(int64_t row, int64_t b, float* dense) const {
+#if MASKOPS_ISA_LEVEL == 2
+    return read_vectors(row, b, dense);
+#else
+    return read_slots(row, b, dense);
+#endif
+  }
+
+  // `count` rows of the weight from `row` on, span b.
+  inline void read(int64_t row, int64_t count, int64_t b, ListTile<S>& tile) const {
+    for (int64_t r = 0; r < count; ++r) tile.kept[r] = read_row(row + r, b, tile.dense[r]);
+    for (int64_t r = count; r < kTileSide; ++r) tile.kept[r] = 0;
+  }
+};
+
+// ---- rows and columns of a tile exchanged
+
+static inline void transpose_bits_of(const uint64_t* from, uint64_t* to) {
+  uint64_t low = 0x00000000ffffffffull;
+  for (int i = 0; i < 64; ++i) to[i] = from[i];
+  for (int width = 32; width > 0; width >>= 1, low ^= low << width) {
+    for (int i = 0; i < 64; i = ((i | width) + 1) & ~width) {
+      const uint64_t swap = ((to[i] >> width) ^ to[i | width]) & low;
+      to[i | width] ^= swap;
+      to[i] ^= swap << width;
+    }
+  }
+}
+
+template <class V, class S>
+static inline void transpose_tile(const ListTile<S>& from, ListTile<S>& to) {
+  constexpr int W = V::width;
+  for (int i = 0; i < kTileSide; i += W) {
+    for (int j = 0; j < kTileSide; j += W) {
+      V block[W];
+#pragma GCC unroll 16
+      for (int r = 0; r < W; ++r) block[r] = V::load(&from.dense[i + r][j]);
+      transpose(block);
+#pragma GCC unroll 16
+      for (int r = 0; r < W; ++r) block[r].store(&to.dense[j + r][i]);
+    }
+  }
+  transpose_bits_of(from.kept, to.kept);
+}
+
+// ---- from a tile to lists
+
+// Where the lists go; they are written one after the other. Offsets are bytes from the first packed column of the span.
+// Vectors may be stored past the end: kListSlack elements more than the lists need.
+constexpr int64_t kListSlack = 64;
+
+template <class S>
+struct ListWriter {
+  S* values;
+  uint16_t* offsets;
+  PairCounts* counts;
+  int column_bytes;  // of the packed matrix: a column of a panel
+};
+
+template <class S>
+static inline void write_bits(uint64_t bits, const S* dense, ListWriter<S>& to) {
+  for (; bits != 0; bits &= bits - 1) {
+    const int k = __builtin_ctzll(bits);
+    *to.values++ = dense[k];
+    *to.offsets++ = uint16_t(k * to.column_bytes);
+  }
+}
+
+template <class S>
+static inline void write_pair(uint64_t a, uint64_t b, const S* first, const S* second, ListWriter<S>& to) {
+  for (uint64_t bits = a & b; bits != 0; bits &= bits - 1) {
+    const int k = __builtin_ctzll(bits);
+    to.values[0] = first[k];
+    to.values[1] = second[k];
+    to.values += 2;
+    *to.offsets++ = uint16_t(k * to.column_bytes);
+  }
+  write_bits(a & ~b, first, to);
+  write_bits(b & ~a, second, to);
+}
+
+#if MASKOPS_ISA_LEVEL == 2
+static inline void write_offsets(__mmask16 here, __m512i offsets, int some, ListWriter<float>& to) {
+  const __m512i packed = _mm512_maskz_compress_epi32(here, offsets);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to.offsets), _mm512_cvtepi32_epi16(packed));
+  to.offsets += some;
+}
+
+static inline void write_vectors(uint64_t bits, const float* dense, __m512i offsets, __m512i step, ListWriter<float>& to) {
+#pragma GCC unroll 4
+  for (int q = 0; q < 4; ++q) {
+    const __mmask16 here = __mmask16(bits >> (16 * q));
+    const int some = __builtin_popcount(here);
+    _mm512_storeu_ps(to.values, _mm512_maskz_compress_ps(here, _mm512_load_ps(dense + 16 * q)));
+    to.values += some;
+    write_offsets(here, offsets, some, to);
+    offsets = _mm512_add_epi32(offsets, step);
+  }
+}
+
+static inline void write_pair(uint64_t a, uint64_t b, const float* first, const float* second, ListWriter<float>& to) {
+  const __m512i step = _mm512_set1_epi32(16 * to.column_bytes);
+  const __m512i zero = _mm512_mullo_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
+                                          _mm512_set1_epi32(to.column_bytes));
+  __m512i offsets = zero;
+#pragma GCC unroll 4
+  for (int q = 0; q < 4; ++q) {
+    const __mmask16 here = __mmask16((a & b) >> (16 * q));
+    const int some = __builtin_popcount(here);
+    const VecF x{_mm512_maskz_compress_ps(here, _mm512_load_ps(first + 16 * q))};
+    const VecF y{_mm512_maskz_compress_ps(here, _mm512_load_ps(second + 16 * q))};
+    interleave<0>(x, y).store(to.values);
+    interleave<1>(x, y).store(to.values + 16);
+    to.values += 2 * some;
+    write_offsets(here, offsets, some, to);
+    offsets = _mm512_add_epi32(offsets, step);
+  }
+  write_vectors(a & ~b, first, zero, step, to);
+  write_vectors(b & ~a, second, zero, step, to);
+}
+#endif
+
+// The lists of the first `rows` rows of a tile, pair by pair.
+template <class S>
+static inline void write_lists(const ListTile<S>& tile, int64_t rows, ListWriter<S>& to) {
+  for (int64_t r = 0; r < rows; r += 2) {
+    const uint64_t a = tile.kept[r], b = r + 1 < rows ? tile.kept[r + 1] : 0;
+    const int both = __builtin_popcountll(a & b);
+    *to.counts++ = {uint8_t(both), uint8_t(__builtin_popcountll(a) - both), uint8_t(__builtin_popcountll(b) - both), 0};
+    write_pair(a, b, tile.dense[r], tile.dense[r + (r + 1 < kTileSide)], to);
+  }
+}
+
+}  // namespace MASKOPS_ISA_NS
+}  // namespace maskops

@@ -1,0 +1,228 @@
+// The product of packed rows with a weight in lists. A work item is a chunk of rows of lists (outputs, or inputs for the gradient
+// of x) against a range of panels. Its lists are made once and stay in the L2 cache; then, panel by panel and span by span, each
+// pair of rows adds to its sums, which wait in the L2 cache between spans. Every sum runs over the spans in order, and within a
+// span in the order of the lists, so threads change nothing.
+#include "cpu/nm_matmul/linear_lists.h"
+#include "cpu/nm_matmul/linear_panels.h"
+
+namespace maskops {
+inline namespace MASKOPS_ISA_NS {
+namespace {
+
+constexpr int64_t kChunkRows = 256;
+
+// ---- the inner loop
+
+// Pairs of rows by N vectors. sums [2 pairs][N vectors] start as `init` [2 pairs], where that is given.
+template <class V, int N>
+void multiply_pairs(int64_t pairs, const PairCounts* counts, const typename V::scalar* values, const uint16_t* offsets, const char* x,
+                    const typename V::scalar* init, typename V::scalar* sums) {
+  using S = typename V::scalar;
+  constexpr int W = V::width;
+  for (int64_t pair = 0; pair < pairs; ++pair, sums += 2 * N * W) {
+    V first[N], second[N];
+#pragma GCC unroll 8
+    for (int i = 0; i < N; ++i) {
+      first[i] = init ? V::all(init[2 * pair]) : V::load(sums + i * W);
+      second[i] = init ? V::all(init[2 * pair + 1]) : V::load(sums + (N + i) * W);
+    }
+    for (const uint16_t* stop = offsets + counts[pair].both; offsets < stop; ++offsets, values += 2) {
+      const S* column = reinterpret_cast<const S*>(x + *offsets);
+      const V a = V::all(values[0]), b = V::all(values[1]);
+#pragma GCC unroll 8
+      for (int i = 0; i < N; ++i) {
+        const V rows = loaded_once(V::load(column + i * W));
+        first[i] = fma(a, rows, first[i]);
+        second[i] = fma(b, rows, second[i]);
+      }
+    }
+    for (const uint16_t* stop = offsets + counts[pair].first; offsets < stop; ++offsets, ++values) {
+      const S* column = reinterpret_cast<const S*>(x + *offsets);
+      const V a = V::all(*values);
+#pragma GCC unroll 8
+      for (int i = 0; i < N; ++i) first[i] = fma(a, V::load(column + i * W), first[i]);
+    }
+    for (const uint16_t* stop = offsets + counts[pair].second; offsets < stop; ++offsets, ++values) {
+      const S* column = reinterpret_cast<const S*>(x + *offsets);
+      const V b = V::all(*values);
+#pragma GCC unroll 8
+      for (int i = 0; i < N; ++i) second[i] = fma(b, V::load(column + i * W), second[i]);
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < N; ++i) {
+      first[i].store(sums + i * W);
+      second[i].store(sums + (N + i) * W);
+    }
+  }
+}
+
+template <class V>
+using PairsKernel = void (*)(int64_t, const PairCounts*, const typename V::scalar*, const uint16_t*, const char*,
+                             const typename V::scalar*, typename V::scalar*);
+
+template <class V, int N = kPanelVectors>
+inline PairsKernel<V> pairs_kernel(int64_t vectors) {
+  if constexpr (N > 1) {
+    if (vectors < N) return pairs_kernel<V, N - 1>(vectors);
+  }
+  return &multiply_pairs<V, N>;
+}
+
+// ---- sizes
+
+// Rows of lists come in tiles of `unit`, sums run over `blocks` of `depth`.
+struct ListShape {
+  int64_t rows, unit, pairs;  // pairs of a full tile
+  int64_t depth, blocks, sums_over;
+  int64_t slots;  // the most kept weights in a tile, all blocks together
+
+  explicit ListShape(const NmProduct& p) {
+    const NmLayout& l = p.weight.layout;
+    const int64_t span = span_of(l), spans = max_of<int64_t>(1, parts_of(l.K, span));
+    const int64_t strips = max_of<int64_t>(1, parts_of(p.weight.outputs, kTileSide));
+    rows = p.transposed ? l.K : p.weight.outputs;
+    sums_over = p.transposed ? p.weight.outputs : l.K;
+    unit = p.transposed ? span : kTileSide;
+    depth = p.transposed ? kTileSide : span;
+    blocks = p.transposed ? strips : spans;
+    pairs = parts_of(unit, 2);
+    slots = p.transposed ? p.weight.outputs * (span / l.m * l.n) : kTileSide * l.slots;
+  }
+  inline int64_t tiles() const { return parts_of(rows, unit); }
+  inline int64_t tile_rows(int64_t tile) const { return min_of(unit, rows - tile * unit); }
+};
+
+// What one thread needs for the lists of a chunk of tiles and its sums.
+template <class S>
+struct ChunkBuffers {
+  ListTile<S>* tiles;  // two, one to read into, one transposed
+  S* values;
+  uint16_t* offsets;
+  PairCounts* counts;
+  int64_t *value_starts, *offset_starts;  // of each block
+  S *init, *sums;
+
+  ChunkBuffers(const ListShape& shape, const NmPanels& panels, int64_t chunk, Pieces& pieces)
+      : tiles(pieces.take<ListTile<S>>(2)),
+        values(pieces.take<S>(shape.slots * chunk + kListSlack)),
+        offsets(pieces.take<uint16_t>(shape.slots * chunk + kListSlack)),
+        counts(pieces.take<PairCounts>(shape.blocks * shape.pairs * chunk)),
+        value_starts(pieces.take<int64_t>(shape.blocks)),
+        offset_starts(pieces.take<int64_t>(shape.blocks)),
+        init(pieces.take<S>(2 * shape.pairs * chunk)),
+        sums(pieces.take<S>(2 * shape.pairs * chunk * panels.row_bytes / int64_t(sizeof(S)))) {}
+};
+
+NmPlan plan(const NmProduct& p, const NmPanels& panels, int64_t threads) {
+  NmPlan plan{};
+  const ListShape shape(p);
+  const Blocks chunks = Blocks::of(shape.tiles(), max_of<int64_t>(1, kChunkRows / shape.unit), 1);
+  plan.chunk = chunks.size;
+  plan.chunks = chunks.number();
+  // Lists are made again for each split, so panels are split only where there are too few chunks to share.
+  const int64_t wanted = threads == 1 ? 1 : 4 * threads;
+  plan.splits = max_of<int64_t>(1, min_of(panels.count, parts_of(wanted, max_of<int64_t>(1, plan.chunks))));
+  plan.items = plan.chunks * plan.splits;
+  with_storage(p.dtype, [&]<class T>() {
+    Pieces pieces(nullptr);
+    ChunkBuffers<typename VecFor<T>::type::scalar>(shape, panels, plan.chunk, pieces);
+    plan.buffer_bytes = pieces.bytes;
+  });
+  return plan;
+}
+
+// ---- a chunk
+
+template <class V, class T>
+struct Chunk {
+  using S = typename V::scalar;
+  const NmProduct& p;
+  const NmPanels& panels;
+  const ListShape shape;
+  const TileReader<S, T> reader;
+  Pieces pieces;
+  const ChunkBuffers<S> use;
+  Range tiles{0, 0};
+  int64_t pairs = 0;
+
+  Chunk(const NmProduct& product, const NmPanels& panels_of_a, int64_t chunk, void* buffer)
+      : p(product), panels(panels_of_a), shape(product), reader(product.weight), pieces(buffer), use(shape, panels, chunk, pieces) {}
+
+  inline const ListTile<S>& read_tile(int64_t tile, int64_t b) {
+    if (!p.transposed) {
+      reader.read(tile * kTileSide, shape.tile_rows(tile), b, use.tiles[0]);
+      return use.tiles[0];
+    }
+    reader.read(b * kTileSide, min_of<int64_t>(kTileSide, p.weight.outputs - b * kTileSide), tile, use.tiles[0]);
+    transpose_tile<V>(use.tiles[0], use.tiles[1]);
+    return use.tiles[1];
+  }
+
+  void make_lists(Range some) {
+    tiles = some;
+    pairs = (tiles.end - tiles.begin - 1) * shape.pairs + parts_of(shape.tile_rows(tiles.end - 1), 2);
+    ListWriter<S> to{use.values, use.offsets, use.counts, int(panels.row_bytes)};
+    for (int64_t b = 0; b < shape.blocks; ++b) {
+      use.value_starts[b] = to.values - use.values;
+      use.offset_starts[b] = to.offsets - use.offsets;
+      for (int64_t tile = tiles.begin; tile < tiles.end; ++tile) write_lists(read_tile(tile, b), shape.tile_rows(tile), to);
+    }
+    const T* bias = static_cast<const T*>(p.bias);
+    for (int64_t tile = tiles.begin; tile < tiles.end; ++tile) {
+      S* init = use.init + (tile - tiles.begin) * 2 * shape.pairs;
+      for (int64_t r = 0; r < 2 * shape.pairs; ++r) {
+        init[r] = bias && r < shape.tile_rows(tile) ? to_float(bias[tile * shape.unit + r]) : S(0);
+      }
+    }
+  }
+
+  void multiply(int64_t panel, const void* packed) {
+    const int64_t used = panel + 1 == panels.count ? panels.last : panels.vectors;
+    const char* x = static_cast<const char*>(packed) + panel * shape.sums_over * panels.row_bytes;
+    const PairsKernel<V> kernel = pairs_kernel<V>(used);
+    for (int64_t b = 0; b < shape.blocks; ++b) {
+      kernel(pairs, use.counts + b * pairs, use.values + use.value_starts[b], use.offsets + use.offset_starts[b],
+             x + b * shape.depth * panels.row_bytes, b == 0 ? use.init : nullptr, use.sums);
+    }
+    T* out = static_cast<T*>(p.out);
+    for (int64_t tile = tiles.begin; tile < tiles.end; ++tile) {
+      const S* sums = use.sums + (tile - tiles.begin) * 2 * shape.pairs * used * V::width;
+      unpack_sums<V, T>(sums, shape.tile_rows(tile), int(used), panel * panels.vectors * V::width, p.a.rows,
+                        out + tile * shape.unit, shape.rows);
+    }
+  }
+};
+
+void multiply(const NmProduct& p, const NmPanels& panels, const NmPlan& plan, Range items, const void* packed, void* buffer) {
+  with_storage(p.dtype, [&]<class T>() {
+    Chunk<typename VecFor<T>::type, T> chunk(p, panels, plan.chunk, buffer);
+    for (int64_t item = items.begin, made = -1; item < items.end; ++item) {
+      const int64_t number = item / plan.splits, split = item % plan.splits;
+      if (number != made) chunk.make_lists({number * plan.chunk, min_of(chunk.shape.tiles(), (number + 1) * plan.chunk)});
+      made = number;
+      for (int64_t panel = split * panels.count / plan.splits; panel < (split + 1) * panels.count / plan.splits; ++panel) {
+        chunk.multiply(panel, packed);
+      }
+    }
+  });
+}
+
+NmPanels panels(int dtype, int64_t rows) {
+  NmPanels result{};
+  with_storage(dtype, [&]<class T>() { result = panels_of<typename VecFor<T>::type>(rows); });
+  return result;
+}
+
+void pack(int dtype, const NmMatrix& a, const NmPanels& panels, Range some, Range columns, void* to) {
+  with_storage(dtype, [&]<class T>() {
+    using V = typename VecFor<T>::type;
+    pack_panels<V, T>(a, panels, some, columns, static_cast<typename V::scalar*>(to));
+  });
+}
+
+}  // namespace
+
+extern const NmProductKernels NmProductKernels_table{&panels, &pack, &plan, &multiply};
+
+}  // namespace MASKOPS_ISA_NS
+}  // namespace maskops

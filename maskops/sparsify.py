@@ -1,0 +1,284 @@
+"""sparsify_: turn the linear layers of a model into N:M ones, in place."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from maskops._checks import fail
+from maskops.nn import NMLinear, SoftNMLinear
+from maskops.one_shot import InputStatistics, magnitude_mask, sparsegpt, wanda_mask
+from maskops.ops.nm_matmul import nm_patterns
+from maskops.ops.nm_matmul.cost import linear_path
+from maskops.ops.nm_matmul.sizes import pattern
+from maskops.ops.nm_matmul.soft import MOST_PATTERNS
+
+FUNCTION = "sparsify_"
+METHODS = ("magnitude", "wanda", "sparsegpt", "learned")
+ONE_SHOT = METHODS[:3]
+USUAL_ROWS = 256  # rows of x that a layer is thought to see where no calibration tells
+
+Filter = Callable[[str, nn.Linear], bool]
+
+
+class LayerReport(NamedTuple):
+    """What became of one linear layer.
+
+    Attributes:
+        name: as in model.named_modules().
+        shape: (N, K) of its weight.
+        method: what chose the mask: a name in METHODS; "" for a layer that stayed dense.
+        kept_norm: sum((W * mask)^2) / sum(W^2) of the weight before, 1 for a layer that stayed dense.
+        path: "sparse", "learning" (a SoftNMLinear) or "dense".
+        reason: why.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    method: str
+    kept_norm: float
+    path: str
+    reason: str
+
+
+class SparsifyReport(list[LayerReport]):
+    """The rows of a call of sparsify_, one per linear layer that the filter let through; str() is a table."""
+
+    def __str__(self) -> str:
+        head = ("layer", "shape", "method", "kept norm", "path", "reason")
+        cells = [
+            (r.name, f"{r.shape[0]} x {r.shape[1]}", r.method or "-", f"{r.kept_norm:.3f}", r.path, r.reason)
+            for r in self
+        ]
+        widths = [max(map(len, column)) for column in zip(head, *cells, strict=True)]
+        lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in (head, *cells)]
+        return "\n".join([*lines, f"{sum(r.path != 'dense' for r in self)} of {len(self)} layers converted"])
+
+
+def sparsify_(
+    model: nn.Module, n: int, m: int, method: str = "magnitude", filter: Filter | None = None,
+    calibration: Iterable[Any] | None = None, *, prior: str | None = None, prior_strength: float = 3.0, rows: int | None = None,
+    only_if_faster: bool = True,
+) -> SparsifyReport:  # fmt: skip
+    """Replace the linear layers of a model by layers that keep n of every m inputs.
+
+        magnitude   mask = n largest |W| of a group
+        wanda       mask = n largest |W| ||x||_2
+        sparsegpt   column by column; mask = n largest w^2 / diag(Hinv)^2, the later weights take over the error
+        learned     nothing is pruned yet: SoftNMLinear layers on the frozen weight, for models.maskllm or a loop of your own
+
+    Args:
+        model: changed in place; only modules of the type nn.Linear are replaced, the model itself is not.
+        n, m: the pattern, 1 <= n < m <= 32.
+        method: one of the above.
+        filter: (name, layer) -> whether to look at this layer; default: every layer. Output layers are usually left out.
+        calibration: batches that the model is called with, as model(batch), model(*batch) or model(**batch). Needed by wanda and
+            sparsegpt. The layers of a block (names that agree up to their first number) are pruned together, on the inputs that
+            the pruned blocks before them give.
+        prior: for "learned", which of the other methods gives the mask that learning starts from. Default: "sparsegpt" with
+            calibration, else "magnitude". The weights stay what they were.
+        prior_strength: how many standard deviations of the initial logits the prior is worth; 0: no prior.
+        rows: rows of x in a call of a layer, for judging whether sparse is faster. Default: the mean in calibration, else 256.
+        only_if_faster: leave a layer dense where maskops expects the sparse product to be slower.
+
+    Returns:
+        SparsifyReport: a list of LayerReport, one per layer; str() is a table.
+
+    Notes:
+        These stay dense, with the reason in the report: layers with a shared weight, layers whose weight a module of PyTorch reads
+        around their forward (nn.MultiheadAttention, nn.TransformerEncoderLayer), layers that calibration never called, and for
+        "learned" layers with K not divisible by m. Optimisers must be made anew: the parameters are other ones. Deterministic but
+        for the initial logits of "learned", which PyTorch's generator draws.
+
+    Raises:
+        ValueError: unknown method or prior, n and m out of range, calibration missing, empty or not finite.
+
+    Source:
+        Zhu and Gupta, 2017, arXiv 1710.01878; Wanda: Sun et al., 2023, arXiv 2306.11695; SparseGPT: Frantar and Alistarh, 2023,
+        arXiv 2301.00774; MaskLLM: Fang et al., 2024, arXiv 2409.17481.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.GELU(), torch.nn.Linear(64, 8))
+        >>> report = maskops.sparsify_(model, 2, 4, "wanda", lambda name, layer: name != "2", [torch.randn(32, 64)])
+        >>> model[0], [row.name for row in report]
+        (NMLinear(in_features=64, out_features=64, pattern=2:4, bias=True), ['0'])
+    """
+    n, m = pattern(FUNCTION, n, m)
+    batches = None if calibration is None else list(calibration)
+    one_shot = _one_shot_of(method, prior, batches)
+    learned = method == "learned"
+    chosen = _linears(model, filter)
+    dense = {name: why for name in chosen if (why := _refusal(model, name, m, learned))}
+    before = {name: layer.weight.detach().clone() for name, layer in chosen.items() if name not in dense}
+    masks: dict[str, Tensor] = {}
+    for stage in _stages(before):
+        layers = {name: chosen[name] for name in stage}
+        seen = collect(model, layers, batches, gram=one_shot == "sparsegpt") if batches else dict.fromkeys(stage)
+        dense |= {
+            name: why for name in stage if (why := _left_dense(layers[name], n, m, seen[name], rows, only_if_faster))
+        }
+        masks |= {name: prune_(layers[name], n, m, one_shot, seen[name]) for name in stage if name not in dense}
+    for name, mask in masks.items():
+        if learned:
+            chosen[name].weight.data.copy_(before[name])
+        model.set_submodule(name, _converted(chosen[name], n, m, mask, learned, prior_strength))
+    report = {name: _row(name, before[name], mask, method, one_shot) for name, mask in masks.items()}
+    report |= {name: _dense_row(name, chosen[name], why) for name, why in dense.items()}
+    return SparsifyReport(report[name] for name in chosen)
+
+
+def add_prior_(layer: SoftNMLinear, mask: Tensor, strength: float) -> None:
+    """Lift the logits of patterns that agree with a mask, lower those that do not.
+
+        logits[pattern] += (sum(pattern * mask) - n^2 / m) std(logits) strength
+
+    n^2 / m is the mean overlap of all patterns: for 2:4 the pattern of the mask itself gets +strength standard deviations, its
+    complement -strength, the other four nothing. Logits per weight get (mask - n / m) std strength, the same for the sum over a
+    pattern.  mask: bool [N, K], n of every m.
+    """
+    n, m = layer.n, layer.m
+    with torch.no_grad():
+        step = layer.logits.std() * strength
+        if layer.logits.dim() == 2:
+            layer.logits += (mask.to(step.dtype) - n / m) * step
+        else:
+            options = nm_patterns(n, m).to(step)
+            overlap = mask.to(step.dtype).unflatten(1, (-1, m)) @ options.T
+            layer.logits += (overlap - n * n / m) * step
+
+
+def collect(
+    model: nn.Module, layers: dict[str, nn.Linear], batches: Iterable[Any], *, gram: bool
+) -> dict[str, InputStatistics]:
+    """Call the model on each batch, in evaluation mode, and sum up what the layers get."""
+    statistics = {name: InputStatistics(layer, gram=gram) for name, layer in layers.items()}
+    modes = [(module, module.training) for module in model.modules()]
+    hooks = [
+        layer.register_forward_pre_hook(lambda _, inputs, sums=statistics[name]: sums.add(inputs[0]))
+        for name, layer in layers.items()
+    ]
+    model.eval()
+    try:
+        with torch.no_grad():
+            for batch in batches:
+                if isinstance(batch, dict):
+                    model(**batch)
+                else:
+                    model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, training in modes:
+            module.training = training
+    for name, sums in statistics.items():
+        if not sums.squares.isfinite().all():
+            fail(FUNCTION, "calibration", f"give {name} finite inputs", "NaN or inf")
+    return statistics
+
+
+def prune_(layer: nn.Linear, n: int, m: int, method: str, seen: InputStatistics | None) -> Tensor:
+    """Zero what the mask leaves out, in place (sparsegpt also updates the rest); returns the mask, bool [N, K]."""
+    weight = layer.weight.detach()
+    if method == "magnitude":
+        mask = magnitude_mask(weight, n, m)
+    elif method == "wanda":
+        mask = wanda_mask(weight, seen.squares, n, m)
+    else:
+        pruned, mask = sparsegpt(weight, seen.gram, n, m)
+        weight.copy_(pruned)
+    weight.masked_fill_(~mask, 0)
+    return mask
+
+
+def _one_shot_of(method: str, prior: str | None, batches: list | None) -> str:
+    """The method that the masks come from at first; checks what depends on it."""
+    if method not in METHODS:
+        fail(FUNCTION, "method", f"be one of {', '.join(METHODS)}", repr(method))
+    if method != "learned" and prior is not None:
+        fail(FUNCTION, "prior", 'be None unless method is "learned"', repr(prior))
+    if method == "learned":
+        method = prior or ("magnitude" if batches is None else "sparsegpt")
+        if method not in ONE_SHOT:
+            fail(FUNCTION, "prior", f"be one of {', '.join(ONE_SHOT)}", repr(prior))
+    if batches == [] or (batches is None and method != "magnitude"):
+        fail(FUNCTION, "calibration", f"hold a batch for {method}", "nothing" if batches is None else "no batch")
+    return method
+
+
+def _stages(names: Iterable[str]) -> Iterator[list[str]]:
+    """Names in the order of the model, those of a block together: equal up to the first number, else alone."""
+    stages: dict[str, list[str]] = {}
+    for name in names:
+        parts = name.split(".")
+        first = next((i for i, part in enumerate(parts) if part.isdigit()), len(parts))
+        stages.setdefault(".".join(parts[: first + 1]), []).append(name)
+    return iter(stages.values())
+
+
+def _linears(model: nn.Module, filter: Filter | None) -> dict[str, nn.Linear]:
+    linears = ((name, layer) for name, layer in model.named_modules() if isinstance(layer, nn.Linear))
+    return {name: layer for name, layer in linears if filter is None or filter(name, layer)}
+
+
+def _refusal(model: nn.Module, name: str, m: int, learned: bool) -> str:
+    """Why this layer cannot be replaced; empty if it can."""
+    layer = model.get_submodule(name)
+    parent = model.get_submodule(name.rpartition(".")[0])
+    if not name:
+        return "it is the model itself"
+    if type(layer) is not nn.Linear:
+        return f"its type is {type(layer).__name__}, whose weight may be read around its forward"
+    if isinstance(parent, (nn.TransformerEncoderLayer, nn.MultiheadAttention)):
+        return f"{type(parent).__name__} reads its weight around its forward"
+    owners = [
+        f"{other}.{part}".lstrip(".")
+        for other, module in model.named_modules(remove_duplicate=False)
+        for part, value in module.named_parameters(recurse=False)
+        if value is layer.weight and other != name
+    ]
+    if owners:
+        return f"its weight is shared with {owners[0]}"
+    if learned and layer.in_features % m:
+        return f"its {layer.in_features} inputs are not divisible by {m}"
+    return ""
+
+
+def _left_dense(
+    layer: nn.Linear, n: int, m: int, seen: InputStatistics | None, rows: int | None, only_if_faster: bool
+) -> str:
+    """Why this layer stays dense, now that its inputs are known; empty if it does not."""
+    if seen is not None and not seen.calls:
+        return "calibration never called it"
+    if rows is None:
+        rows = USUAL_ROWS if seen is None else max(1, seen.rows // seen.calls)
+    weight = layer.weight
+    path, reason = linear_path(rows, *weight.shape, n, m, weight.dtype, weight.device.type)
+    return reason if only_if_faster and path == "dense" else ""
+
+
+def _dense_row(name: str, layer: nn.Linear, why: str) -> LayerReport:
+    return LayerReport(name, tuple(layer.weight.shape), "", 1.0, "dense", why)
+
+
+def _row(name: str, before: Tensor, mask: Tensor, method: str, one_shot: str) -> LayerReport:
+    squares = before.double().square()
+    kept = (squares * mask).sum() / squares.sum() if squares.any() else torch.ones(())
+    if method == "learned":
+        return LayerReport(
+            name, tuple(before.shape), method, kept.item(), "learning", f"starts from the mask of {one_shot}"
+        )
+    return LayerReport(name, tuple(before.shape), method, kept.item(), "sparse", "")
+
+
+def _converted(layer: nn.Linear, n: int, m: int, mask: Tensor, learned: bool, strength: float) -> nn.Module:
+    if learned:
+        per_pattern = math.comb(m, n) <= MOST_PATTERNS
+        new: nn.Module = SoftNMLinear.from_linear(layer, n, m, per_pattern=per_pattern)
+        add_prior_(new, mask, strength)
+    else:
+        new = NMLinear.from_dense(layer, n, m, mask=mask)
+        for parameter in new.parameters():
+            parameter.requires_grad_(layer.weight.requires_grad)
+    return new.train(layer.training)

@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from maskops import _extension
-from maskops._registry import NAMESPACES, OPS, register_triton
+from maskops._registry import NAMESPACES, OPS, OpSpec, register_triton
 
 BACKENDS = ("auto", *NAMESPACES)
 _TRITON_KEYS = {"cuda": "CUDA", "xpu": "XPU"}
@@ -95,23 +96,42 @@ def find_op(name: str, device: str, backend: str) -> Any:
     The overload, not the packet of overloads: finding one by its arguments costs as much as a small gather.
     """
     if backend == "auto":
-        return _without_autograd(getattr(torch.ops.maskops, name).default)
+        return _in_mode(getattr(torch.ops.maskops, name).default, name)
     if backend not in NAMESPACES:
         raise ValueError(f"{name}: backend must be one of {BACKENDS}, got {backend!r}")
     reason = why_not(backend, name, device)
     if reason:
         raise RuntimeError(f"{name}: backend {backend!r} cannot run here: {reason}")
-    return _without_autograd(getattr(getattr(torch.ops, NAMESPACES[backend]), name).default)
+    return _in_mode(getattr(getattr(torch.ops, NAMESPACES[backend]), name).default, name)
 
 
-def _without_autograd(op: Any) -> Callable:
+def _in_mode(op: Any, name: str) -> Callable:
     """The op as it is where a gradient may be asked for, else past autograd's Python layer, which costs 5 to 10 us a call."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
+        return op
+    # A private name: without it nothing is refused.
+    if getattr(forward_ad, "_current_level", -1) >= 0 and OPS[name].backward is not None:
+        return _without_tangents(op, OPS[name])
+    if torch.is_grad_enabled():
         return op
 
     def call(*args: Any) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
             return op(*args)
+
+    return call
+
+
+def _without_tangents(op: Any, spec: OpSpec) -> Callable:
+    """The op where forward-mode differentiation is on: torch would take a missing formula for a derivative of zero."""
+
+    def call(*args: Any) -> Any:
+        for name, a in zip(spec.arguments, args, strict=False):
+            if name not in spec.constants and isinstance(a, Tensor) and forward_ad.unpack_dual(a).tangent is not None:
+                raise NotImplementedError(
+                    f"{spec.name}: forward-mode derivatives are not implemented, and {name} has a tangent"
+                )
+        return op(*args)
 
     return call
 

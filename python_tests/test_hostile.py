@@ -92,3 +92,23 @@ def test_integers_of_numpy() -> None:
     assert maskops.patchify(IMAGES, numpy.int64(2)).shape == (1, 4, 4)
     same = maskops.random_masking(numpy.int64(1), 4, 0.5, seed=numpy.int64(3))
     assert torch.equal(same.ids_keep, maskops.random_masking(1, 4, 0.5, seed=3).ids_keep)
+
+
+def test_forward_mode_is_refused_and_not_zero() -> None:
+    x, ids, token = torch.randn(2, 4, 3), torch.tensor([[0, 1], [2, 3]]), torch.randn(3)
+    split = maskops.random_masking(2, 4, num_keep=2, seed=0)
+    calls = {
+        "x": lambda x: maskops.gather_tokens(x, ids),
+        "fill": lambda fill: maskops.restore_tokens(x[:, :2], split, fill),
+        "pred": lambda pred: maskops.masked_patch_loss(pred, torch.randn(2, 3, 2, 2), split, 1),
+    }
+    for (name, call), primal in zip(calls.items(), (x, token, x), strict=True):
+        with pytest.raises(NotImplementedError, match=f"forward-mode derivatives are not implemented, and {name} has"):
+            torch.func.jvp(call, (primal,), (torch.ones_like(primal),))
+    with torch.autograd.forward_ad.dual_level(), torch.no_grad():
+        dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+        with pytest.raises(NotImplementedError, match="x has a tangent"):
+            maskops.gather_tokens(dual, ids)
+        # What has no tangent, and what has no derivative, is as ever.
+        assert maskops.gather_tokens(x, ids).shape == (2, 2, 3)
+        assert torch.equal(maskops.random_masking(2, 4, num_keep=2, noise=dual[..., 0]).num_keep, torch.tensor([2, 2]))

@@ -20,7 +20,7 @@ from maskops.kernels._common import (
     rows_of,
     sum_rows,
 )
-from maskops.kernels.visible_tokens.index import invert_ids
+from maskops.kernels.visible_tokens.index import invert_ids, patch_of_row
 
 # Per element size: (rows, columns, depth) of a tile, warps, stages; the first one that gives enough programs is taken.
 # Patches whose rows are no multiple of 16 bytes are loaded value by value: one address per value, so less fits.
@@ -58,11 +58,7 @@ def _embed_kernel(images_ptr, weight_ptr, bias_ptr, ids_ptr, pos_ptr, out_ptr, M
     tiles_e = tl.cdiv(E, BLOCK_N)
     m = (tl.program_id(0) // tiles_e).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     e = (tl.program_id(0) % tiles_e) * BLOCK_N + tl.arange(0, BLOCK_N)
-    b = m // slots
-    n = m % slots
-    if ids_ptr is not None:
-        n = tl.load(ids_ptr + m, mask=m < M, other=-1)
-    used = (m < M) & (n >= 0)
+    b, _, n, used = patch_of_row(ids_ptr, m, M, slots)
     origin = b * s_b + patch_origin(n, s_t, s_h, grid_h, grid_w, PT, PH, PW)
     total = tl.zeros([BLOCK_M, BLOCK_N], ACC)
     for v0 in range(0, V, BLOCK_K):
@@ -110,12 +106,7 @@ def _grad_images_kernel(grad_ptr, weight_ptr, ids_ptr, out_ptr, M, slots, E, gri
     tiles_v: tl.constexpr = (V + BLOCK_N - 1) // BLOCK_N
     m = (tl.program_id(0) // tiles_v).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     v = (tl.program_id(0) % tiles_v) * BLOCK_N + tl.arange(0, BLOCK_N)
-    b = m // slots
-    k = m % slots
-    n = k
-    if ids_ptr is not None:
-        n = tl.load(ids_ptr + m, mask=m < M, other=-1)
-    used = (m < M) & (n >= 0)
+    b, k, n, used = patch_of_row(ids_ptr, m, M, slots)
     total = tl.zeros([BLOCK_M, BLOCK_N], ACC)
     for e0 in range(0, E, BLOCK_K):
         e = e0 + tl.arange(0, BLOCK_K)
@@ -162,12 +153,7 @@ def _grad_weight_kernel(grad_ptr, images_ptr, ids_ptr, out_ptr, M, slots, E, gri
     total = tl.zeros([BLOCK_M, BLOCK_N], ACC)
     for m0 in range(0, rows_per_split, BLOCK_K):
         m = split * rows_per_split + m0 + tl.arange(0, BLOCK_K)
-        b = m // slots
-        k = m % slots
-        n = k
-        if ids_ptr is not None:
-            n = tl.load(ids_ptr + m, mask=m < M, other=-1)
-        used = (m < M) & (n >= 0)
+        b, k, n, used = patch_of_row(ids_ptr, m, M, slots)
         g_at = (b * sg_b + k * sg_k)[None, :] + e[:, None]
         g = tl.load(grad_ptr + g_at, mask=(e < E)[:, None] & used[None, :], other=0.0)
         origin = b * s_b + patch_origin(n, s_t, s_h, grid_h, grid_w, PT, PH, PW)

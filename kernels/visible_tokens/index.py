@@ -45,6 +45,17 @@ def visible_tokens_split(mask, max_keep, max_mask):
 
 
 @triton.jit
+def patch_of_row(ids_ptr, r, rows, slots):
+    """Of rows r = (b, k): b, k, the token n that ids [B, K] name (k itself without ids), and whether there is one."""
+    b = r // slots
+    k = r % slots
+    n = k
+    if ids_ptr is not None:
+        n = tl.load(ids_ptr + r, mask=r < rows, other=-1)
+    return b, k, n, (r < rows) & (n >= 0)
+
+
+@triton.jit
 def _invert_kernel(ids_ptr, out_ptr, total, K, N, BLOCK: tl.constexpr):
     # One program owns BLOCK entries of ids [B*K]; ids are unique within a row, so no two stores meet.
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)

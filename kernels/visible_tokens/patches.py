@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 from maskops.kernels._common import cdiv, launch, patch_grid, patch_origin, patch_value, row_tile
-from maskops.kernels.visible_tokens.index import invert_ids
+from maskops.kernels.visible_tokens.index import invert_ids, patch_of_row
 
 
 @triton.jit
@@ -21,11 +21,7 @@ def _patches_kernel(images_ptr, patches_ptr, ids_ptr, rows, per_batch, grid_h, g
     tiles_v: tl.constexpr = (V + BLOCK_D - 1) // BLOCK_D
     r = (tl.program_id(0) // tiles_v).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     v = (tl.program_id(0) % tiles_v) * BLOCK_D + tl.arange(0, BLOCK_D)
-    b = r // per_batch
-    here = r % per_batch
-    other = here
-    if ids_ptr is not None:
-        other = tl.load(ids_ptr + r, mask=r < rows, other=-1)
+    b, here, other, used = patch_of_row(ids_ptr, r, rows, per_batch)
     if TO_IMAGES:
         n, k = here, other
     else:
@@ -34,7 +30,7 @@ def _patches_kernel(images_ptr, patches_ptr, ids_ptr, rows, per_batch, grid_h, g
     pixel = pixel[:, None] + patch_value(v, s_c, s_t, s_h, C, PT, PH, PW, CHANNELS_LAST)[None, :]
     value_at = (b * sp_b + k * sp_k)[:, None] + v[None, :]
     live = (r < rows)[:, None] & (v < V)[None, :]
-    used = live & (other >= 0)[:, None]
+    used = used[:, None] & (v < V)[None, :]
     if TO_IMAGES:
         tl.store(images_ptr + pixel, tl.load(patches_ptr + value_at, mask=used, other=0.0), mask=live)
     else:

@@ -117,6 +117,8 @@ def print_rows(family: str, rows: list[Row], seconds: float) -> None:
     for row in rows:
         if "breakdown" in row:
             print_breakdown(console, row)
+        for line in row.get("notes", ()):
+            console.print(f"{row['case']}, {row['dtype']}: {line}", markup=False)
 
 
 def cells_of(row: Row) -> list[str]:

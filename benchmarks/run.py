@@ -38,7 +38,7 @@ from _report import machine_of, print_rows, write_json
 from maskops.families import FAMILIES
 
 # Beside the families: whole models, each with its own bench_<name>.py.
-MODELS = ("mae_step",)
+MODELS = ("mae_step", "minilm")
 HOT, COLD, KEPT = "hot", "cold", "cold, kept pages"
 
 

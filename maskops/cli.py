@@ -1,4 +1,4 @@
-"""The command maskops: pretrain, info, bench, demo. Exit codes: 0 good, 1 failed, 2 wrong use, 130 interrupted."""
+"""The command maskops: pretrain, prune, info, bench, demo. Exit codes: 0 good, 1 failed, 2 wrong use, 130 interrupted."""
 
 import platform
 import subprocess
@@ -31,6 +31,15 @@ class Size(str, Enum):
     small = "small"
     base = "base"
     large = "large"
+
+
+class Method(str, Enum):
+    """Names in maskops.sparsify.METHODS."""
+
+    magnitude = "magnitude"
+    wanda = "wanda"
+    sparsegpt = "sparsegpt"
+    learned = "learned"
 
 
 def main() -> None:
@@ -108,6 +117,50 @@ def pretrain(
     )
     if result.unreadable:
         print(f"{len(result.unreadable)} unreadable images were skipped")
+
+
+@app.command()
+def prune(
+    text: Annotated[list[Path], typer.Option(help="File to train and judge on; give the option again for more.")],
+    out: Annotated[Path, typer.Option(help="Where dense/ and pruned/ go.")],
+    method: Annotated[Method, typer.Option(help="What chooses the weights that stay.")] = Method.magnitude,
+    nm: Annotated[str, typer.Option(help="The pattern n:m: so many of so many consecutive weights stay.")] = "2:4",
+    model: Annotated[
+        Path | None, typer.Option(help="Dense model of an earlier run (OUT/dense). Default: train one on the text.")
+    ] = None,
+    train_steps: Annotated[int, typer.Option(min=1, help="Steps of training the dense model.")] = 300,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of learning masks, for --method learned.")] = 150,
+    batch_size: Annotated[int, typer.Option(min=1, help="Texts of 128 bytes per step.")] = 16,
+    seed: Annotated[int, typer.Option(min=0, help="Of weights, texts and masks.")] = 0,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Take the dense model that stands in --out; replace the pruned one.")
+    ] = False,
+) -> None:
+    """Prune a small language model on bytes to n:m, and compare its held-out perplexity with the dense one's."""
+    _need("safetensors", "rich")
+    from maskops.checkpoint import CheckpointError
+    from maskops.prune import Settings
+    from maskops.prune import prune as run
+
+    parts = nm.split(":")
+    if len(parts) != 2 or not all(part.isdecimal() for part in parts):
+        _fail(f"--nm must be n:m, as 2:4, got {nm!r}", 2)
+    settings = Settings(
+        text, out, method.value, int(parts[0]), int(parts[1]), model, train_steps, steps, batch_size, seed, resume
+    )
+    try:
+        result = run(settings)
+    except (CheckpointError, ValueError, OSError) as error:
+        _fail(error, 2)
+    except FloatingPointError as error:
+        _fail(error, 1)
+    except KeyboardInterrupt:
+        print(f"maskops: interrupted; --resume takes the dense model in {out}, if it was finished", file=sys.stderr)
+        raise typer.Exit(130) from None
+    print(
+        f"{method.value} {nm}: held-out perplexity {result.dense:.3f} dense, {result.pruned:.3f} pruned; "
+        f"{result.dense_bytes / 1e6:.2f} MB dense, {result.pruned_bytes / 1e6:.2f} MB pruned: {result.folder}"
+    )
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""A progress bar on a terminal, one line every few seconds elsewhere: loss, images/s, time left."""
+"""A progress bar on a terminal, one line every few seconds elsewhere: loss, rate, time left."""
 
 import sys
 import time
@@ -15,9 +15,11 @@ class TrainingProgress:
     """Use as a context; `update` after every step. Prints nothing if not `shown` (processes other than the first)."""
 
     def __init__(
-        self, total: int, done: int = 0, *, title: str = "train", shown: bool = True, stream: TextIO | None = None
-    ):
-        self.total, self.start, self.title, self.shown = total, done, title, shown
+        self, total: int, done: int = 0, *, title: str = "train", shown: bool = True, stream: TextIO | None = None,
+        unit: str = "images",
+    ):  # fmt: skip
+        """unit: what a batch is made of."""
+        self.total, self.start, self.title, self.shown, self.unit = total, done, title, shown, unit
         self.console = Console(file=stream or sys.stderr)
         self._bar: Progress | None = None
         self._began = self._printed = time.monotonic()
@@ -57,7 +59,7 @@ class TrainingProgress:
 
     def _text(self, step: int, loss: float, seconds: float) -> str:
         left = seconds / max(step - self.start, 1) * (self.total - step)
-        return f"step {step}/{self.total}  loss {loss:.4f}  {self.images_per_second:.0f} images/s  {_clock(left)} left"
+        return f"step {step}/{self.total}  loss {loss:.4f}  {self.images_per_second:.0f} {self.unit}/s  {_clock(left)} left"
 
 
 def _clock(seconds: float) -> str:

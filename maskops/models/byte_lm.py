@@ -94,10 +94,10 @@ class Text:
         else:
             train = b"".join(s for i, s in enumerate(stretches) if i % self.PERIOD != self.PERIOD - 1)
             held_out = b"".join(stretches[self.PERIOD - 1 :: self.PERIOD])
-        self.train, self.held_out = (torch.frombuffer(bytearray(part), dtype=torch.uint8) for part in (train, held_out))
-        if min(len(self.train), len(self.held_out)) <= context:
+        if min(len(train), len(held_out)) <= context:
             least = (context + 1) * self.PERIOD
             raise ValueError(f"Text: data must have at least {least} bytes for a context of {context}, got {len(data)}")
+        self.train, self.held_out = (torch.frombuffer(bytearray(part), dtype=torch.uint8) for part in (train, held_out))
 
     @classmethod
     def from_files(cls, paths: list[Path], context: int) -> Text:

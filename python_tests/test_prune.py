@@ -1,0 +1,273 @@
+"""sparsify_ on models of all kinds, and `maskops prune` from text to a checkpoint that loads again."""
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import maskops
+from maskops.nn import NMLinear, SoftNMLinear
+from maskops.one_shot import sparsegpt
+from maskops.sparsify import METHODS
+
+pytest.importorskip("safetensors")
+from typer.testing import CliRunner
+
+from maskops import cli, prune
+from maskops.checkpoint import CheckpointError
+from maskops.models.byte_lm import ByteLMConfig, perplexity
+
+TINY = ByteLMConfig(context=16, dim=16, depth=1, heads=2, mlp_dim=32)
+
+
+def make_mlp() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(64, 48), nn.GELU(), nn.Linear(48, 64), nn.GELU(), nn.Linear(64, 8))
+
+
+def correlated(rows: int, seed: int) -> torch.Tensor:
+    """Inputs of very different sizes that hang together, as those of trained networks do."""
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(64, 64, generator=torch.Generator().manual_seed(9))
+    return torch.randn(rows, 64, generator=generator) * torch.logspace(-1, 1, 64) @ mix / 8
+
+
+# ---------------------------------------------------------------- sparsify_
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 4), (4, 8), (3, 5)])
+def test_every_layer_gets_the_pattern(method: str, n: int, m: int) -> None:
+    model = make_mlp()
+    fits = [name for name in ("0", "2", "4") if method != "learned" or not model.get_submodule(name).in_features % m]
+    report = maskops.sparsify_(model, n, m, method, calibration=[correlated(96, 1)], only_if_faster=False)
+    assert [row.name for row in report] == ["0", "2", "4"]
+    for row in report:
+        layer = model.get_submodule(row.name)
+        if row.name not in fits:
+            assert row.path == "dense" and "not divisible" in row.reason and type(layer) is nn.Linear
+            continue
+        assert type(layer) is (SoftNMLinear if method == "learned" else NMLinear)
+        assert 0 < row.kept_norm < 1
+        weight = layer.harden().weight if method == "learned" else layer.weight
+        assert weight.shape == row.shape
+        maskops.nm_validate(weight.to_dense(), n, m)
+    assert model(correlated(3, 2)).shape == (3, 8)
+
+
+def test_methods_rank_as_published() -> None:
+    x, held_out = correlated(512, 1), correlated(256, 2)
+    want = make_mlp()(held_out)
+    errors = {}
+    for method in METHODS[:3]:
+        model = make_mlp()
+        maskops.sparsify_(model, 2, 4, method, calibration=[x[:256], x[256:]], only_if_faster=False)
+        errors[method] = ((model(held_out) - want).norm() / want.norm()).item()
+    assert errors["sparsegpt"] < 0.9 * errors["wanda"] < 0.9 * errors["magnitude"], errors
+
+
+def test_sparsegpt_on_uncorrelated_inputs_is_magnitude_without_an_update() -> None:
+    weight = torch.randn(8, 32, generator=torch.Generator().manual_seed(0))
+    pruned, mask = sparsegpt(weight, torch.eye(32, dtype=torch.float64), 2, 4)
+    assert torch.equal(mask, maskops.nm_mask(weight.abs(), 2, 4))
+    torch.testing.assert_close(pruned, weight * mask)
+
+
+def test_sparsegpt_is_no_worse_than_any_mask_without_an_update() -> None:
+    """One group of four and one row: all six masks with their least-squares values can be tried."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(64, 4, generator=generator, dtype=torch.float64)
+    x[:, 1] += 0.9 * x[:, 0]
+    weight = torch.randn(1, 4, generator=generator, dtype=torch.float64)
+    pruned, _ = sparsegpt(weight, x.T @ x, 2, 4)
+    error = (x @ (pruned - weight).T).norm()
+    kept = [(x @ (weight * p - weight).T).norm() for p in maskops.nm_patterns(2, 4)]
+    assert error < min(kept)
+
+
+def test_layers_that_must_stay_dense_say_why() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Embedding(16, 8)
+            self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+            self.encoder = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+            self.unused = nn.Linear(8, 8)
+            self.used = nn.Linear(8, 8)
+            self.head = nn.Linear(8, 16, bias=False)
+            self.head.weight = self.embed.weight
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            x = self.embed(ids)
+            return self.head(self.used(self.encoder(self.attention(x, x, x)[0])))
+
+    model = Tied().eval()
+    ids = torch.arange(16)[None]
+    report = maskops.sparsify_(model, 2, 4, "wanda", calibration=[ids], only_if_faster=False)
+    reasons = {row.name: row.reason for row in report}
+    assert "shared with embed.weight" in reasons["head"]
+    assert "NonDynamicallyQuantizableLinear" in reasons["attention.out_proj"]
+    assert "TransformerEncoderLayer" in reasons["encoder.linear1"]
+    assert reasons["unused"] == "calibration never called it"
+    assert [row.name for row in report if row.path == "sparse"] == ["used"] and isinstance(model.used, NMLinear)
+    with torch.no_grad():
+        assert model(ids).isfinite().all()
+    text = str(report)
+    assert "1 of 7 layers converted" in text and all(name in text for name in reasons)
+
+
+def test_only_if_faster_follows_the_cost_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    import maskops.sparsify as module
+
+    seen = []
+
+    def path(rows: int, outputs: int, *rest: object) -> tuple[str, str]:
+        seen.append(rows)
+        return ("dense", "too narrow") if outputs == 8 else ("sparse", "fast")
+
+    monkeypatch.setattr(module, "linear_path", path)
+    model = make_mlp()
+    report = maskops.sparsify_(model, 2, 4, calibration=[correlated(100, 1), correlated(60, 2)])
+    assert [(row.path, row.reason) for row in report][2] == ("dense", "too narrow") and type(model[4]) is nn.Linear
+    assert set(seen) == {80}
+
+
+def test_training_flags_hooks_and_frozen_parameters_stay() -> None:
+    model = make_mlp().train()
+    model[2].requires_grad_(False)
+    maskops.sparsify_(model, 2, 4, "sparsegpt", calibration=[correlated(64, 1)], only_if_faster=False)
+    assert model.training and model[0].training and not model[0]._forward_pre_hooks
+    assert model[0].values.requires_grad and not model[2].values.requires_grad
+    model(correlated(4, 1)).sum().backward()
+    assert model[0].values.grad.shape == model[0].values.shape
+
+
+def test_learned_keeps_the_weights_and_starts_from_the_prior() -> None:
+    before, model, pruned = make_mlp(), make_mlp(), make_mlp()
+    x = [correlated(64, 1)]
+    maskops.sparsify_(model, 2, 4, "learned", calibration=x, prior_strength=100.0, only_if_faster=False)
+    maskops.sparsify_(pruned, 2, 4, "sparsegpt", calibration=x, only_if_faster=False)
+    for i in (0, 2, 4):
+        assert torch.equal(model[i].weight, before[i].weight)
+        assert torch.equal(model[i].mask(), pruned[i].weight.to_dense() != 0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "random"}, "method must be one of magnitude, wanda, sparsegpt, learned, got 'random'"),
+        ({"method": "wanda"}, "calibration must hold a batch for wanda, got nothing"),
+        ({"method": "sparsegpt", "calibration": []}, "calibration must hold a batch for sparsegpt, got no batch"),
+        ({"prior": "wanda"}, "prior must be None unless method is \"learned\", got 'wanda'"),
+        ({"method": "learned", "prior": "x"}, "prior must be one of magnitude, wanda, sparsegpt, got 'x'"),
+        ({"method": "wanda", "calibration": [torch.full((2, 64), torch.nan)]}, "calibration must give 0 finite inputs"),
+        ({"n": 4}, r"n and m must satisfy 1 <= n < m <= 32, got \(4, 4\)"),
+    ],
+)
+def test_errors_leave_the_model_alone(options: dict, message: str) -> None:
+    model, before = make_mlp(), make_mlp()
+    with pytest.raises(ValueError, match=message):
+        maskops.sparsify_(model, **{"n": 2, "m": 4, **options})
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before.parameters(), strict=True))
+
+
+# ---------------------------------------------------------------- prune
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text"
+    path.write_text("the quick brown fox jumps over the lazy dog, again and again. " * 200)
+    return path
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_prune_and_load_again(text: Path, tmp_path: Path, method: str) -> None:
+    said: list[str] = []
+    settings = prune.Settings([text], tmp_path / "out", method, train_steps=30, steps=3, sizes=TINY)
+    result = prune.prune(settings, said.append)
+    assert 1 < result.dense < 256 and 1 < result.pruned < 256 and result.pruned_bytes < result.dense_bytes
+    assert "held-out perplexity" in said[0] and "4 of 4 layers converted" in said[1]
+    again = prune.load(result.folder)
+    held_out = prune.read_text([text], TINY.context).held_out_batches()
+    assert perplexity(again, held_out) == pytest.approx(result.pruned, rel=1e-6)
+    assert isinstance(again.blocks[0].attn.qkv, NMLinear) and type(again.head) is nn.Linear
+    dense = prune.load(tmp_path / "out" / "dense" / "model.safetensors")
+    assert type(dense.blocks[0].attn.qkv) is nn.Linear
+    with pytest.raises(CheckpointError, match="holds a pruned model already"):
+        prune.prune(settings, said.append)
+
+
+def test_resume_takes_the_dense_model_of_the_same_run_only(text: Path, tmp_path: Path) -> None:
+    settings = prune.Settings([text], tmp_path / "out", train_steps=5, sizes=TINY)
+    first = prune.prune(settings, lambda line: None)
+    written = (tmp_path / "out" / "dense" / "model.safetensors").stat().st_mtime_ns
+    again = copy.copy(settings)
+    object.__setattr__(again, "resume", True)
+    assert prune.prune(again, lambda line: None).dense == first.dense
+    assert (tmp_path / "out" / "dense" / "model.safetensors").stat().st_mtime_ns == written
+    object.__setattr__(again, "train_steps", 6)
+    with pytest.raises(CheckpointError, match="other settings: train_steps was 5, now 6"):
+        prune.prune(again, lambda line: None)
+
+
+def test_checkpoints_that_are_none_are_refused(text: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="holds no model"):
+        prune.load(tmp_path)
+    result = prune.prune(prune.Settings([text], tmp_path / "out", train_steps=2, sizes=TINY), lambda line: None)
+    with pytest.raises(CheckpointError, match="pruned already"):
+        prune.prune(prune.Settings([text], tmp_path / "other", model=result.folder), lambda line: None)
+    config = json.loads((result.folder / "config.json").read_text())
+    config["sparse"]["blocks.0.attn.qkv"] = [1, 4]
+    (result.folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="does not fit this model"):
+        prune.load(result.folder)
+    (result.folder / "config.json").write_text('{"system": "mae"}')
+    with pytest.raises(CheckpointError, match="of the system 'mae'"):
+        prune.load(result.folder)
+
+
+# ---------------------------------------------------------------- the command
+
+
+def test_command(text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0", "COLUMNS": "200"}
+    args = ("--text", text, "--out", out, "--method", "learned", "--train-steps", 3, "--steps", 2)
+    command = [sys.executable, "-P", "-m", "maskops", "prune", *map(str, args)]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert "learned 2:4: held-out perplexity" in done.stdout and "MB pruned" in done.stdout
+    assert "masks step 2/2" in done.stderr and "texts/s" in done.stderr
+    assert prune.load(out / "pruned").blocks[0].mlp.fc1.n == 2
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("--nm", "24"), "--nm must be n:m, as 2:4, got '24'"),
+        (("--nm", "4:2"), "n and m must satisfy 1 <= n < m <= 32, got (4, 2)"),
+        (("--text", "nowhere.txt"), "nowhere.txt is no file"),
+        (("--text", os.devnull), "is no file"),
+        (("--text", "EMPTY"), "empty is empty"),
+        (("--text", "SHORT"), "data must have at least 1290 bytes for a context of 128, got 5"),
+        (("--method", "random"), "magnitude"),
+        (("--model", "nowhere"), "nowhere holds no model"),
+    ],
+)
+def test_wrong_use_is_exit_code_2_and_one_message(text: Path, tmp_path: Path, args: tuple, message: str) -> None:
+    (tmp_path / "empty").touch()
+    (tmp_path / "short").write_text("short")
+    args = tuple({"EMPTY": tmp_path / "empty", "SHORT": tmp_path / "short"}.get(arg, arg) for arg in args)
+    given = args if args[0] == "--text" else ("--text", text, *args)
+    command = ["prune", *map(str, given), "--out", str(tmp_path / "out")]
+    done = CliRunner().invoke(cli.app, command, env={"COLUMNS": "200"})
+    assert done.exit_code == 2
+    assert message in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()

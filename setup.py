@@ -92,7 +92,10 @@ class BuildLibraries(build_ext):
             host = ["-Xcompiler=-fPIC,-fvisibility=hidden", "--expt-relaxed-constexpr"]
             flags = ["-std=c++20", "-O3", "-DUSE_CUDA", built_for, *host]
             jobs.append(
-                ([nvcc(), *flags, "-MMD", TARGET, *archs, *include_flags(), "-c", str(source), "-o", str(target)], target)
+                (
+                    [nvcc(), *flags, "-MMD", TARGET, *archs, *include_flags(), "-c", str(source), "-o", str(target)],
+                    target,
+                )
             )
         link = [nvcc(), "-shared", *torch_link_flags("torch_cuda"), "-o", str(output)]
         self.compile_and_link(jobs, link)

@@ -80,7 +80,7 @@ def differentiable(op: str) -> bool:
 
 
 def has_gradient(backend: str, op: str) -> bool:
-    """Whether the gradient stays in this backend: on a GPU Triton gives it where CUDA C++ has no kernel, in the emulator nothing does."""
+    """Whether the gradient stays in this backend: a gradient that CUDA C++ leaves to Triton has no kernel in the emulator."""
     return backend != "emulated" or OPS.get(f"_{op}_backward", OPS[op]).cuda
 
 

@@ -80,7 +80,8 @@ def _summed(partial, shape, dtype):
 def nm_matmul_linear(x, values, indices, bias, n, m):
     x = rows_of(x)
     (M, K), N, groups = x.shape, values.shape[0], cdiv(x.shape[1], m)
-    (block_n, block_m, depth), options = gemm_tile(x.dtype, N, M)
+    # The weight tile takes registers while it is decompressed: the largest tile would spill.
+    (block_n, block_m, depth), options = gemm_tile(x.dtype, N, M, largest=1)
     padded, block_g = groups_per_tile(depth, m)
     tiles = cdiv(N, block_n) * cdiv(M, block_m)
     # Only with few rows: partial results would cost more than they bring.

@@ -13,7 +13,7 @@ from maskops.kernels._common import cdiv
 # Per element size: (A, B, depth) of a tile, warps, stages; the first one that gives enough programs is taken.
 # A is the side that fills the rows of a matrix instruction, 64 at least on Hopper; a short B costs nothing but reuse.
 TILES = {
-    2: ((64, 128, 64, 8, 3), (64, 64, 64, 4, 3), (64, 16, 64, 4, 3)),
+    2: ((128, 64, 64, 8, 3), (64, 64, 64, 4, 3), (64, 16, 64, 4, 3)),
     4: ((64, 64, 16, 8, 2), (32, 64, 16, 4, 2), (32, 16, 32, 4, 2)),
     8: ((32, 32, 16, 8, 1), (32, 32, 16, 4, 1), (32, 16, 16, 4, 1)),
 }

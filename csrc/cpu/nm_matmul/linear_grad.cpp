@@ -54,7 +54,7 @@ struct Call {
 };
 
 void zero(const Tensor& x) {
-  std::memset(x.mutable_data_ptr(), 0, static_cast<size_t>(x.numel()) * static_cast<size_t>(x.element_size()));
+  if (x.numel() > 0) std::memset(x.mutable_data_ptr(), 0, static_cast<size_t>(x.numel()) * static_cast<size_t>(x.element_size()));
 }
 
 std::tuple<Tensor, Tensor> linear_backward(const Tensor& grad_any, const Tensor& x_any, const Tensor& values, const Tensor& indices,

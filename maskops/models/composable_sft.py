@@ -17,8 +17,11 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class SparseDelta:
-    """What to add to a model.  sizes: name -> number of entries of each tensor, in order; indices int64 [K] ascending into all of them
-    laid end to end; values [K]."""
+    """What to add to a model.
+
+    sizes: name -> number of entries of each tensor, in order; indices: int64 [K], ascending, into all of them laid end to end;
+    values: [K].
+    """
 
     sizes: dict[str, int]
     indices: Tensor

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 class SparseDelta:
     """What to add to a model.
 
-    sizes: name -> number of entries of each tensor, in order; indices int64 [K], ascending, into all of them laid end to end;
-    values [K].
+    sizes: name -> number of entries of each tensor, in order; indices: int64 [K], ascending, into all of them laid end to end;
+    values: [K].
     """
 
     sizes: dict[str, int]

@@ -51,8 +51,8 @@ class MaskGenerator(nn.Module):
         h = mean over tokens of x + Linear(temb);   z = ReLU(Linear(ReLU(Linear(h)))), [N0 / 4, K0 / 4]
         logits of a layer = expand K (expand N (z)), two linear maps along the axes
 
-    The last map starts with weight 0 and bias 5: P(keep) = 1 up to rounding, so training starts from the frozen network. The
-    other one starts random (published: 0 too, which lets only the last map learn at first).
+    The last map starts with weight 0 and bias 5: P(keep) = 1 up to rounding, so training starts from the frozen network.
+    The other one starts random (published: 0 too, which lets only the last map learn at first).
     """
 
     def __init__(

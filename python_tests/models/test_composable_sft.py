@@ -1,0 +1,324 @@
+"""Composable SFT (the Works check): a task learnt on English and a language learnt from raw text add up, if both are sparse.
+
+Real text: the messages of Sphinx, English and translated to Russian. The label counts words, so it means the same in both; the base
+model has never seen a Cyrillic letter.
+"""
+
+import ast
+import copy
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from maskops.models.composable_sft import SparseAdamW, SparseDelta, SparseFineTuning, largest_changes
+from maskops.nn.transformer import Block
+
+LENGTH, DIM, BATCH = 48, 48, 32
+SHARE = 0.08  # K as a share of the weights that may change
+L1 = 0.1
+RATE = 2e-3
+BASE_STEPS, LANGUAGE_STEPS, TASK_STEPS = 300, 200, 80
+SEEDS = (0, 1, 2)
+
+
+# ---------------------------------------------------------------- the mechanism
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 3))
+
+
+class Tuned:
+    """A small network after both phases."""
+
+    def __init__(self, k: int = 20, rewind: Callable = SparseFineTuning.rewind) -> None:
+        self.k, self.model = k, network()
+        self.x, self.y = torch.randn(64, 12), torch.randint(3, (64,))
+        self.start = copy.deepcopy(self.model)
+        self.sft = SparseFineTuning(self.model, lambda name: name != "2.bias")
+        self.run(torch.optim.AdamW(self.sft.parameters, 1e-2))
+        changes = [(p - q).abs().flatten() for p, q in self.pairs()]
+        self.largest = torch.cat(changes).topk(k).indices.sort().values
+        self.run(rewind(self.sft, k, lr=1e-2))
+        self.delta = self.sft.delta()
+
+    def run(self, optimizer: object) -> None:
+        for _ in range(20):
+            optimizer.zero_grad()
+            F.cross_entropy(self.model(self.x), self.y).backward()
+            optimizer.step()
+
+    def pairs(self) -> list[tuple[Tensor, Tensor]]:
+        before = dict(self.start.named_parameters())
+        return [
+            (p.detach(), before[name].detach()) for name, p in self.model.named_parameters() if name in self.sft.sizes
+        ]
+
+    def only_the_support_changed(self) -> bool:
+        changed = torch.cat([(p != q).flatten() for p, q in self.pairs()]).nonzero()[:, 0]
+        untouched = torch.equal(self.model[2].bias, self.start[2].bias)
+        return untouched and len(changed) <= self.k and torch.equal(changed, self.largest)
+
+
+def test_only_the_largest_changes_train() -> None:
+    tuned = Tuned()
+    assert tuned.only_the_support_changed()
+    assert torch.equal(tuned.delta.indices, tuned.largest)
+
+
+def masked_gradients(sft: SparseFineTuning, k: int, **options: float) -> torch.optim.AdamW:
+    """A planted fault: gradients outside the support are 0, but weight decay is not."""
+    sft.rewind(k)
+    for p in sft.parameters:
+        p.register_hook(torch.zeros_like)
+    return torch.optim.AdamW(sft.parameters, **options)
+
+
+def no_rewind(sft: SparseFineTuning, k: int, **options: float) -> SparseAdamW:
+    """A planted fault: phase 2 goes on from theta_1."""
+    after = [p.detach().clone() for p in sft.parameters]
+    optimizer = sft.rewind(k, **options)
+    for p, value in zip(sft.parameters, after, strict=True):
+        p.data.copy_(value)
+    return optimizer
+
+
+@pytest.mark.parametrize("fault", [masked_gradients, no_rewind])
+def test_the_support_check_goes_red_when_broken(fault: Callable) -> None:
+    assert not Tuned(rewind=fault).only_the_support_changed()
+
+
+def test_largest_changes_are_exact_with_ties() -> None:
+    deltas = [torch.tensor([[1.0, -2.0], [0.0, 2.0]]), torch.tensor([2.0, -3.0, 1.0])]
+    assert largest_changes(deltas, 3).tolist() == [1, 3, 5]  # of three 2s the first two
+    assert largest_changes(deltas, 0).tolist() == [] and largest_changes(deltas, 7).tolist() == list(range(7))
+    ties = [torch.ones(1000), torch.ones(10, 10)]
+    assert largest_changes(ties, 700).tolist() == list(range(700))
+    with pytest.raises(ValueError, match=r"k must be in \[0, 7\], got 8"):
+        largest_changes(deltas, 8)
+
+
+def test_apply_and_revert(tmp_path: Path) -> None:
+    tuned = Tuned()
+    model = copy.deepcopy(tuned.start)
+    tuned.delta.apply_(model)
+    torch.testing.assert_close(model.state_dict(), tuned.model.state_dict(), rtol=0, atol=1e-7)
+    tuned.delta.revert_(model)
+    torch.testing.assert_close(model.state_dict(), tuned.start.state_dict(), rtol=0, atol=1e-7)
+    with pytest.raises(ValueError, match="must have the tensors of the delta"):
+        tuned.delta.apply_(nn.Linear(3, 3))
+
+
+@pytest.mark.parametrize("indices", [[], [0], [3, 4, 250, 70_000], [5, 3_000_000_000, 3_000_000_001]])
+def test_file_holds_the_delta(indices: list[int], tmp_path: Path) -> None:
+    delta = SparseDelta(
+        {"a.weight": 10, "b": 4_000_000_000}, torch.tensor(indices, dtype=torch.int64), torch.randn(len(indices))
+    )
+    delta.save(tmp_path / "delta.safetensors")
+    read = SparseDelta.load(tmp_path / "delta.safetensors")
+    assert (
+        read.sizes == delta.sizes
+        and torch.equal(read.indices, delta.indices)
+        and torch.equal(read.values, delta.values)
+    )
+
+
+def test_file_is_small(tmp_path: Path) -> None:
+    indices = torch.randperm(100_000)[:5000].sort().values
+    SparseDelta({"w": 100_000}, indices, torch.randn(5000)).save(tmp_path / "delta.safetensors")
+    assert (tmp_path / "delta.safetensors").stat().st_size < 5000 * (
+        4 + 2
+    ) + 300  # float32 values, at most two bytes a step
+
+
+def test_sparse_adamw_is_adamw_on_its_entries() -> None:
+    ours, theirs = nn.Parameter(torch.randn(4, 5)), None
+    index = torch.tensor([0, 7, 8, 19])
+    theirs = nn.Parameter(ours.detach().flatten()[index])
+    optimizers = SparseAdamW([ours], [index], lr=0.1), torch.optim.AdamW([theirs], lr=0.1)
+    for _ in range(5):
+        for value, optimizer in zip((ours.flatten()[index], theirs), optimizers, strict=True):
+            optimizer.zero_grad()
+            value.cosh().sum().backward()
+            optimizer.step()
+    assert torch.equal(ours.detach().flatten()[index], theirs.detach())
+
+
+# ---------------------------------------------------------------- the Works check on text
+
+
+def messages(language: str) -> list[tuple[str, str]]:
+    """(English, translation) of every translated message of Sphinx."""
+    sphinx = pytest.importorskip("sphinx")
+    file = Path(sphinx.__file__).parent / "locale" / language / "LC_MESSAGES" / "sphinx.po"
+    found = []
+    for entry in file.read_text(encoding="utf-8").split("\n\n"):
+        parts = re.search(r'^msgid ((?:"[^\n]*"\s*)+)^msgstr ((?:"[^\n]*"\s*)+)', entry, re.MULTILINE)
+        if parts and not re.search("^#, .*fuzzy", entry, re.MULTILINE):
+            english, other = (
+                "".join(ast.literal_eval(line) for line in part.split("\n") if line) for part in parts.groups()
+            )
+            if english and other:
+                found.append((english, other))
+    return found
+
+
+class CharTransformer(nn.Module):
+    """Characters [B, N], 0 = padding, 1 = mask -> hidden states [B, N, DIM]."""
+
+    def __init__(self, characters: int) -> None:
+        super().__init__()
+        self.emb, self.pos = nn.Embedding(characters, DIM), nn.Embedding(LENGTH, DIM)
+        self.blocks = nn.ModuleList(Block(DIM, 4, 2 * DIM) for _ in range(2))
+        self.norm, self.decoder = nn.LayerNorm(DIM), nn.Linear(DIM, characters)
+        nn.init.normal_(self.emb.weight, std=0.3)
+        nn.init.normal_(self.pos.weight, std=0.1)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.emb(ids) + self.pos.weight
+        for block in self.blocks:
+            x = block(x, (ids > 0)[:, None, None])
+        return self.norm(x)
+
+    def pooled(self, ids: Tensor) -> Tensor:
+        real = (ids > 0)[:, :, None]
+        return (self(ids) * real).sum(1) / real.sum(1)
+
+    def mlm_loss(self, ids: Tensor) -> Tensor:
+        rows = ids[torch.randint(len(ids), (BATCH,))]
+        masked = (torch.rand(rows.shape) < 0.15) & (rows > 0)
+        return F.cross_entropy(self.decoder(self(rows.masked_fill(masked, 1))[masked]), rows[masked])
+
+
+def train(optimizers: tuple, loss: Callable[[], Tensor], steps: int) -> None:
+    for _ in range(steps):
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        loss().backward()
+        for optimizer in optimizers:
+            optimizer.step()
+
+
+class Texts:
+    """The base model, and everything that is fine-tuned from it."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        pairs = messages("ru")
+        english, russian = sorted({a for a, _ in messages("fr")}), sorted({b for _, b in pairs})
+        self.ids = {c: i + 2 for i, c in enumerate(sorted(set("".join(english + russian))))}
+        self.english, self.russian = self.encode(english), self.encode(russian)
+        self.labels = {id(t): self.label(words) for t, words in ((self.english, english), (self.russian, russian))}
+        self.model = CharTransformer(len(self.ids) + 2)
+        train(
+            (torch.optim.AdamW(self.model.parameters(), 3e-3),), lambda: self.model.mlm_loss(self.english), BASE_STEPS
+        )
+        order = torch.randperm(len(russian))
+        self.unlabelled, self.held_out = order[: 2 * len(order) // 3], order[2 * len(order) // 3 :]
+
+    def encode(self, texts: list[str]) -> Tensor:
+        return torch.tensor([[*(self.ids[c] for c in t[:LENGTH]), *([0] * (LENGTH - len(t)))] for t in texts])
+
+    def label(self, texts: list[str]) -> Tensor:
+        return torch.tensor([len(t[:LENGTH].split()) >= 6 for t in texts])
+
+    def tuned(self, loss: Callable[[SparseFineTuning], Tensor], steps: int, head: nn.Module | None = None) -> tuple:
+        """(sparse delta, dense delta of phase 1), and the head of each phase; the model is as before."""
+        sft = SparseFineTuning(self.model, lambda name: "norm" not in name and not name.startswith("decoder"))
+        k = int(SHARE * sum(sft.sizes.values()))
+        found, make = [], lambda: torch.optim.AdamW(sft.parameters, RATE)
+        for phase in (make, lambda: sft.rewind(k, lr=RATE)):
+            dense_or_sparse, heads = phase(), ()
+            if head is not None:
+                nn.init.zeros_(head.weight)
+                heads = (torch.optim.AdamW(head.parameters(), 1e-2),)
+            train((dense_or_sparse, *heads), lambda: loss(sft), steps)
+            found.append((sft.delta(), copy.deepcopy(head)))
+        sft.restore()
+        assert len(found[1][0].indices) <= k
+        return tuple(reversed(found))
+
+    def language(self, seed: int) -> tuple:
+        torch.manual_seed(10 + seed)
+        text = self.russian[self.unlabelled]
+        return self.tuned(lambda sft: self.model.mlm_loss(text) + L1 * sft.distance(), LANGUAGE_STEPS)
+
+    def task(self, seed: int) -> tuple:
+        torch.manual_seed(20 + seed)
+        head, labels = nn.Linear(DIM, 1), self.labels[id(self.english)].float()
+
+        def loss(sft: SparseFineTuning) -> Tensor:
+            rows = torch.randint(len(labels), (BATCH,))
+            logits = head(self.model.pooled(self.english[rows]))[:, 0]
+            return F.binary_cross_entropy_with_logits(logits, labels[rows]) + L1 * sft.distance()
+
+        return self.tuned(loss, TASK_STEPS, head)
+
+    @torch.no_grad()
+    def accuracy(self, head: nn.Module, *deltas: SparseDelta, english: bool = False) -> float:
+        """In percent; on held-out Russian."""
+        ids = self.english if english else self.russian
+        rows = slice(None) if english else self.held_out
+        model = self.model
+        before = copy.deepcopy(model.state_dict())
+        for delta in deltas:
+            delta.apply_(model)
+        right = (head(model.pooled(ids[rows]))[:, 0] > 0) == self.labels[id(ids)][rows]
+        model.load_state_dict(before)
+        return 100 * right.float().mean().item()
+
+
+class Composition:
+    """Accuracies on held-out Russian, percent, means over SEEDS: theta_0 + task, + task + language, the same with dense deltas."""
+
+    def __init__(self, texts: Texts) -> None:
+        runs = [(texts.task(seed), texts.language(seed)) for seed in SEEDS]
+        self.texts, self.runs = texts, runs
+
+    def mean(self, kind: int, with_language: bool, change: Callable = lambda delta: delta, **options: bool) -> float:
+        """kind: 0 sparse, 1 dense."""
+        found = []
+        for task, language in self.runs:
+            (delta, head), extra = task[kind], [change(language[kind][0])] if with_language else []
+            found.append(self.texts.accuracy(head, delta, *extra, **options))
+        return sum(found) / len(found)
+
+
+@pytest.fixture(scope="module")
+def composition() -> Composition:
+    with torch.random.fork_rng():
+        return Composition(Texts())
+
+
+def test_the_task_is_learnt_on_english(composition: Composition) -> None:
+    assert composition.mean(0, False, english=True) > 90
+
+
+def test_task_and_language_compose(composition: Composition) -> None:
+    assert composition.mean(0, True) > composition.mean(0, False)
+
+
+def test_dense_deltas_compose_worse(composition: Composition) -> None:
+    assert composition.mean(1, True) < composition.mean(0, True)
+
+
+def shuffled(delta: SparseDelta) -> SparseDelta:
+    """A planted fault: the right values at the wrong places of the support."""
+    order = torch.randperm(len(delta.values), generator=torch.Generator().manual_seed(0))
+    return SparseDelta(delta.sizes, delta.indices, delta.values[order])
+
+
+def negated(delta: SparseDelta) -> SparseDelta:
+    """A planted fault: subtracts the language."""
+    return SparseDelta(delta.sizes, delta.indices, -delta.values)
+
+
+@pytest.mark.parametrize("fault", [shuffled, negated])
+def test_the_composition_check_goes_red_when_broken(composition: Composition, fault: Callable) -> None:
+    assert composition.mean(0, True, fault) < composition.mean(0, False)

@@ -14,17 +14,6 @@ constexpr int kPanelVectors = 8;
 constexpr int kPanelVectors = 6;
 #endif
 
-// run.template operator()<storage type>()
-template <class Run>
-static inline void with_storage(int dtype, const Run& run) {
-  switch (dtype) {
-    case 0: return run.template operator()<float>();
-    case 1: return run.template operator()<double>();
-    case 2: return run.template operator()<bf16>();
-    default: return run.template operator()<f16>();
-  }
-}
-
 template <class V>
 static inline NmPanels panels_of(int64_t rows) {
   const int64_t vectors = parts_of(rows, V::width), count = parts_of(vectors, kPanelVectors);
@@ -77,23 +66,22 @@ static inline void unpack_sums(const typename V::scalar* sums, int64_t columns, 
                                int64_t out_stride) {
   constexpr int W = V::width;
   const int64_t stride = vectors * W;
-  for (int64_t j = 0; j < columns; j += W) {
-    const int64_t some = min_of<int64_t>(W, columns - j);
-    for (int64_t v = 0; v < vectors; ++v) {
-      const int64_t first = row + v * W, count = min_of<int64_t>(W, rows - first);
-      V tile[W];
-      if (some == W) {
-#pragma GCC unroll 16
-        for (int i = 0; i < W; ++i) tile[i] = V::load(sums + (j + i) * stride + v * W);
-      } else {
-        for (int i = 0; i < W; ++i) tile[i] = i < some ? V::load(sums + (j + i) * stride + v * W) : V::zero();
-      }
-      transpose(tile);
+  for (int64_t v = 0; v < vectors; ++v) {  // each row of the result is written on and on
+    const int64_t first = row + v * W, count = min_of<int64_t>(W, rows - first);
+    for (int64_t j = 0; j < columns; j += W) {
+      const int64_t some = min_of<int64_t>(W, columns - j);
+      const typename V::scalar* from = sums + j * stride + v * W;
       T* to = out + first * out_stride + j;
+      V tile[W];
       if (some == W && count == W) {
+#pragma GCC unroll 16
+        for (int i = 0; i < W; ++i) tile[i] = V::load(from + i * stride);
+        transpose(tile);
 #pragma GCC unroll 16
         for (int i = 0; i < W; ++i) tile[i].store(to + i * out_stride);
       } else {
+        for (int i = 0; i < W; ++i) tile[i] = i < some ? V::load(from + i * stride) : V::zero();
+        transpose(tile);
         for (int64_t i = 0; i < count; ++i) tile[i].store_n(to + i * out_stride, some);
       }
     }

@@ -13,22 +13,34 @@ constexpr int64_t kChunkRows = 256;
 
 // ---- the inner loop
 
+// Lines that the next step will touch, brought to the L2 cache meanwhile: `lines` at each of `count` places, `stride` bytes apart.
+struct Ahead {
+  const char* at;
+  int64_t stride, lines, count;
+};
+inline void prefetch(const Ahead& ahead, int64_t i) {
+  if (i >= ahead.count) return;
+  for (int64_t line = 0; line < ahead.lines; ++line) __builtin_prefetch(ahead.at + i * ahead.stride + line * 64, 0, 2);
+}
+
 // Pairs of rows by N vectors. sums [2 pairs][N vectors] start as `init` [2 pairs], where that is given.
 template <class V, int N>
 void multiply_pairs(int64_t pairs, const PairCounts* counts, const typename V::scalar* values, const uint16_t* offsets, const char* x,
-                    const typename V::scalar* init, typename V::scalar* sums) {
+                    const typename V::scalar* init, typename V::scalar* sums, const Ahead& ahead) {
   using S = typename V::scalar;
   constexpr int W = V::width;
   for (int64_t pair = 0; pair < pairs; ++pair, sums += 2 * N * W) {
+    prefetch(ahead, pair);
     V first[N], second[N];
 #pragma GCC unroll 8
     for (int i = 0; i < N; ++i) {
       first[i] = init ? V::all(init[2 * pair]) : V::load(sums + i * W);
       second[i] = init ? V::all(init[2 * pair + 1]) : V::load(sums + (N + i) * W);
     }
-    for (const uint16_t* stop = offsets + counts[pair].both; offsets < stop; ++offsets, values += 2) {
+    const int64_t both = counts[pair].both;
+    for (const uint16_t* stop = offsets + both; offsets < stop; ++offsets, ++values) {
       const S* column = reinterpret_cast<const S*>(x + *offsets);
-      const V a = V::all(values[0]), b = V::all(values[1]);
+      const V a = V::all(values[0]), b = V::all(values[both]);
 #pragma GCC unroll 8
       for (int i = 0; i < N; ++i) {
         const V rows = loaded_once(V::load(column + i * W));
@@ -36,6 +48,7 @@ void multiply_pairs(int64_t pairs, const PairCounts* counts, const typename V::s
         second[i] = fma(b, rows, second[i]);
       }
     }
+    values += both;
     for (const uint16_t* stop = offsets + counts[pair].first; offsets < stop; ++offsets, ++values) {
       const S* column = reinterpret_cast<const S*>(x + *offsets);
       const V a = V::all(*values);
@@ -58,7 +71,7 @@ void multiply_pairs(int64_t pairs, const PairCounts* counts, const typename V::s
 
 template <class V>
 using PairsKernel = void (*)(int64_t, const PairCounts*, const typename V::scalar*, const uint16_t*, const char*,
-                             const typename V::scalar*, typename V::scalar*);
+                             const typename V::scalar*, typename V::scalar*, const Ahead&);
 
 template <class V, int N = kPanelVectors>
 inline PairsKernel<V> pairs_kernel(int64_t vectors) {
@@ -74,7 +87,7 @@ inline PairsKernel<V> pairs_kernel(int64_t vectors) {
 struct ListShape {
   int64_t rows, unit, pairs;  // pairs of a full tile
   int64_t depth, blocks, sums_over;
-  int64_t slots;  // the most kept weights in a tile, all blocks together
+  int64_t slots;  // the most kept weights of a tile in a block
 
   explicit ListShape(const NmProduct& p) {
     const NmLayout& l = p.weight.layout;
@@ -86,7 +99,7 @@ struct ListShape {
     depth = p.transposed ? kTileSide : span;
     blocks = p.transposed ? strips : spans;
     pairs = parts_of(unit, 2);
-    slots = p.transposed ? p.weight.outputs * (span / l.m * l.n) : kTileSide * l.slots;
+    slots = kTileSide * (span / l.m * l.n);
   }
   inline int64_t tiles() const { return parts_of(rows, unit); }
   inline int64_t tile_rows(int64_t tile) const { return min_of(unit, rows - tile * unit); }
@@ -96,21 +109,23 @@ struct ListShape {
 template <class S>
 struct ChunkBuffers {
   ListTile<S>* tiles;  // two, one to read into, one transposed
-  S* values;
+  ListWriter<S>* ends; // of the lists of each block
+  S* values;           // of each block in turn
   uint16_t* offsets;
   PairCounts* counts;
-  int64_t *value_starts, *offset_starts;  // of each block
   S *init, *sums;
+  int64_t block_values, block_pairs;
 
   ChunkBuffers(const ListShape& shape, const NmPanels& panels, int64_t chunk, Pieces& pieces)
-      : tiles(pieces.take<ListTile<S>>(2)),
-        values(pieces.take<S>(shape.slots * chunk + kListSlack)),
-        offsets(pieces.take<uint16_t>(shape.slots * chunk + kListSlack)),
-        counts(pieces.take<PairCounts>(shape.blocks * shape.pairs * chunk)),
-        value_starts(pieces.take<int64_t>(shape.blocks)),
-        offset_starts(pieces.take<int64_t>(shape.blocks)),
-        init(pieces.take<S>(2 * shape.pairs * chunk)),
-        sums(pieces.take<S>(2 * shape.pairs * chunk * panels.row_bytes / int64_t(sizeof(S)))) {}
+      : block_values(shape.slots * chunk + kListSlack), block_pairs(shape.pairs * chunk) {
+    tiles = pieces.take<ListTile<S>>(2);
+    ends = pieces.take<ListWriter<S>>(shape.blocks);
+    values = pieces.take<S>(shape.blocks * block_values);
+    offsets = pieces.take<uint16_t>(shape.blocks * block_values);
+    counts = pieces.take<PairCounts>(shape.blocks * block_pairs);
+    init = pieces.take<S>(2 * block_pairs);
+    sums = pieces.take<S>(2 * block_pairs * panels.row_bytes / int64_t(sizeof(S)));
+  }
 };
 
 NmPlan plan(const NmProduct& p, const NmPanels& panels, int64_t threads) {
@@ -148,25 +163,63 @@ struct Chunk {
   Chunk(const NmProduct& product, const NmPanels& panels_of_a, int64_t chunk, void* buffer)
       : p(product), panels(panels_of_a), shape(product), reader(product.weight), pieces(buffer), use(shape, panels, chunk, pieces) {}
 
-  inline const ListTile<S>& read_tile(int64_t tile, int64_t b) {
-    if (!p.transposed) {
-      reader.read(tile * kTileSide, shape.tile_rows(tile), b, use.tiles[0]);
-      return use.tiles[0];
+  // Row by row, so that values and indices are read in the order in which they lie.
+  void list_rows(int64_t tile) {
+    const int64_t row = tile * kTileSide, count = shape.tile_rows(tile);
+#if MASKOPS_ISA_LEVEL == 2
+    if constexpr (sizeof(S) == 4) {
+      RowSlots<T> first, second;
+      for (int64_t r = 0; r < count; r += 2) {
+        for (int64_t b = 0; b < shape.blocks; ++b) {
+          first.read(reader, row + r, b, int(panels.row_bytes));
+          if (r + 1 < count) second.read(reader, row + r + 1, b, int(panels.row_bytes));
+          else second.count = 0, second.kept = 0;
+          write_lists(first, second, use.ends[b]);
+        }
+      }
+      return;
     }
-    reader.read(b * kTileSide, min_of<int64_t>(kTileSide, p.weight.outputs - b * kTileSide), tile, use.tiles[0]);
+#endif
+    ListTile<S>& pair = use.tiles[0];
+    for (int64_t r = 0; r < count; r += 2) {
+      for (int64_t b = 0; b < shape.blocks; ++b) {
+        const uint64_t first = reader.read_row(row + r, b, pair.dense[0]);
+        const uint64_t second = r + 1 < count ? reader.read_row(row + r + 1, b, pair.dense[1]) : 0;
+        write_lists(first, second, pair.dense[0], pair.dense[1], use.ends[b]);
+      }
+    }
+  }
+
+  // Tile by tile, each transposed.
+  void list_columns(int64_t tile, int64_t b) {
+    const int64_t row = b * kTileSide;
+    reader.read(row, min_of<int64_t>(kTileSide, p.weight.outputs - row), tile, use.tiles[0]);
     transpose_tile<V>(use.tiles[0], use.tiles[1]);
-    return use.tiles[1];
+    const ListTile<S>& columns = use.tiles[1];
+    for (int64_t c = 0; c < shape.tile_rows(tile); c += 2) {  // a column past the last one of the tile keeps nothing
+      const int64_t next = min_of<int64_t>(c + 1, kTileSide - 1);
+      write_lists(columns.kept[c], next > c ? columns.kept[next] : 0, columns.dense[c], columns.dense[next], use.ends[b]);
+    }
   }
 
   void make_lists(Range some) {
     tiles = some;
     pairs = (tiles.end - tiles.begin - 1) * shape.pairs + parts_of(shape.tile_rows(tiles.end - 1), 2);
-    ListWriter<S> to{use.values, use.offsets, use.counts, int(panels.row_bytes)};
     for (int64_t b = 0; b < shape.blocks; ++b) {
-      use.value_starts[b] = to.values - use.values;
-      use.offset_starts[b] = to.offsets - use.offsets;
-      for (int64_t tile = tiles.begin; tile < tiles.end; ++tile) write_lists(read_tile(tile, b), shape.tile_rows(tile), to);
+      use.ends[b] = {use.values + b * use.block_values, use.offsets + b * use.block_values, use.counts + b * use.block_pairs,
+                     int(panels.row_bytes)};
     }
+    if (!p.transposed) {
+      for (int64_t tile = tiles.begin; tile < tiles.end; ++tile) list_rows(tile);
+    } else {
+      for (int64_t b = 0; b < shape.blocks; ++b) {
+        for (int64_t tile = tiles.begin; tile < tiles.end; ++tile) list_columns(tile, b);
+      }
+    }
+    start_sums();
+  }
+
+  void start_sums() {
     const T* bias = static_cast<const T*>(p.bias);
     for (int64_t tile = tiles.begin; tile < tiles.end; ++tile) {
       S* init = use.init + (tile - tiles.begin) * 2 * shape.pairs;
@@ -176,19 +229,30 @@ struct Chunk {
     }
   }
 
+  // During a block the packed columns of the next one, and during the last block the rows of the result.
+  inline Ahead ahead_of(int64_t b, const char* x, const T* out, int64_t rows) const {
+    if (b + 1 < shape.blocks) {
+      const int64_t columns = min_of(shape.depth, shape.sums_over - (b + 1) * shape.depth);
+      const int64_t all = columns * panels.row_bytes / 64, lines = parts_of(all, pairs);
+      return {x + (b + 1) * shape.depth * panels.row_bytes, lines * 64, lines, all / lines};
+    }
+    const int64_t width = min_of(shape.rows, tiles.end * shape.unit) - tiles.begin * shape.unit;
+    return {reinterpret_cast<const char*>(out), shape.rows * int64_t(sizeof(T)), parts_of(width * int64_t(sizeof(T)), 64), rows};
+  }
+
   void multiply(int64_t panel, const void* packed) {
-    const int64_t used = panel + 1 == panels.count ? panels.last : panels.vectors;
+    const int64_t used = panel + 1 == panels.count ? panels.last : panels.vectors, first = panel * panels.vectors * V::width;
     const char* x = static_cast<const char*>(packed) + panel * shape.sums_over * panels.row_bytes;
     const PairsKernel<V> kernel = pairs_kernel<V>(used);
-    for (int64_t b = 0; b < shape.blocks; ++b) {
-      kernel(pairs, use.counts + b * pairs, use.values + use.value_starts[b], use.offsets + use.offset_starts[b],
-             x + b * shape.depth * panels.row_bytes, b == 0 ? use.init : nullptr, use.sums);
-    }
     T* out = static_cast<T*>(p.out);
+    for (int64_t b = 0; b < shape.blocks; ++b) {
+      kernel(pairs, use.counts + b * use.block_pairs, use.values + b * use.block_values, use.offsets + b * use.block_values,
+             x + b * shape.depth * panels.row_bytes, b == 0 ? use.init : nullptr, use.sums,
+             ahead_of(b, x, out + first * shape.rows + tiles.begin * shape.unit, min_of(used * V::width, p.a.rows - first)));
+    }
     for (int64_t tile = tiles.begin; tile < tiles.end; ++tile) {
       const S* sums = use.sums + (tile - tiles.begin) * 2 * shape.pairs * used * V::width;
-      unpack_sums<V, T>(sums, shape.tile_rows(tile), int(used), panel * panels.vectors * V::width, p.a.rows,
-                        out + tile * shape.unit, shape.rows);
+      unpack_sums<V, T>(sums, shape.tile_rows(tile), int(used), first, p.a.rows, out + tile * shape.unit, shape.rows);
     }
   }
 };

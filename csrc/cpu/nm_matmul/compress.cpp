@@ -148,7 +148,7 @@ Tensor nm_matmul_decompress(const Tensor& values_any, const Tensor& indices_any,
       for (int64_t r = begin; r < end; ++r) {
         const Bits* from = data<Bits>(values) + r * values.stride(0);
         Bits* to = out + r * K;
-        std::memset(to, 0, static_cast<size_t>(K) * sizeof(Bits));
+        std::fill_n(to, K, Bits{0});
         for_places(data<uint8_t>(indices) + r * indices.stride(0), layout, [&](int64_t slot, int64_t column) {
           if (column < layout.K) to[column] = from[slot];
         });

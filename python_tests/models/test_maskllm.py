@@ -26,7 +26,7 @@ from maskops.sparsify import add_prior_
 sklearn = pytest.importorskip("sklearn")
 
 SIZES = ByteLMConfig(context=64, dim=64, depth=3, heads=4, mlp_dim=256)
-TRAIN_STEPS, LEARN_STEPS = 500, 120
+TRAIN_STEPS, LEARN_STEPS = 800, 120
 
 
 class World(NamedTuple):
@@ -149,10 +149,10 @@ def test_the_check_goes_red_when_broken(world: World, wanda_perplexity: float, f
 def test_the_regulariser_keeps_the_norm_up(world: World) -> None:
     shares = {
         weight: kept_norm_share(learn(pruned(world, "learned", prior="wanda"), world.a, 40, norm_weight=weight))
-        for weight in (0.0, 1e-5, 1e-2)
+        for weight in (0.0, 1e-2)
     }
     print(shares)
-    assert shares[0.0] < shares[1e-5] < shares[1e-2]
+    assert shares[0.0] < shares[1e-2] - 0.005
 
 
 def test_a_mask_tuned_to_another_domain_is_better_there(world: World, learned: ByteLM) -> None:

@@ -44,18 +44,35 @@ struct InverseTau {
   inline V times(V x) const { return fma(x, high, x * low); }
 };
 
+// Sum of term(i) for i < count, in four chains: the rounding error grows with the length of a chain.
+template <class V, class Term>
+static inline V sum_of(int count, const Term& term) {
+  if (count < 8) {
+    V sum = term(0);
+    for (int i = 1; i < count; ++i) sum = sum + term(i);
+    return sum;
+  }
+  V chain[4] = {term(0), term(1), term(2), term(3)};
+  int i = 4;
+  for (; i + 4 <= count; i += 4) {
+    for (int c = 0; c < 4; ++c) chain[c] = chain[c] + term(i + c);
+  }
+  for (; i < count; ++i) chain[i % 4] = chain[i % 4] + term(i);
+  return (chain[0] + chain[1]) + (chain[2] + chain[3]);
+}
+
 // ---- masks of a group; a: the group's noisy logits, `stride` values apart
 
 // Replaced by the distribution of the softmax.
 template <class V>
 static inline void softmax_lanes(typename V::scalar* a, int64_t stride, int count, const InverseTau<V>& inverse_tau) {
-  V most = V::load(a), sum = V::zero();
+  V most = V::load(a);
   for (int i = 1; i < count; ++i) most = max(most, V::load(a + i * stride));
-  for (int i = 0; i < count; ++i) {
+  const V sum = sum_of<V>(count, [&](int i) {
     const V e = exp_below_zero(inverse_tau.times(V::load(a + i * stride) - most));
     e.store(a + i * stride);
-    sum = sum + e;
-  }
+    return e;
+  });
   const V share = V::all(1) / sum;
   for (int i = 0; i < count; ++i) (V::load(a + i * stride) * share).store(a + i * stride);
 }
@@ -110,22 +127,19 @@ static inline void mask_of_group(const Soft& soft, typename V::scalar* a, int64_
   const int count = soft.patterns * soft.n / soft.m;
   for (int k = 0; k < soft.m; ++k) {
     const int32_t* members = soft.members + k * count;
-    V sum = V::load(a + members[0] * stride);
-    for (int i = 1; i < count; ++i) sum = sum + V::load(a + members[i] * stride);
-    mask[k] = sum;
+    mask[k] = sum_of<V>(count, [&](int i) { return V::load(a + members[i] * stride); });
   }
 }
 
 // a, the distribution, becomes the gradient of the logits.
 template <class V>
 static inline void grad_of_group(const Soft& soft, typename V::scalar* a, int64_t stride, V factor, const V* grad_mask) {
-  V grad[kMaxPatterns], mean = V::zero();
-  for (int i = 0; i < soft.patterns; ++i) {
+  V grad[kMaxPatterns];
+  const V mean = sum_of<V>(soft.patterns, [&](int i) {
     const int32_t* places = soft.places + i * soft.n;
-    grad[i] = grad_mask[places[0]];
-    for (int at = 1; at < soft.n; ++at) grad[i] = grad[i] + grad_mask[places[at]];
-    mean = fma(V::load(a + i * stride), grad[i], mean);
-  }
+    grad[i] = sum_of<V>(soft.n, [&](int at) { return grad_mask[places[at]]; });
+    return V::load(a + i * stride) * grad[i];
+  });
   for (int i = 0; i < soft.patterns; ++i) (V::load(a + i * stride) * (grad[i] - mean) * factor).store(a + i * stride);
 }
 

@@ -48,7 +48,8 @@ struct NmPanels {
 // Work items that threads share, and the bytes of buffer that each thread needs.
 struct NmPlan {
   int64_t items, buffer_bytes;
-  int64_t chunk, chunks, splits;  // rows of the result per item, and into how many ranges the panels are split
+  int64_t chunk, chunks, splits;  // tiles per item, number of chunks, and into how many ranges the panels are split
+  int64_t section;                // spans whose lists are made at a time
 };
 
 // grad_values [N, J] += (grad^T x) at the kept places, for a block of rows; sums in float32 or float64.

@@ -122,14 +122,15 @@ inline void few_step(const FewBlock& block, const T* const (&values)[R], const u
   for (int m = 0; m < M; ++m) {
     VecF from[kVectors];
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) from[v] = VecF::load(x + m * block.padded + v * 16);
+    for (int v = 0; v < kVectors; ++v) from[v] = loaded_once(VecF::load(x + m * block.padded + v * 16));
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) sum[r][m] = fma(value[r], pick<kWide>(from, columns[r]), sum[r][m]);
   }
 }
 
+// A function of its own: in line, the loops around it would take its registers.
 template <class T, int R, int M, bool kQuad, bool kWide>
-void few_block(const FewBlock& block, int64_t output, const float* x, bool add, float* to, int64_t to_stride) {
+__attribute__((noinline)) void few_block(const FewBlock& block, int64_t output, const float* x, bool add, float* to, int64_t to_stride) {
   const NmCompressed& w = block.p->weight;
   const T* values[R];
   const uint8_t* rows[R];

@@ -114,9 +114,15 @@ struct TileReader {
 #endif
   }
 
-  // `count` rows of the weight from `row` on, span b.
+  // `count` rows of the weight from `row` on, span b. The tile below is asked for meanwhile: the rows are too many, and too little
+  // of each is read, for the hardware to notice.
   inline void read(int64_t row, int64_t count, int64_t b, ListTile<S>& tile) const {
-    for (int64_t r = 0; r < count; ++r) tile.kept[r] = read_row(row + r, b, tile.dense[r]);
+    const int64_t bytes = slots * int64_t(sizeof(T));
+    const char* below = static_cast<const char*>(weight.values) + ((row + count) * weight.values_stride + b * slots) * int64_t(sizeof(T));
+    for (int64_t r = 0; r < count; ++r, below += weight.values_stride * int64_t(sizeof(T))) {
+      for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(below + at, 0, 2);
+      tile.kept[r] = read_row(row + r, b, tile.dense[r]);
+    }
     for (int64_t r = count; r < kTileSide; ++r) tile.kept[r] = 0;
   }
 };
@@ -227,6 +233,12 @@ struct RowSlots {
   uint64_t kept;
   __m512i offsets[4], low[4], high[4];  // of the columns in the packed block, and their bits in words of 64
 
+  // The values of vector i; without the mask where it is not needed, as masks compete with the shuffles.
+  inline VecF vector(int64_t i) const {
+    const int64_t left = count - i * 16;
+    return left >= 16 ? VecF::load(values + i * 16) : VecF::load_n(values + i * 16, left);
+  }
+
   inline void read(const TileReader<float, T>& reader, int64_t row, int64_t b, int column_bytes) {
     const NmCompressed& w = reader.weight;
     const NmLayout& l = w.layout;
@@ -234,18 +246,20 @@ struct RowSlots {
     const int64_t first = b * reader.slots, width = min_of(reader.span, l.K - b * reader.span);
     values = static_cast<const T*>(w.values) + row * w.values_stride + first;
     count = min_of(reader.slots, l.slots - first);
-    const __m512i one = _mm512_set1_epi64(1), limit = _mm512_set1_epi32(int(width));
-    const __m512i bytes = _mm512_set1_epi32(column_bytes);
+    const bool whole = count % 16 == 0 && width == reader.span;
+    const __m512i one = _mm512_set1_epi64(1), bytes = _mm512_set1_epi32(column_bytes);
     __m512i bits = _mm512_setzero_si512();
     for (int64_t i = 0; i * 16 < count; ++i) {
       const __m512i place = reader.places.read(places, l.row_bytes, first + i * 16);
-      const __m512i columns = _mm512_add_epi32(place, _mm512_load_si512(reader.starts + i * 16));
-      const __mmask16 some = _mm512_mask_cmplt_epu32_mask(VecF::first(min_of<int64_t>(16, count - i * 16)), columns, limit);
+      __m512i columns = _mm512_add_epi32(place, _mm512_load_si512(reader.starts + i * 16));
       offsets[i] = _mm512_mullo_epi16(columns, bytes);  // below 2^16
-      const __m512i wide = _mm512_cvtepu32_epi64(_mm512_castsi512_si256(columns));
-      const __m512i more = _mm512_cvtepu32_epi64(_mm512_extracti64x4_epi64(columns, 1));
-      low[i] = _mm512_maskz_sllv_epi64(__mmask8(some), one, wide);
-      high[i] = _mm512_maskz_sllv_epi64(__mmask8(some >> 8), one, more);
+      if (!whole) {  // a bit that is shifted out is no column
+        const __mmask16 some = VecF::first(min_of<int64_t>(16, count - i * 16));
+        const __mmask16 real = _mm512_mask_cmplt_epu32_mask(some, columns, _mm512_set1_epi32(int(width)));
+        columns = _mm512_mask_mov_epi32(_mm512_set1_epi32(64), real, columns);
+      }
+      low[i] = _mm512_sllv_epi64(one, _mm512_cvtepu32_epi64(_mm512_castsi512_si256(columns)));
+      high[i] = _mm512_sllv_epi64(one, _mm512_cvtepu32_epi64(_mm512_extracti64x4_epi64(columns, 1)));
       bits = _mm512_or_si512(bits, _mm512_or_si512(low[i], high[i]));
     }
     kept = uint64_t(_mm512_reduce_or_epi64(bits));
@@ -258,7 +272,7 @@ struct RowSlots {
     for (int64_t i = 0; i * 16 < count; ++i) {
       const __mmask16 here = _mm512_kunpackb(_mm512_test_epi64_mask(high[i], words), _mm512_test_epi64_mask(low[i], words));
       const int some = __builtin_popcount(here);
-      write_some(here, VecF::load_n(values + i * 16, min_of<int64_t>(16, count - i * 16)), some, to);
+      write_some(here, vector(i), some, to);
       if (kOffsets) write_offsets(here, offsets[i], some, to);
     }
   }

@@ -171,7 +171,7 @@ NmPlan plan(const NmGradValues& p, int64_t threads) {
   const ValueShape shape(p.weight.layout, p.panels);
   const ValueItems items(p, shape, threads);
   return {items.rows.number() * items.spans.number(), items.rows.size * items.spans.size * shape.slots * int64_t(sizeof(uint16_t)),
-          0, 0, items.spans.number()};
+          0, 0, items.spans.number(), 0};
 }
 
 void grad_values(const NmGradValues& p, const NmPlan& plan, int64_t threads, Range items, void* buffer) {

@@ -28,6 +28,7 @@ struct Call {
     args.pairs = dtype_of(x) == Dtype::kBFloat16 && kernels.has_pairs && cpu_has_avx512_bf16();
     args.rows = x.size(0), args.outputs = weight.size(0), args.inputs = weight.size(1);
     args.groups = args.inputs / m;
+    args.threads = torch::stable::get_num_threads();
     args.n = static_cast<int>(n), args.m = static_cast<int>(m);
     if (logits.dim() == 3) list_patterns();
     args.x = x.const_data_ptr(), args.weight = weight.const_data_ptr(), args.logits = logits.const_data_ptr();

@@ -28,6 +28,7 @@ struct Soft {
   void* kept;         // [N] sums of (W * mask)^2, in the type of the logits
   void* out;          // y or grad_x
   void* grad_logits;
+  int64_t threads;
 
   int64_t group_logits() const { return patterns > 0 ? patterns : m; }
 };
@@ -45,9 +46,9 @@ struct SoftKernels {
   // x or grad times the packed weight; units are panels of rows of x.
   SoftPlan (*plan_product)(const Soft&, bool by_outputs);
   void (*product)(const Soft&, bool by_outputs, Range panels, const void* packed, void* buffer);
-  // Units are blocks of [N, K].
+  // Units are blocks of the gradient of the mask.
   SoftPlan (*plan_grad_logits)(const Soft&);
-  void (*grad_logits)(const Soft&, Range blocks, void* buffer);
+  void (*grad_logits)(const Soft&, Range items, void* buffer);
 };
 MASKOPS_DECLARE_KERNELS(SoftKernels)
 

@@ -55,12 +55,14 @@ void load_chunk(const Soft& soft, const Chunk& c, const ChunkBuffers<S>& use) {
     lanes[r] = r < c.rows ? use.rows + r * pitch : use.zeros;
     if (r >= c.rows) continue;
     const S* logits = static_cast<const S*>(soft.logits) + first;
+    fetch_ahead(logits, count, count);  // the next chunk of the row
     noisy_logits<V>(soft.key, logits, first, count, S(soft.scale), use.words, use.rows + r * pitch);
   }
   transpose_panel(lanes, count, c.width, use.a);
   for (int r = 0; r < c.width; ++r) {
     const T* weight = static_cast<const T*>(soft.weight) + (c.n0 + r) * soft.inputs + c.g0 * soft.m;
     lanes[r] = r < c.rows ? as_packed(weight, columns, use.rows + r * pitch) : use.zeros;
+    if (r < c.rows) fetch_ahead(weight, columns, columns);
   }
   transpose_panel(lanes, columns, c.width, use.w);
 }
@@ -226,19 +228,20 @@ void pack_weight(const Soft& soft, bool by_outputs, Range panels, void* packed, 
 
 template <class P>
 struct ProductBuffers {
+  using Sum = typename Gemm<P>::Sum;
   P* a;
-  typename Gemm<P>::Sum* partial;
+  Sum* sums;  // of a block of rows with one panel
 
-  ProductBuffers(int64_t rows, int64_t n, int64_t k, Pieces& pieces)
-      : a(pieces.take<P>(packed_a_size<P>(rows, k))), partial(pieces.take<typename Gemm<P>::Sum>(partial_size<P>(rows, n, k))) {}
+  ProductBuffers(int64_t rows, int64_t k, Pieces& pieces)
+      : a(pieces.take<P>(packed_a_size<P>(rows, k))), sums(pieces.take<Sum>(round_up(rows, Gemm<P>::kRows) * Gemm<P>::kCols)) {}
 };
 
 SoftPlan plan_product(const Soft& soft, bool by_outputs) {
-  const int64_t n = by_outputs ? soft.outputs : soft.inputs, k = by_outputs ? soft.inputs : soft.outputs;
+  const int64_t k = by_outputs ? soft.inputs : soft.outputs;
   SoftPlan plan{};
   with_types(soft.dtype, soft.pairs, [&]<class P, class T>() {
     Pieces pieces(nullptr);
-    ProductBuffers<P>(row_blocks<P>(soft.rows, k).size, n, k, pieces);
+    ProductBuffers<P>(row_blocks<P>(soft.rows, k).size, k, pieces);
     plan = {parts_of(soft.rows, Gemm<P>::kRows), 0, pieces.bytes};
   });
   return plan;
@@ -251,55 +254,46 @@ void product(const Soft& soft, bool by_outputs, Range panels, const void* packed
     using Sum = typename G::Sum;
     const int64_t most = row_blocks<P>(soft.rows, k).size;
     Pieces pieces(buffer);
-    const ProductBuffers<P> use(most, n, k, pieces);
+    const ProductBuffers<P> use(most, k, pieces);
     const MatrixRows<T> rows{static_cast<const T*>(by_outputs ? soft.x : soft.grad), k};
     const int64_t end = min_of(soft.rows, panels.end * G::kRows);
     for (int64_t first = panels.begin * G::kRows; first < end; first += most) {
       const int64_t count = min_of(most, end - first);
       T* out = static_cast<T*>(soft.out) + first * n;
       pack_a<P, T>(rows, first, count, k, use.a);
-      multiply_packed<P>(count, n, k, use.a, static_cast<const P*>(packed), use.partial,
-                         [&](const Sum* tile, int64_t stride, int64_t i, int64_t j, int64_t r, int64_t c) {
-                           write_tile<typename G::Vec, T>(tile, stride, r, c, nullptr, out + i * n + j, n);
-                         });
+      multiply_all_panels<P>(count, n, k, use.a, static_cast<const P*>(packed), use.sums,
+                             [&](const Sum* sums, int64_t stride, int64_t i, int64_t j, int64_t r, int64_t c) {
+                               write_tile<typename G::Vec, T>(sums, stride, r, c, nullptr, out + i * n + j, n);
+                             });
     }
   });
 }
 
 // ---- gradient for the logits
 
-constexpr int64_t kBlockPanels = 8;
-
-// Blocks of (W^T): some groups of columns of W by some panels of its rows.
+// Blocks of the transposed gradient of the mask: columns of W, in whole groups, by panels of its rows.
 template <class P>
-struct LogitBlocks {
-  Blocks groups, rows;
-
-  explicit LogitBlocks(const Soft& soft)
-      : groups(Blocks::of(soft.groups, max_of<int64_t>(1, kGemmRows / soft.m), 1)),
-        rows(Blocks::of(soft.outputs, kBlockPanels * Gemm<P>::kCols, Gemm<P>::kCols)) {}
-};
+OuterBlocks logit_blocks(const Soft& soft) {
+  return OuterBlocks::of(soft.inputs, soft.m, soft.outputs, Gemm<P>::kCols, soft.threads);
+}
 
 template <class P, class T>
 struct LogitBuffers {
   using S = typename Gemm<P>::Sum;
   OuterBuffers<P, T> product;
   ChunkBuffers<S> chunk;
-  S* sums;
 
-  LogitBuffers(const Soft& soft, const LogitBlocks<P>& blocks, Pieces& pieces)
-      : product(blocks.groups.size * soft.m, blocks.rows.size, pieces),
-        chunk(soft, pieces),
-        sums(pieces.take<S>(blocks.groups.size * soft.m * blocks.rows.size)) {}
+  LogitBuffers(const Soft& soft, const OuterBlocks& blocks, Pieces& pieces)
+      : product(blocks.rows.size, blocks.cols.size, pieces), chunk(soft, pieces) {}
 };
 
 SoftPlan plan_grad_logits(const Soft& soft) {
   SoftPlan plan{};
   with_types(soft.dtype, soft.pairs, [&]<class P, class T>() {
-    const LogitBlocks<P> blocks(soft);
+    const OuterBlocks blocks = logit_blocks<P>(soft);
     Pieces pieces(nullptr);
     LogitBuffers<P, T>(soft, blocks, pieces);
-    plan = {blocks.groups.number() * blocks.rows.number(), 0, pieces.bytes};
+    plan = {blocks.number(), 0, pieces.bytes};
   });
   return plan;
 }
@@ -330,25 +324,25 @@ void grad_chunk(const Soft& soft, const Chunk& c, const S* outer, int64_t stride
   }
 }
 
-void grad_logits(const Soft& soft, Range blocks_range, void* buffer) {
+void grad_logits(const Soft& soft, Range items, void* buffer) {
   with_types(soft.dtype, soft.pairs, [&]<class P, class T>() {
     using G = Gemm<P>;
-    const LogitBlocks<P> blocks(soft);
+    using S = typename G::Sum;
+    const OuterBlocks blocks = logit_blocks<P>(soft);
     Pieces pieces(buffer);
     const LogitBuffers<P, T> use(soft, blocks, pieces);
-    const int64_t stride = blocks.rows.size;
-    for (int64_t block = blocks_range.begin; block < blocks_range.end; ++block) {
-      const Range groups = blocks.groups.at(block / blocks.rows.number()), rows = blocks.rows.at(block % blocks.rows.number());
-      const MatrixRows<T> x{static_cast<const T*>(soft.x) + groups.begin * soft.m, soft.inputs};
+    for (int64_t item = items.begin; item < items.end; ++item) {
+      const Range columns = blocks.rows_at(item), rows = blocks.cols_at(item);
+      const int64_t g0 = columns.begin / soft.m, g1 = columns.end / soft.m;
+      const MatrixRows<T> x{static_cast<const T*>(soft.x) + columns.begin, soft.inputs};
       const MatrixRows<T> grad{static_cast<const T*>(soft.grad) + rows.begin, soft.outputs};
-      multiply_outer<P, T>(x, grad, soft.rows, (groups.end - groups.begin) * soft.m, rows.end - rows.begin, use.product, use.sums, stride);
-      for (int64_t n0 = rows.begin; n0 < rows.end; n0 += G::kCols) {
-        const int64_t count = min_of<int64_t>(rows.end - n0, G::kCols);
-        const int width = count <= G::kWidth ? G::kWidth : G::kCols;
-        for_chunks(soft, n0, count, width, groups.begin, groups.end, [&](const Chunk& c) {
-          grad_chunk<T>(soft, c, use.sums + (c.g0 - groups.begin) * soft.m * stride + n0 - rows.begin, stride, use.chunk);
-        });
-      }
+      multiply_outer<P, T>(x, grad, soft.rows, columns.end - columns.begin, rows.end - rows.begin, use.product,
+                           [&](const S* sums, int64_t stride, int64_t, int64_t j, int64_t, int64_t lanes) {
+                             const int width = lanes <= G::kWidth ? G::kWidth : G::kCols;
+                             for_chunks(soft, rows.begin + j, lanes, width, g0, g1, [&](const Chunk& c) {
+                               grad_chunk<T>(soft, c, sums + (c.g0 - g0) * soft.m * stride, stride, use.chunk);
+                             });
+                           });
     }
   });
 }

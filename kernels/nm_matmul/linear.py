@@ -30,12 +30,13 @@ def _gather_product(x_ptr, values_ptr, indices_ptr, m, row, M, N, K, groups, g_s
 
 
 @triton.jit
-def _store_tile(out_ptr, bias_ptr, total, at, row, m, M, biased, N):
-    """Store the transpose of total [outputs, rows], plus the bias of the first `biased` outputs."""
+def _store_tile(out_ptr, bias_ptr, total, start, row, m, M, biased, N):
+    """Store total^T as rows start + m, plus the bias of the first `biased` outputs."""
     if bias_ptr is not None:
         total += tl.load(bias_ptr + row, mask=row < biased, other=0.0).to(total.dtype)[:, None]
     mask = (row < N)[:, None] & (m < M)[None, :]
-    tl.store(out_ptr + at[None, :] + row[:, None], rounded(total, out_ptr.dtype.element_ty), mask=mask)
+    at = ((start + m) * N)[None, :] + row[:, None]
+    tl.store(out_ptr + at, rounded(total, out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -61,18 +62,24 @@ def _linear_kernel(x_ptr, values_ptr, indices_ptr, bias_ptr, out_ptr, M, N, K, g
         w = dense_tile(values_ptr, indices_ptr, row, g0 + tl.arange(0, BLOCK_G), N, groups, row_bytes,
                        KEEP, GROUP, BITS, GROUP_BYTES, PADDED, BLOCK_N, BLOCK_G)  # fmt: skip
         total = dot_add(tl.reshape(w, [BLOCK_N, BLOCK_G * PADDED]), tl.trans(x), total, PRECISION)
-    at = (split.to(tl.int64) * M + m) * N
-    _store_tile(out_ptr, bias_ptr, total, at, row, m, M, tl.where(split == 0, N, 0), N)
     # The zeros of the dense tile times NaN or inf in x are NaN, in outputs that keep no weight there. Where that may have
     # happened the tile is computed again the slow way, a few rows at a time; x - x is 0 except for NaN and inf.
-    if tl.max(tl.max((total - total != 0.0).to(tl.int32), 1), 0) != 0:
+    slow = tl.max(tl.max((total - total != 0.0).to(tl.int32), 1), 0)
+    start = split.to(tl.int64) * M
+    biased = tl.where(split == 0, N, 0)
+    if BLOCK_M <= 16:
+        few = _gather_product(x_ptr, values_ptr, indices_ptr, m, row, M, N, K, groups, g_start,
+                              tl.where(slow != 0, g_end, g_start), row_bytes, s_x,
+                              KEEP, GROUP, BITS, ACC, BLOCK_N, BLOCK_M)  # fmt: skip
+        total = tl.where(slow != 0, few, total)
+    _store_tile(out_ptr, bias_ptr, total, start, row, m, M, biased, N)
+    if BLOCK_M > 16:
         tl.debug_barrier()  # other threads may store again what this one stored
-        for m0 in range(0, BLOCK_M, 8):
-            m_few = at_m.to(tl.int64) * BLOCK_M + m0 + tl.arange(0, 8)
+        for m0 in range(0, slow * BLOCK_M, 16):
+            m_few = at_m.to(tl.int64) * BLOCK_M + m0 + tl.arange(0, 16)
             few = _gather_product(x_ptr, values_ptr, indices_ptr, m_few, row, M, N, K, groups, g_start, g_end, row_bytes,
-                                  s_x, KEEP, GROUP, BITS, ACC, BLOCK_N, 8)  # fmt: skip
-            at_few = (split.to(tl.int64) * M + m_few) * N
-            _store_tile(out_ptr, bias_ptr, few, at_few, row, m_few, M, tl.where(split == 0, N, 0), N)
+                                  s_x, KEEP, GROUP, BITS, ACC, BLOCK_N, 16)  # fmt: skip
+            _store_tile(out_ptr, bias_ptr, few, start, row, m_few, M, biased, N)
 
 
 def _splits(depth, programs, least):
@@ -119,6 +126,7 @@ def _linear_grad_x_kernel(grad_ptr, values_ptr, indices_ptr, out_ptr, M, N, K, g
     at_m, at_g = tile_position(tl.program_id(0), tl.cdiv(M, BLOCK_M), tiles_g)
     m = at_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     g0 = at_g * BLOCK_G
+    column, exists = tile_columns(g0, K, GROUP, PADDED, BLOCK_G)
     total = tl.zeros([BLOCK_M, BLOCK_G * PADDED], ACC)
     for n0 in range(0, N, BLOCK_N):
         row = n0 + tl.arange(0, BLOCK_N).to(tl.int64)
@@ -127,8 +135,12 @@ def _linear_grad_x_kernel(grad_ptr, values_ptr, indices_ptr, out_ptr, M, N, K, g
         )
         w = dense_tile(values_ptr, indices_ptr, row, g0 + tl.arange(0, BLOCK_G), N, groups, row_bytes,
                        KEEP, GROUP, BITS, GROUP_BYTES, PADDED, BLOCK_N, BLOCK_G)  # fmt: skip
-        total = dot_add(grad, tl.reshape(w, [BLOCK_N, BLOCK_G * PADDED]), total, PRECISION)
-    column, exists = tile_columns(g0, K, GROUP, PADDED, BLOCK_G)
+        w = tl.reshape(w, [BLOCK_N, BLOCK_G * PADDED])
+        if PRECISION == "tf32":
+            # Hopper wants this operand transposed, and Triton 3.9 fails to move the transpose through the reshape. With
+            # anything in between, here a choice that changes nothing, it does not try.
+            w = tl.where(exists[None, :], w, 0.0)
+        total = dot_add(grad, w, total, PRECISION)
     at = (m * K)[:, None] + column[None, :]
     tl.store(out_ptr + at, rounded(total, out_ptr.dtype.element_ty), mask=(m < M)[:, None] & exists[None, :])
 

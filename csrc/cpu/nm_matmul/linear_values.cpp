@@ -3,6 +3,7 @@
 // added across the vectors, eight at once. A work item is a range of outputs (their packed gradient fits the L2 cache) by a range
 // of spans of columns (those of x that are in use fit the L1 cache). Every sum runs over the groups of panels in order.
 #include "cpu/nm_matmul/linear_panels.h"
+#include "cpu/nm_matmul/linear_places.h"
 
 namespace maskops {
 inline namespace MASKOPS_ISA_NS {
@@ -10,7 +11,7 @@ namespace {
 
 constexpr int64_t kValueRows = 256;
 constexpr int kChain = 8;                        // sums at once, with their addresses in registers
-constexpr int64_t kHotBytes = int64_t{32} << 10;  // of x in the L1 cache
+constexpr int64_t kHotBytes = int64_t{24} << 10;  // of x in the L1 cache, beside grad
 
 // Columns in turn: `span` of them, whole groups, with `slots` kept ones in each row, and `group` panels at a time.
 struct ValueShape {
@@ -35,53 +36,89 @@ struct ValueShape {
 // ---- sums of products
 
 // Packed columns of grad and x: `panels` panels, `stride` bytes apart, each with `vectors` vectors, the last one with `last`.
-struct Column {
+struct Columns {
   int64_t panels, vectors, last, grad_stride, x_stride;
 };
 
-// to[c] (+)= sum over rows of grad * x at offsets[c], for C columns.
+// A range of outputs against the kept columns of a span. offsets and to: those of the first output, `slots` to an output.
+struct Outputs {
+  int64_t count, slots, grad_bytes;
+  const char *grad, *x;
+  int64_t next_bytes;  // from a span of x to the next one, a part of which each output prefetches
+  const uint16_t* offsets;
+};
+
+template <class V>
+static inline V load_at(const char* p, int i) {
+  return V::load(reinterpret_cast<const typename V::scalar*>(p) + i * V::width);
+}
+
+// Two chains of additions per sum: one would wait for itself. Not unrolled further: the compiler would compute all addresses in
+// advance, and load them from the stack.
 template <class V, int C>
-void dot_columns(const Column& column, const char* grad, const char* x, const uint16_t* offsets, bool add, typename V::scalar* to) {
-  using S = typename V::scalar;
-  constexpr int W = V::width;
-  int64_t at[C];
+inline void dot_panel(int64_t vectors, const char* grad, const char* x, const int64_t (&at)[C], V (&even)[C], V (&odd)[C]) {
+  int64_t i = 0;
+#pragma GCC unroll 1
+  for (; i + 2 <= vectors; i += 2, grad += 2 * sizeof(V), x += 2 * sizeof(V)) {
+    const V g = loaded_once(load_at<V>(grad, 0)), h = loaded_once(load_at<V>(grad, 1));
 #pragma GCC unroll 8
-  for (int c = 0; c < C; ++c) at[c] = offsets[c];
-  V even[C], odd[C];  // two chains each: one would wait for its own additions
-#pragma GCC unroll 8
-  for (int c = 0; c < C; ++c) even[c] = odd[c] = V::zero();
-  for (int64_t p = 0; p < column.panels; ++p, grad += column.grad_stride, x += column.x_stride) {
-    const int64_t vectors = p + 1 == column.panels ? column.last : column.vectors;
-    const char *g = grad, *row = x;
-    for (int64_t i = 0; i + 2 <= vectors; i += 2, g += 2 * sizeof(V), row += 2 * sizeof(V)) {
-      const V g0 = V::load(reinterpret_cast<const S*>(g)), g1 = V::load(reinterpret_cast<const S*>(g) + W);
-#pragma GCC unroll 8
-      for (int c = 0; c < C; ++c) {
-        even[c] = fma(g0, V::load(reinterpret_cast<const S*>(row + at[c])), even[c]);
-        odd[c] = fma(g1, V::load(reinterpret_cast<const S*>(row + at[c]) + W), odd[c]);
-      }
+    for (int c = 0; c < C; ++c) {
+      even[c] = fma(g, load_at<V>(x + at[c], 0), even[c]);
+      odd[c] = fma(h, load_at<V>(x + at[c], 1), odd[c]);
     }
-    if (vectors % 2 == 0) continue;
-    const V g0 = V::load(reinterpret_cast<const S*>(g));
-#pragma GCC unroll 8
-    for (int c = 0; c < C; ++c) even[c] = fma(g0, V::load(reinterpret_cast<const S*>(row + at[c])), even[c]);
   }
-  constexpr int kMerged = W < kChain ? W : kChain;
+  if (i == vectors) return;
+  const V g = loaded_once(load_at<V>(grad, 0));
+#pragma GCC unroll 8
+  for (int c = 0; c < C; ++c) even[c] = fma(g, load_at<V>(x + at[c], 0), even[c]);
+}
+
+// to[c] (+)= v[c] summed over its elements.
+template <class V, int C>
+inline void add_sums(V (&even)[C], V (&odd)[C], bool add, typename V::scalar* to) {
+  constexpr int kMerged = V::width < kChain ? V::width : kChain, kEnd = C;
 #pragma GCC unroll 4
   for (int first = 0; first < C; first += kMerged) {
     V sums[kMerged];
 #pragma GCC unroll 8
     for (int c = 0; c < kMerged; ++c) sums[c] = first + c < C ? even[first + c] + odd[first + c] : V::zero();
     V sum = sum_each(sums);
-    constexpr int kEnd = C;
     const int some = min_of(kMerged, kEnd - first);
     if (add) sum = sum + V::load_n(to + first, some);
     sum.store_n(to + first, some);
   }
 }
 
+// to[output][c] (+)= sum over rows of grad * x at offsets[output][c], for C columns.
+template <class V, int C>
+__attribute__((noinline)) void dot_columns(const Columns& columns, const Outputs& outputs, int64_t first, bool add,
+                                           typename V::scalar* to) {
+  const char* grad_row = outputs.grad;
+  const uint16_t* offsets = outputs.offsets + first;
+  const int64_t ahead = round_up(parts_of(outputs.next_bytes, max_of<int64_t>(1, outputs.count)), 64);
+  to += first;
+  for (int64_t r = 0; r < outputs.count; ++r, grad_row += outputs.grad_bytes, offsets += outputs.slots, to += outputs.slots) {
+    for (int64_t at = r * ahead; at < min_of(outputs.next_bytes, (r + 1) * ahead); at += 64) {
+      const char* next = outputs.x + outputs.next_bytes + at;
+      for (int64_t p = 0; p < columns.panels; ++p, next += columns.x_stride) __builtin_prefetch(next, 0, 2);
+    }
+    int64_t at[C];
+    V even[C], odd[C];
+#pragma GCC unroll 8
+    for (int c = 0; c < C; ++c) {
+      at[c] = offsets[c];
+      even[c] = odd[c] = V::zero();
+    }
+    const char *grad = grad_row, *x = outputs.x;
+    for (int64_t p = 0; p < columns.panels; ++p, grad += columns.grad_stride, x += columns.x_stride) {
+      dot_panel(p + 1 == columns.panels ? columns.last : columns.vectors, grad, x, at, even, odd);
+    }
+    add_sums(even, odd, add, to);
+  }
+}
+
 template <class V>
-using DotKernel = void (*)(const Column&, const char*, const char*, const uint16_t*, bool, typename V::scalar*);
+using DotKernel = void (*)(const Columns&, const Outputs&, int64_t, bool, typename V::scalar*);
 
 template <class V, int C = kChain>
 inline DotKernel<V> dot_kernel(int64_t columns) {
@@ -93,28 +130,44 @@ inline DotKernel<V> dot_kernel(int64_t columns) {
 
 // ---- a work item
 
-// offsets [span][row][slot of the span]: of the kept columns in the packed span; a padding slot points to the first column.
-void read_offsets(const NmGradValues& p, const ValueShape& shape, Range rows, Range spans, uint16_t* offsets) {
-  const NmLayout& l = p.weight.layout;
-  const int64_t count = rows.end - rows.begin;
-  for (int64_t r = 0; r < count; ++r) {
-    const uint8_t* places = p.weight.indices + (rows.begin + r) * p.weight.indices_stride;
-    for (int64_t b = spans.begin; b < spans.end; ++b) {
-      uint16_t* to = offsets + ((b - spans.begin) * count + r) * shape.slots;
-      const int64_t width = min_of(shape.span, l.K - b * shape.span), first = b * shape.slots;
-      const int64_t slots = min_of(shape.slots, l.slots - first);
-      int64_t start = 0;
-      for (int64_t s = 0, in_group = 0; s < slots; ++s) {
-        const int64_t column = start + read_place(places, first + s, l.bits);
-        to[s] = column < width ? uint16_t(column * p.panels.row_bytes) : uint16_t(0);
-        if (++in_group == l.n) {
-          in_group = 0;
-          start += l.m;
-        }
-      }
+// offsets [row][slot]: of the kept columns in their packed span. A padding slot points to the first column.
+struct OffsetReader {
+  const NmGradValues& p;
+  const ValueShape& shape;
+  uint16_t* starts;  // [J] first column of a slot's group in its span
+#if MASKOPS_ISA_LEVEL == 2
+  PlaceReader places;
+#endif
+
+  OffsetReader(const NmGradValues& values, const ValueShape& shape_of, uint16_t* buffer)
+      : p(values), shape(shape_of), starts(buffer)
+#if MASKOPS_ISA_LEVEL == 2
+        ,
+        places(values.weight.layout.bits)
+#endif
+  {
+    const NmLayout& l = p.weight.layout;
+    for (int64_t slot = 0; slot < l.slots; ++slot) starts[slot] = uint16_t(slot % shape.slots / l.n * l.m);
+  }
+
+  void read(int64_t row, uint16_t* to) const {
+    const NmLayout& l = p.weight.layout;
+    const uint8_t* from = p.weight.indices + row * p.weight.indices_stride;
+    const int64_t bytes = p.panels.row_bytes;
+    int64_t slot = 0;
+#if MASKOPS_ISA_LEVEL == 2
+    for (; slot + 16 <= l.slots; slot += 16) {
+      const __m256i start = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(starts + slot));
+      const __m256i column = _mm256_add_epi16(_mm512_cvtepi32_epi16(places.read(from, l.row_bytes, slot)), start);
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + slot), _mm256_mullo_epi16(column, _mm256_set1_epi16(int16_t(bytes))));
+    }
+#endif
+    for (; slot < l.slots; ++slot) to[slot] = uint16_t((starts[slot] + read_place(from, slot, l.bits)) * bytes);
+    for (slot = max_of<int64_t>(0, l.slots - l.n); slot < l.slots; ++slot) {
+      if (slot_column(from, slot, l.n, l.m, l.bits) >= l.K) to[slot] = 0;
     }
   }
-}
+};
 
 // Padding slots have no gradient. Only the last group can have any.
 template <class S>
@@ -129,27 +182,28 @@ void clear_padding(const NmGradValues& p, Range rows) {
 }
 
 template <class V>
-void grad_item(const NmGradValues& p, const ValueShape& shape, Range rows, Range spans, uint16_t* offsets) {
+void grad_item(const NmGradValues& p, const ValueShape& shape, Range rows, Range spans, uint16_t* buffer) {
   using S = typename V::scalar;
   const NmLayout& l = p.weight.layout;
   const NmPanels& panels = p.panels;
-  const int64_t count = rows.end - rows.begin, grad_stride = p.weight.outputs * panels.row_bytes, x_stride = l.K * panels.row_bytes;
-  read_offsets(p, shape, rows, spans, offsets);
+  const int64_t count = rows.end - rows.begin, span_bytes = shape.span * panels.row_bytes;
+  const int64_t grad_stride = p.weight.outputs * panels.row_bytes, x_stride = l.K * panels.row_bytes;
+  const OffsetReader reader(p, shape, buffer);
+  uint16_t* offsets = buffer + l.slots;
+  for (int64_t r = 0; r < count; ++r) reader.read(rows.begin + r, offsets + r * l.slots);
   for (int64_t first = 0; first < panels.count; first += shape.group) {
     const int64_t together = min_of(shape.group, panels.count - first);
     const bool ends = first + together == panels.count, add = p.add || first > 0;
-    const Column column{together, panels.vectors, ends ? panels.last : panels.vectors, grad_stride, x_stride};
-    const char* grad = static_cast<const char*>(p.grad) + first * grad_stride + rows.begin * panels.row_bytes;
+    const Columns columns{together, panels.vectors, ends ? panels.last : panels.vectors, grad_stride, x_stride};
+    Outputs outputs{count, l.slots, panels.row_bytes, static_cast<const char*>(p.grad) + first * grad_stride + rows.begin * panels.row_bytes,
+                    nullptr, 0, nullptr};
     for (int64_t b = spans.begin; b < spans.end; ++b) {
-      const char* x = static_cast<const char*>(p.x) + first * x_stride + b * shape.span * panels.row_bytes;
-      const int64_t slots = min_of(shape.slots, l.slots - b * shape.slots);
-      const uint16_t* at = offsets + (b - spans.begin) * count * shape.slots;
-      for (int64_t r = 0; r < count; ++r, at += shape.slots) {
-        S* to = static_cast<S*>(p.sums) + (rows.begin + r) * l.slots + b * shape.slots;
-        for (int64_t s = 0; s < slots; s += kChain) {
-          dot_kernel<V>(slots - s)(column, grad + r * panels.row_bytes, x, at + s, add, to + s);
-        }
-      }
+      const int64_t slot = b * shape.slots, slots = min_of(shape.slots, l.slots - slot);
+      outputs.x = static_cast<const char*>(p.x) + first * x_stride + b * span_bytes;
+      outputs.next_bytes = b + 1 < spans.end ? min_of(shape.span, l.K - (b + 1) * shape.span) * panels.row_bytes : 0;
+      outputs.offsets = offsets + slot;
+      S* to = static_cast<S*>(p.sums) + rows.begin * l.slots + slot;
+      for (int64_t s = 0; s < slots; s += kChain) dot_kernel<V>(slots - s)(columns, outputs, s, add, to);
     }
   }
   if (spans.end == shape.spans) clear_padding<S>(p, rows);
@@ -170,7 +224,7 @@ struct ValueItems {
 NmPlan plan(const NmGradValues& p, int64_t threads) {
   const ValueShape shape(p.weight.layout, p.panels);
   const ValueItems items(p, shape, threads);
-  return {items.rows.number() * items.spans.number(), items.rows.size * items.spans.size * shape.slots * int64_t(sizeof(uint16_t)),
+  return {items.rows.number() * items.spans.number(), (items.rows.size + 1) * p.weight.layout.slots * int64_t(sizeof(uint16_t)),
           0, 0, items.spans.number(), 0};
 }
 

@@ -22,6 +22,20 @@ static inline V interleave(V a, V b) {
   }
 }
 
+// The upper half of the elements in front of the lower half.
+template <class V>
+static inline V swap_halves(V a) {
+  if constexpr (V::width == 2) {
+    return {__builtin_shufflevector(a.v, a.v, 1, 0)};
+  } else if constexpr (V::width == 4) {
+    return {__builtin_shufflevector(a.v, a.v, 2, 3, 0, 1)};
+  } else if constexpr (V::width == 8) {
+    return {__builtin_shufflevector(a.v, a.v, 4, 5, 6, 7, 0, 1, 2, 3)};
+  } else {
+    return {__builtin_shufflevector(a.v, a.v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7)};
+  }
+}
+
 // Element i of vector j and element j of vector i change places. Each round moves one bit of the row's number to the column's.
 template <class V>
 static inline void transpose(V (&rows)[V::width]) {
@@ -48,6 +62,20 @@ static inline V loaded_once(V x) {
   asm("" : "+x"(x.v));
 #endif
   return x;
+}
+
+// Lane c of the result: the sum of all elements of v[c], for C <= width vectors, C a power of two; the other lanes are
+// undefined. Vectors are merged in pairs, half of the lanes for either.
+template <class V, int C>
+static inline V sum_each(V (&v)[C]) {
+#pragma GCC unroll 4
+  for (int half = C / 2; half > 0; half /= 2) {
+#pragma GCC unroll 8
+    for (int i = 0; i < half; ++i) v[i] = interleave<0>(v[i], v[i + half]) + interleave<1>(v[i], v[i + half]);
+  }
+  if constexpr (V::width == 2 * C) v[0] = v[0] + swap_halves(v[0]);
+  static_assert(C <= V::width && V::width <= 2 * C, "pad with zeros");
+  return v[0];
 }
 
 // base[at[0]], base[at[1]], ...

@@ -71,7 +71,7 @@ def masked_product(x, weight, bits, bias):
     x, weight = rows_of(x), rows_of(weight)
     (S, M, K), N = x.shape, weight.shape[0]
     out = x.new_empty((S, M, N))
-    (block_n, block_m, block_k), options = gemm_tile(x.dtype, N, M, batch=S)
+    (block_n, block_m, block_k), options = gemm_tile(x.dtype, N, M, batch=S, depth=32)
     bits, row_bytes, s_bits = _bits_facts(bits)
     launch(
         _masked_linear_kernel, S * cdiv(N, block_n) * cdiv(M, block_m), x, weight, bits,
@@ -119,7 +119,9 @@ def masked_grad_x(grad, weight, bits):
     grad, weight = rows_of(grad), rows_of(weight)
     (S, M, N), K = grad.shape, weight.shape[1]
     out = grad.new_empty((S, M, K))
-    (block_m, block_k, block_n), options = gemm_tile(grad.dtype, M, K, batch=S, shortest=-1)
+    (block_m, block_k, block_n), options = gemm_tile(
+        grad.dtype, M, K, batch=S, shortest=-1, depth=64 if bits is None else 32
+    )
     bits, row_bytes, s_bits = _bits_facts(bits)
     launch(
         _masked_grad_x_kernel, S * cdiv(M, block_m) * cdiv(K, block_k), grad, weight, bits, out, M, N, K, row_bytes,
@@ -181,7 +183,8 @@ def masked_grad_weight(grad, x, weight, bits, grad_weight, grad_scores, per_samp
     """Fill grad_weight [N, K] and grad_scores [N, K] or [S, N, K], where they are not None."""
     grad, x, weight = rows_of(grad), rows_of(x), rows_of(weight)
     (S, M, N), K = grad.shape, weight.shape[1]
-    (block_n, block_k, block_m), options = gemm_tile(x.dtype, N, K, largest=1 if bits is not None else 0, shortest=-1)
+    largest, depth = (0, 64) if bits is None else (1, 32)
+    (block_n, block_k, block_m), options = gemm_tile(x.dtype, N, K, largest=largest, shortest=-1, depth=depth)
     bits, row_bytes, s_bits = _bits_facts(bits)
     launch(
         _masked_grad_weight_kernel, cdiv(N, block_n) * cdiv(K, block_k), grad, x, weight, bits, grad_weight, grad_scores,

@@ -30,6 +30,16 @@ def _gather_product(x_ptr, values_ptr, indices_ptr, m, row, M, N, K, groups, g_s
 
 
 @triton.jit
+def _store_tile(out_ptr, bias_ptr, total, start, row, m, M, biased, N):
+    """Store total^T as rows start + m, plus the bias of the first `biased` outputs."""
+    if bias_ptr is not None:
+        total += tl.load(bias_ptr + row, mask=row < biased, other=0.0).to(total.dtype)[:, None]
+    mask = (row < N)[:, None] & (m < M)[None, :]
+    at = ((start + m) * N)[None, :] + row[:, None]
+    tl.store(out_ptr + at, rounded(total, out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def _linear_kernel(x_ptr, values_ptr, indices_ptr, bias_ptr, out_ptr, M, N, K, groups, groups_per_split, row_bytes, s_x,
                    KEEP: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr, GROUP_BYTES: tl.constexpr,
                    PADDED: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -53,14 +63,23 @@ def _linear_kernel(x_ptr, values_ptr, indices_ptr, bias_ptr, out_ptr, M, N, K, g
                        KEEP, GROUP, BITS, GROUP_BYTES, PADDED, BLOCK_N, BLOCK_G)  # fmt: skip
         total = dot_add(tl.reshape(w, [BLOCK_N, BLOCK_G * PADDED]), tl.trans(x), total, PRECISION)
     # The zeros of the dense tile times NaN or inf in x are NaN, in outputs that keep no weight there. Where that may have
-    # happened the tile is computed again the slow way; x - x is not 0 exactly for NaN and inf.
-    if tl.max(tl.max((total - total != 0.0).to(tl.int32), 1), 0) != 0:
-        total = _gather_product(x_ptr, values_ptr, indices_ptr, m, row, M, N, K, groups, g_start, g_end, row_bytes, s_x,
-                                KEEP, GROUP, BITS, ACC, BLOCK_N, BLOCK_M)  # fmt: skip
-    if bias_ptr is not None:
-        total += tl.load(bias_ptr + row, mask=row < tl.where(split == 0, N, 0), other=0.0).to(ACC)[:, None]
-    at = ((split.to(tl.int64) * M + m) * N)[None, :] + row[:, None]
-    tl.store(out_ptr + at, rounded(total, out_ptr.dtype.element_ty), mask=(row < N)[:, None] & (m < M)[None, :])
+    # happened the tile is computed again the slow way, a few rows at a time; x - x is 0 except for NaN and inf.
+    slow = tl.max(tl.max((total - total != 0.0).to(tl.int32), 1), 0)
+    start = split.to(tl.int64) * M
+    biased = tl.where(split == 0, N, 0)
+    if BLOCK_M <= 16:
+        few = _gather_product(x_ptr, values_ptr, indices_ptr, m, row, M, N, K, groups, g_start,
+                              tl.where(slow != 0, g_end, g_start), row_bytes, s_x,
+                              KEEP, GROUP, BITS, ACC, BLOCK_N, BLOCK_M)  # fmt: skip
+        total = tl.where(slow != 0, few, total)
+    _store_tile(out_ptr, bias_ptr, total, start, row, m, M, biased, N)
+    if BLOCK_M > 16:
+        tl.debug_barrier()  # other threads may store again what this one stored
+        for m0 in range(0, slow * BLOCK_M, 16):
+            m_few = at_m.to(tl.int64) * BLOCK_M + m0 + tl.arange(0, 16)
+            few = _gather_product(x_ptr, values_ptr, indices_ptr, m_few, row, M, N, K, groups, g_start, g_end, row_bytes,
+                                  s_x, KEEP, GROUP, BITS, ACC, BLOCK_N, 16)  # fmt: skip
+            _store_tile(out_ptr, bias_ptr, few, start, row, m_few, M, biased, N)
 
 
 def _splits(depth, programs, least):
@@ -80,8 +99,7 @@ def _summed(partial, shape, dtype):
 def nm_matmul_linear(x, values, indices, bias, n, m):
     x = rows_of(x)
     (M, K), N, groups = x.shape, values.shape[0], cdiv(x.shape[1], m)
-    # The weight tile takes registers while it is decompressed: the largest tile would spill.
-    (block_n, block_m, depth), options = gemm_tile(x.dtype, N, M, largest=1)
+    (block_n, block_m, depth), options = gemm_tile(x.dtype, N, M, depth=32)
     padded, block_g = groups_per_tile(depth, m)
     tiles = cdiv(N, block_n) * cdiv(M, block_m)
     # Only with few rows: partial results would cost more than they bring.
@@ -108,6 +126,7 @@ def _linear_grad_x_kernel(grad_ptr, values_ptr, indices_ptr, out_ptr, M, N, K, g
     at_m, at_g = tile_position(tl.program_id(0), tl.cdiv(M, BLOCK_M), tiles_g)
     m = at_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     g0 = at_g * BLOCK_G
+    column, exists = tile_columns(g0, K, GROUP, PADDED, BLOCK_G)
     total = tl.zeros([BLOCK_M, BLOCK_G * PADDED], ACC)
     for n0 in range(0, N, BLOCK_N):
         row = n0 + tl.arange(0, BLOCK_N).to(tl.int64)
@@ -116,8 +135,12 @@ def _linear_grad_x_kernel(grad_ptr, values_ptr, indices_ptr, out_ptr, M, N, K, g
         )
         w = dense_tile(values_ptr, indices_ptr, row, g0 + tl.arange(0, BLOCK_G), N, groups, row_bytes,
                        KEEP, GROUP, BITS, GROUP_BYTES, PADDED, BLOCK_N, BLOCK_G)  # fmt: skip
-        total = dot_add(grad, tl.reshape(w, [BLOCK_N, BLOCK_G * PADDED]), total, PRECISION)
-    column, exists = tile_columns(g0, K, GROUP, PADDED, BLOCK_G)
+        w = tl.reshape(w, [BLOCK_N, BLOCK_G * PADDED])
+        if PRECISION == "tf32":
+            # Hopper wants this operand transposed, and Triton 3.9 fails to move the transpose through the reshape. With
+            # anything in between, here a choice that changes nothing, it does not try.
+            w = tl.where(exists[None, :], w, 0.0)
+        total = dot_add(grad, w, total, PRECISION)
     at = (m * K)[:, None] + column[None, :]
     tl.store(out_ptr + at, rounded(total, out_ptr.dtype.element_ty), mask=(m < M)[:, None] & exists[None, :])
 
@@ -125,7 +148,7 @@ def _linear_grad_x_kernel(grad_ptr, values_ptr, indices_ptr, out_ptr, M, N, K, g
 def _linear_grad_x(grad, values, indices, n, m, K):
     (M, N), groups = grad.shape, cdiv(K, m)
     out = grad.new_empty((M, K))
-    (block_m, columns, depth), options = gemm_tile(grad.dtype, M, K, shortest=-1)
+    (block_m, columns, depth), options = gemm_tile(grad.dtype, M, K, shortest=-1, depth=32)
     padded, block_g = groups_per_tile(columns, m)
     launch(
         _linear_grad_x_kernel, cdiv(M, block_m) * cdiv(groups, block_g), grad, values.contiguous(), indices.contiguous(),
@@ -172,8 +195,9 @@ def _linear_grad_values_kernel(grad_ptr, x_ptr, indices_ptr, out_ptr, M, N, K, g
 
 def _linear_grad_values(grad, x, indices, n, m):
     (M, K), N, groups = x.shape, grad.shape[1], cdiv(x.shape[1], m)
-    (block_n, columns, depth), options = gemm_tile(x.dtype, N, K, shortest=-1)
-    padded, block_g = groups_per_tile(columns, m)
+    (block_n, columns, depth), options = gemm_tile(x.dtype, N, K, shortest=-1, depth=32)
+    # The slots are picked while the sums are still in registers: half a tile leaves room for that.
+    padded, block_g = groups_per_tile(min(columns, 64), m)
     tiles = cdiv(N, block_n) * cdiv(groups, block_g)
     splits, per_split = _splits(M, tiles, least=512)
     per_split = cdiv(per_split, depth) * depth

@@ -272,6 +272,7 @@ def _take(linear: nn.Linear, rows: Tensor | None, columns: Tensor | None) -> nn.
     if rows is not None:
         weight, bias = weight[rows], bias[rows]
     weight = weight if columns is None else weight[:, columns]
-    taken = nn.Linear(*weight.shape[::-1], device="meta")
+    taken = nn.Linear(1, 1, device="meta")  # of no size yet: torch warns when it initialises an empty weight
+    taken.out_features, taken.in_features = weight.shape
     taken.weight, taken.bias = nn.Parameter(weight.clone()), nn.Parameter(bias.clone())
     return taken

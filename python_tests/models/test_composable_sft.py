@@ -275,7 +275,7 @@ class Texts:
 
 
 class Composition:
-    """Accuracies on held-out Russian, percent, means over SEEDS: theta_0 + task, + task + language, the same with dense deltas."""
+    """Accuracies on held-out Russian, in percent, means over SEEDS, of sparse and of dense deltas."""
 
     def __init__(self, texts: Texts) -> None:
         runs = [(texts.task(seed), texts.language(seed)) for seed in SEEDS]

@@ -26,7 +26,7 @@ from maskops.sparsify import add_prior_
 sklearn = pytest.importorskip("sklearn")
 
 SIZES = ByteLMConfig(context=64, dim=64, depth=3, heads=4, mlp_dim=256)
-TRAIN_STEPS, LEARN_STEPS = 500, 120
+TRAIN_STEPS, LEARN_STEPS = 800, 100
 
 
 class World(NamedTuple):
@@ -142,22 +142,22 @@ def test_the_check_goes_red_when_broken(world: World, wanda_perplexity: float, f
     if "gradient" in fault:
         for layer in soft_layers(model).values():
             layer.logits.register_hook(torch.zeros_like)
-    learn(model, world.a, LEARN_STEPS // 2)
+    learn(model, world.a, 40)
     assert perplexity(model, world.a.held_out_batches()) > 0.97 * wanda_perplexity
 
 
 def test_the_regulariser_keeps_the_norm_up(world: World) -> None:
     shares = {
-        weight: kept_norm_share(learn(pruned(world, "learned", prior="wanda"), world.a, 40, norm_weight=weight))
-        for weight in (0.0, 1e-5, 1e-2)
+        weight: kept_norm_share(learn(pruned(world, "learned", prior="wanda"), world.a, 25, norm_weight=weight))
+        for weight in (0.0, 1e-2)
     }
     print(shares)
-    assert shares[0.0] < shares[1e-5] < shares[1e-2]
+    assert shares[0.0] < shares[1e-2] - 0.005
 
 
 def test_a_mask_tuned_to_another_domain_is_better_there(world: World, learned: ByteLM) -> None:
     general = perplexity(learned, world.b.held_out_batches())
-    tuned = perplexity(learn(copy.deepcopy(learned), world.b, 60), world.b.held_out_batches())
+    tuned = perplexity(learn(copy.deepcopy(learned), world.b, 40), world.b.held_out_batches())
     print({"general": general, "tuned": tuned})
     assert tuned < 0.99 * general
 

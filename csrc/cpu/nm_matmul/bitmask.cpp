@@ -56,6 +56,7 @@ struct Call {
     args.dtype = static_cast<int>(dtype_of(x));
     args.pairs = dtype_of(x) == Dtype::kBFloat16 && kernels.has_pairs && use_bf16_dot();
     args.samples = x.size(0), args.rows = x.size(1);
+    args.threads = torch::stable::get_num_threads();
     args.outputs = weight.size(0), args.inputs = weight.size(1);
     args.mask_row = bits.size(2);
     args.mask_sample = bits.size(0) == 1 ? 0 : bits.size(1) * bits.size(2);

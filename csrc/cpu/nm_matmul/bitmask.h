@@ -20,6 +20,7 @@ struct Bitmask {
   void* grad_weight;  // [N, K] or null
   void* grad_scores;  // [N, K] or [S, N, K] or null
   bool scores_per_sample;
+  int64_t threads;
 };
 
 // Items that threads share, and bytes of buffers: of the packed weight, and of what each thread needs for itself.

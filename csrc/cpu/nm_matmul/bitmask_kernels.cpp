@@ -114,24 +114,12 @@ void pack_masked_rows<Bf16Pair, bf16>(const Bitmask& args, const uint8_t* bits, 
 }
 #endif
 
-// The cache lines of `count` values; an address that does not exist is no fault.
-template <class T>
-inline void prefetch(const T* base, int64_t at, int64_t count) {
-  const uintptr_t first = reinterpret_cast<uintptr_t>(base) + uintptr_t(at) * sizeof(T);
-  for (uintptr_t line = 0; line < uintptr_t(count) * sizeof(T); line += 64) {
-    __builtin_prefetch(reinterpret_cast<const void*>(first + line), 0, 2);
-  }
-}
-
 // ---- forward and the gradient for x: C [M, n] of each sample, with sums over k
-
-// Steps of a masked panel at a time: it is made in the L1 cache, and stays there while all rows of A pass by.
-constexpr int64_t kPanelSteps = 160;  // a multiple of 32
 
 template <class P>
 struct ProductBuffers {
   using Sum = typename Gemm<P>::Sum;
-  P *a, *panel;
+  P *a, *panel;  // the panel: one part, made where it is used
   Sum* sums;  // of a block, tile by tile
   uint32_t* transposed;
 
@@ -154,30 +142,8 @@ BitmaskPlan plan_product(const Bitmask& args, int64_t n, int64_t k) {
 // What makes the panel of columns [j, j + cols) under a mask has
 //     open(bits, j, cols, use)                       called once per panel
 //     make(bits, j, cols, width, s0, s1, use)        puts its steps [s0, s1) into use.panel
-//     ahead(j, s0, s1)                               touches what make will read
-
-// The sums of `rows` packed rows of A with one panel. While the rows pass by, the next part is brought into the L2 cache: all of
-// the weight does not stay there, and to wait for it took a quarter of the time of the product with 64 rows per sample.
-template <class P, class Make>
-void multiply_panel(int64_t rows, int64_t k, const uint8_t* bits, int64_t j, int64_t cols, const ProductBuffers<P>& use,
-                    const Make& make) {
-  using G = Gemm<P>;
-  const int64_t steps = gemm_steps<P>(k), tiles = parts_of(rows, G::kRows);
-  const bool narrow = cols <= G::kWidth;
-  make.open(bits, j, cols, use);
-  for (int64_t s0 = 0; s0 == 0 || s0 < steps; s0 += kPanelSteps) {
-    const int64_t s1 = min_of(steps, s0 + kPanelSteps);
-    make.make(bits, j, cols, narrow ? G::kWidth : G::kCols, s0, s1, use);
-    const int64_t next = s1 < steps ? s1 : 0, next_j = s1 < steps ? j : j + G::kCols;
-    const int64_t share = parts_of(min_of(steps - next, kPanelSteps), tiles);
-    for (int64_t tile = 0; tile < tiles; ++tile) {
-      const int64_t i = tile * G::kRows, count = min_of<int64_t>(rows - i, G::kRows);
-      const TileKernel<P> kernel = narrow ? tile_kernel<P, 1>(count) : tile_kernel<P, 2>(count);
-      make.ahead(next_j, next + tile * share, min_of(steps, next + (tile + 1) * share));
-      kernel(s1 - s0, use.a + i * steps + s0 * G::kRows, use.panel, use.sums + i * G::kCols, s0 > 0);
-    }
-  }
-}
+//     ahead(j, s0, s1)                               touches what make will read; columns past the last are the first ones
+// All of the weight does not stay in the L2 cache; to wait for it took a quarter of the time with 64 rows per sample.
 
 // Items [begin, end) of (sample, block of rows, panel). a: [S, M, k], out: [S, M, n].
 template <class P, class T, class Make>
@@ -187,7 +153,7 @@ void multiply_items(const Bitmask& args, Range items, const T* a, int64_t n, int
   const Blocks blocks = row_blocks<P>(args.rows, k);
   Pieces pieces(buffer);
   const ProductBuffers<P> use(blocks, k, pieces);
-  const int64_t panels = parts_of(n, G::kCols);
+  const int64_t panels = parts_of(n, G::kCols), steps = gemm_steps<P>(k);
   int64_t packed = -1;
   for (int64_t item = items.begin; item < items.end; ++item) {
     const int64_t block = item / panels, s = block / blocks.number(), j = item % panels * G::kCols;
@@ -197,7 +163,19 @@ void multiply_items(const Bitmask& args, Range items, const T* a, int64_t n, int
       pack_a<P, T>(MatrixRows<T>{a + s * args.rows * k, k}, at.begin, rows, k, use.a);
       packed = block;
     }
-    multiply_panel<P>(rows, k, args.bits + s * args.mask_sample, j, cols, use, make);
+    const uint8_t* bits = args.bits + s * args.mask_sample;
+    const bool narrow = cols <= G::kWidth;
+    make.open(bits, j, cols, use);
+    multiply_panel<P>(
+        rows, steps, use.a, narrow, use.sums, false,
+        [&](int64_t s0, int64_t s1) {
+          make.make(bits, j, cols, narrow ? G::kWidth : G::kCols, s0, s1, use);
+          return use.panel;
+        },
+        [&](int64_t s0, int64_t s1) {
+          if (s0 < steps) make.ahead(j, s0, min_of(steps, s1));
+          else make.ahead(j + G::kCols, s0 - steps, min_of(steps, s1 - steps));
+        });
     write_tile<typename G::Vec, T>(use.sums, G::kCols, rows, cols, bias ? bias + j : nullptr, out + (s * args.rows + at.begin) * n + j, n);
   }
 }
@@ -215,7 +193,7 @@ struct PanelsOfPacked {
   }
   inline void ahead(int64_t j, int64_t s0, int64_t s1) const {
     const int64_t at = j * gemm_steps<P>(k);
-    for (int64_t s = s0; s < s1; ++s) prefetch(packed, at + s * Gemm<P>::kCols, Gemm<P>::kCols);
+    for (int64_t s = s0; s < s1; ++s) fetch_ahead(packed, at + s * Gemm<P>::kCols, Gemm<P>::kCols);
   }
 };
 
@@ -229,7 +207,7 @@ struct PanelsOfRows {
   }
   inline void ahead(int64_t j, int64_t s0, int64_t s1) const {
     for (int64_t n = s0 * Gemm<P>::kStep; n < s1 * Gemm<P>::kStep; ++n) {
-      prefetch(static_cast<const T*>(args.weight), n * args.inputs + j, Gemm<P>::kCols);
+      fetch_ahead(static_cast<const T*>(args.weight), n * args.inputs + j, Gemm<P>::kCols);
     }
   }
 };
@@ -270,26 +248,19 @@ void grad_x(const Bitmask& args, Range items, void* buffer) {
 
 // ---- gradients for weight and scores: an item is a block of [N, K], over which the samples are summed in their order
 
-constexpr int64_t kBlockPanels = 8;
-
 template <class P>
-struct WeightBlocks {
-  Blocks rows, cols;
-
-  explicit WeightBlocks(const Bitmask& args)
-      : rows(Blocks::of(args.outputs, kGemmRows, Gemm<P>::kRows)),
-        cols(Blocks::of(args.inputs, kBlockPanels * Gemm<P>::kCols, round_up(Gemm<P>::kCols, 8))) {}
-};
+OuterBlocks weight_blocks(const Bitmask& args) {
+  return OuterBlocks::of(args.outputs, Gemm<P>::kRows, args.inputs, round_up(Gemm<P>::kCols, 8), args.threads);
+}
 
 template <class P, class T>
 struct WeightBuffers {
   using Sum = typename Gemm<P>::Sum;
   OuterBuffers<P, T> product;
-  Sum *one, *weight, *scores;
+  Sum *weight, *scores;
 
-  WeightBuffers(const WeightBlocks<P>& blocks, Pieces& pieces)
+  WeightBuffers(const OuterBlocks& blocks, Pieces& pieces)
       : product(blocks.rows.size, blocks.cols.size, pieces),
-        one(pieces.take<Sum>(blocks.rows.size * blocks.cols.size)),
         weight(pieces.take<Sum>(blocks.rows.size * blocks.cols.size)),
         scores(pieces.take<Sum>(blocks.rows.size * blocks.cols.size)) {}
 };
@@ -297,72 +268,73 @@ struct WeightBuffers {
 BitmaskPlan plan_grad_weight(const Bitmask& args) {
   BitmaskPlan plan{};
   with_types(args.dtype, args.pairs, [&]<class P, class T>() {
-    const WeightBlocks<P> blocks(args);
+    const OuterBlocks blocks = weight_blocks<P>(args);
     Pieces pieces(nullptr);
     WeightBuffers<P, T>(blocks, pieces);
-    plan = {0, blocks.rows.number() * blocks.cols.number(), 0, pieces.bytes};
+    plan = {0, blocks.number(), 0, pieces.bytes};
   });
   return plan;
 }
 
-// visit(row, column, offset in the block, values) for every vector of a block.
-template <class V, class Visit>
-inline void for_block(Range rows, Range cols, int64_t stride, const Visit& visit) {
-  for (int64_t n = rows.begin; n < rows.end; ++n) {
-    for (int64_t k = cols.begin; k < cols.end; k += V::width) {
-      visit(n, k, (n - rows.begin) * stride + k - cols.begin, min_of<int64_t>(cols.end - k, V::width));
+// out [rows, cols] = sums (times the weight), rounded to the storage type; out and weight have `columns` columns, sums `stride`.
+template <class V, class T>
+void write_sums(int64_t rows, int64_t cols, const typename V::scalar* sums, int64_t stride, const T* times, T* out, int64_t columns) {
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t c = 0; c < cols; c += V::width) {
+      const int64_t count = min_of<int64_t>(cols - c, V::width);
+      V value = V::load_n(sums + r * stride + c, count);
+      if (times) value = value * V::load_n(times + r * columns + c, count);
+      value.store_n(out + r * columns + c, count);
     }
   }
 }
 
-// out = sums (times the weight), rounded to the storage type.
-template <class V, class T>
-void write_block(Range rows, Range cols, const typename V::scalar* sums, int64_t stride, const T* times, T* out, int64_t columns) {
-  for_block<V>(rows, cols, stride, [&](int64_t n, int64_t k, int64_t at, int64_t count) {
-    V value = V::load_n(sums + at, count);
-    if (times) value = value * V::load_n(times + n * columns + k, count);
-    value.store_n(out + n * columns + k, count);
-  });
+// to += sums, where `kept` (rows of bits from column j on, or null for all) says so.
+template <class V>
+void add_kept(int64_t rows, int64_t cols, const typename V::scalar* sums, int64_t sums_stride, const uint8_t* kept, int64_t kept_row,
+              int64_t j, typename V::scalar* to, int64_t stride) {
+  for (int64_t r = 0; r < rows; ++r) {
+    const uint32_t bits = kept ? row_bits(kept + r * kept_row, kept_row, j) : ~0u;
+    for (int64_t c = 0; c < cols; c += V::width) {
+      const int64_t count = min_of<int64_t>(cols - c, V::width);
+      const V value = keep_bits(V::load(sums + r * sums_stride + c), bits >> c);
+      (V::load_n(to + r * stride + c, count) + value).store_n(to + r * stride + c, count);
+    }
+  }
 }
 
 template <class P, class T>
 void grad_weight_block(const Bitmask& args, Range rows, Range cols, const WeightBuffers<P, T>& use, int64_t stride) {
   using V = typename Gemm<P>::Vec;
-  const int64_t N = args.outputs, K = args.inputs, count = (rows.end - rows.begin) * stride;
-  const T* weight = static_cast<const T*>(args.weight);
-  T* scores = static_cast<T*>(args.grad_scores);
-  memset(use.weight, 0, size_t(count) * sizeof(*use.weight));
-  memset(use.scores, 0, size_t(count) * sizeof(*use.scores));
+  using Sum = typename Gemm<P>::Sum;
+  const int64_t N = args.outputs, K = args.inputs, count = rows.end - rows.begin, at = rows.begin * K + cols.begin;
+  const T* weight = static_cast<const T*>(args.weight) + at;
+  T* scores = args.grad_scores ? static_cast<T*>(args.grad_scores) + at : nullptr;
+  memset(use.weight, 0, size_t(count * stride) * sizeof(Sum));
+  memset(use.scores, 0, size_t(count * stride) * sizeof(Sum));
   for (int64_t s = 0; s < args.samples; ++s) {
     const MatrixRows<T> grad{static_cast<const T*>(args.grad) + s * args.rows * N + rows.begin, N};
     const MatrixRows<T> x{static_cast<const T*>(args.x) + s * args.rows * K + cols.begin, K};
-    multiply_outer<P, T>(grad, x, args.rows, rows.end - rows.begin, cols.end - cols.begin, use.product, use.one, stride);
-    const uint8_t* bits = args.bits + s * args.mask_sample;
-    if (args.grad_weight) {
-      for_block<V>(rows, cols, stride, [&](int64_t n, int64_t k, int64_t at, int64_t some) {
-        const V kept = keep_bits(V::load_n(use.one + at, some), row_bits(bits + n * args.mask_row, args.mask_row, k));
-        (V::load_n(use.weight + at, some) + kept).store_n(use.weight + at, some);
-      });
-    }
-    if (scores && args.scores_per_sample) write_block<V, T>(rows, cols, use.one, stride, weight, scores + s * N * K, K);
-    if (scores && !args.scores_per_sample) {
-      for_block<V>(rows, cols, stride, [&](int64_t, int64_t, int64_t at, int64_t some) {
-        (V::load_n(use.scores + at, some) + V::load_n(use.one + at, some)).store_n(use.scores + at, some);
-      });
-    }
+    const uint8_t* bits = args.bits + s * args.mask_sample + rows.begin * args.mask_row;
+    multiply_outer<P, T>(grad, x, args.rows, count, cols.end - cols.begin, use.product,
+                         [&](const Sum* sums, int64_t sums_stride, int64_t, int64_t j, int64_t r, int64_t c) {
+      if (args.grad_weight) add_kept<V>(r, c, sums, sums_stride, bits, args.mask_row, cols.begin + j, use.weight + j, stride);
+      if (scores && args.scores_per_sample) write_sums<V, T>(r, c, sums, sums_stride, weight + j, scores + s * N * K + j, K);
+      if (scores && !args.scores_per_sample) add_kept<V>(r, c, sums, sums_stride, nullptr, 0, 0, use.scores + j, stride);
+    });
   }
-  if (args.grad_weight) write_block<V, T>(rows, cols, use.weight, stride, nullptr, static_cast<T*>(args.grad_weight), K);
-  if (scores && !args.scores_per_sample) write_block<V, T>(rows, cols, use.scores, stride, weight, scores, K);
+  const int64_t width = cols.end - cols.begin;
+  if (args.grad_weight) write_sums<V, T>(count, width, use.weight, stride, nullptr, static_cast<T*>(args.grad_weight) + at, K);
+  if (scores && !args.scores_per_sample) write_sums<V, T>(count, width, use.scores, stride, weight, scores, K);
 }
 
 void grad_weight(const Bitmask& args, Range items, void* buffer) {
   with_types(args.dtype, args.pairs, [&]<class P, class T>() {
-    const WeightBlocks<P> blocks(args);
+    const OuterBlocks blocks = weight_blocks<P>(args);
     Pieces pieces(buffer);
     const WeightBuffers<P, T> use(blocks, pieces);
     for (int64_t item = items.begin; item < items.end; ++item) {
-      const Range rows = blocks.rows.at(item / blocks.cols.number()), cols = blocks.cols.at(item % blocks.cols.number());
-      grad_weight_block<P, T>(args, rows, cols, use, blocks.cols.size);
+      grad_weight_block<P, T>(args, blocks.rows_at(item), blocks.cols_at(item), use, blocks.cols.size);
     }
   });
 }

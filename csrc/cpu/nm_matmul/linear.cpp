@@ -4,8 +4,9 @@
 #if MASKOPS_ISA_LEVEL == 0
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
+#include <cstring>
 #include <tuple>
-#include <vector>
 
 #include "common/parallel.h"
 #include "cpu/nm_matmul/buffer.h"
@@ -14,22 +15,32 @@
 namespace maskops {
 namespace {
 
-int64_t element_bytes(int dtype) { return dtype == static_cast<int>(Dtype::kDouble) ? 8 : 4; }
+int64_t threads() { return torch::stable::get_num_threads(); }
 
 NmMatrix matrix_of(const Tensor& x) { return {x.const_data_ptr(), x.stride(0), x.size(0), x.size(1)}; }
 
 NmCompressed compressed_of(const Tensor& values, const Tensor& indices, const NmLayout& layout) {
-  return {layout, values.size(0), values.const_data_ptr(), values.stride(0), static_cast<const uint8_t*>(indices.const_data_ptr()), indices.stride(0)};
+  return {layout, values.size(0), values.const_data_ptr(), values.stride(0), static_cast<const uint8_t*>(indices.const_data_ptr()),
+          indices.stride(0)};
 }
 
-// Rows [begin, end) of a matrix whose values are `bytes` long.
-NmMatrix rows_of(const NmMatrix& a, int64_t begin, int64_t end, int64_t bytes) {
-  return {static_cast<const char*>(a.data) + begin * a.stride * bytes, a.stride, end - begin, a.columns};
+// Rows of a matrix whose values have `bytes` bytes.
+NmMatrix rows_of(const NmMatrix& a, Range rows, int64_t bytes) {
+  return {static_cast<const char*>(a.data) + rows.begin * a.stride * bytes, a.stride, rows.end - rows.begin, a.columns};
 }
 
-// The panels of a block of rows, packed by all threads.
-void pack_panels(int dtype, const NmMatrix& a, const NmPanels& panels, void* to) {
+// Rows packed at a time.
+Blocks packed_blocks(int64_t rows) { return Blocks::of(rows, kNmMostRows, 64); }
+
+int64_t packed_bytes(int dtype, const Blocks& blocks, int64_t columns) {
+  const NmPanels most = pick_NmProductKernels().panels(dtype, std::min(blocks.size, blocks.count));
+  return most.count * most.row_bytes * columns;
+}
+
+// A block of rows in panels, packed by all threads.
+NmPanels pack(int dtype, const NmMatrix& a, void* to) {
   const NmProductKernels& kernels = pick_NmProductKernels();
+  const NmPanels panels = kernels.panels(dtype, a.rows);
   const int64_t pieces = parts_of(a.columns, kNmPackColumns);
   parallel_for(panels.count * pieces, kNmPackColumns * panels.row_bytes * 2, [&](int64_t begin, int64_t end) {
     for (int64_t item = begin; item < end; ++item) {
@@ -37,29 +48,43 @@ void pack_panels(int dtype, const NmMatrix& a, const NmPanels& panels, void* to)
       kernels.pack(dtype, a, panels, {panel, panel + 1}, {first, std::min(a.columns, first + kNmPackColumns)}, to);
     }
   });
+  return panels;
 }
 
-// out = a * weight^T + bias, or a * weight, for all rows of a.
-void multiply(NmProduct product, int64_t value_bytes) {
+// The rows of product.a, packed before.
+void multiply_block(const NmProduct& product, const NmPanels& panels, const void* packed) {
   const NmProductKernels& kernels = pick_NmProductKernels();
+  const NmPlan plan = kernels.plan(product, panels, threads());
+  const int64_t flops = product.a.rows * product.weight.outputs * product.weight.layout.slots;
+  parallel_for(plan.items, flops / std::max<int64_t>(1, plan.items), [&](int64_t begin, int64_t end) {
+    const Buffer buffer(plan.buffer_bytes);
+    kernels.multiply(product, panels, plan, {begin, end}, packed, buffer.get());
+  });
+}
+
+// ---- forward
+
+void multiply_few(const NmProduct& product) {
+  const NmFewKernels& kernels = pick_NmFewKernels();
+  const Buffer x(kernels.x_bytes(product));
+  kernels.prepare(product, x.get());
+  parallel_for(parts_of(product.weight.outputs, kNmFewOutputs), kNmFewOutputs * product.a.rows * product.weight.layout.slots,
+               [&](int64_t begin, int64_t end) {
+                 const Buffer buffer(kernels.buffer_bytes(product));
+                 kernels.multiply(product, {begin, end}, x.get(), buffer.get());
+               });
+}
+
+void multiply_many(NmProduct product, int64_t bytes) {
   const NmMatrix all = product.a;
-  const int64_t width = product.transposed ? product.weight.layout.K : product.weight.outputs;
   char* out = static_cast<char*>(product.out);
-  const Blocks blocks = Blocks::of(all.rows, kNmMostRows, 64);
-  const NmPanels most = kernels.panels(product.dtype, blocks.size);
-  const Buffer packed(most.count * most.row_bytes * all.columns);
+  const Blocks blocks = packed_blocks(all.rows);
+  const Buffer packed(packed_bytes(product.dtype, blocks, all.columns));
   for (int64_t block = 0; block < blocks.number(); ++block) {
     const Range rows = blocks.at(block);
-    product.a = rows_of(all, rows.begin, rows.end, value_bytes);
-    product.out = out + rows.begin * width * value_bytes;
-    const NmPanels panels = kernels.panels(product.dtype, product.a.rows);
-    pack_panels(product.dtype, product.a, panels, packed.get());
-    const NmPlan plan = kernels.plan(product, panels, torch::stable::get_num_threads());
-    const int64_t work = product.a.rows * width * product.weight.layout.slots / std::max<int64_t>(1, plan.items);
-    parallel_for(plan.items, work, [&](int64_t begin, int64_t end) {
-      const Buffer buffer(plan.buffer_bytes);
-      kernels.multiply(product, panels, plan, {begin, end}, packed.get(), buffer.get());
-    });
+    product.a = rows_of(all, rows, bytes);
+    product.out = out + rows.begin * product.weight.outputs * bytes;
+    multiply_block(product, pack(product.dtype, product.a, packed.get()), packed.get());
   }
 }
 
@@ -71,16 +96,98 @@ Tensor nm_matmul_linear(const Tensor& x_any, const Tensor& values_any, const Ten
   if (bias_any) bias = contiguous_or_copy(*bias_any);
   Tensor y = empty_like_device(x, {x.size(0), values.size(0)});
   if (y.numel() == 0) return y;
-  const int dtype = static_cast<int>(dtype_of(x));
-  multiply({dtype, false, matrix_of(x), compressed_of(values, indices, layout), bias ? bias->const_data_ptr() : nullptr, y.mutable_data_ptr()},
-           static_cast<int64_t>(x.element_size()));
+  const NmProduct product{static_cast<int>(dtype_of(x)), false, matrix_of(x), compressed_of(values, indices, layout),
+                          bias ? bias->const_data_ptr() : nullptr, y.mutable_data_ptr()};
+  if (product.a.rows <= pick_NmFewKernels().most_rows(product)) multiply_few(product);
+  else multiply_many(product, static_cast<int64_t>(x.element_size()));
   return y;
+}
+
+// ---- backward
+
+// Both gradients of a block of rows read the packed gradient.
+struct Backward {
+  NmProduct product;  // grad_x = grad * weight, where wanted
+  NmMatrix x;
+  NmGradValues values;
+  bool need_x, need_values;
+
+  void run(int64_t bytes) {
+    const NmMatrix all = product.a, all_x = x;
+    const int64_t inputs = product.weight.layout.K;
+    char* out = static_cast<char*>(product.out);
+    const Blocks blocks = packed_blocks(all.rows);
+    const Buffer packed(packed_bytes(product.dtype, blocks, all.columns));
+    const Buffer packed_x(need_values ? packed_bytes(product.dtype, blocks, inputs) : 0);
+    for (int64_t block = 0; block < blocks.number(); ++block) {
+      const Range rows = blocks.at(block);
+      product.a = rows_of(all, rows, bytes);
+      const NmPanels panels = pack(product.dtype, product.a, packed.get());
+      if (need_x) {
+        product.out = out + rows.begin * inputs * bytes;
+        multiply_block(product, panels, packed.get());
+      }
+      if (!need_values) continue;
+      pack(product.dtype, rows_of(all_x, rows, bytes), packed_x.get());
+      values.panels = panels, values.grad = packed.get(), values.x = packed_x.get(), values.add = block > 0;
+      run_values();
+    }
+  }
+
+  void run_values() const {
+    const NmValuesKernels& kernels = pick_NmValuesKernels();
+    const int64_t sharing = threads();
+    const NmPlan plan = kernels.plan(values, sharing);
+    const int64_t flops = product.a.rows * product.weight.outputs * product.weight.layout.slots;
+    parallel_for(plan.items, flops / std::max<int64_t>(1, plan.items), [&](int64_t begin, int64_t end) {
+      const Buffer buffer(plan.buffer_bytes);
+      kernels.grad_values(values, plan, sharing, {begin, end}, buffer.get());
+    });
+  }
+};
+
+// The sums of grad_values, rounded to the dtype of the result.
+void narrow(int dtype, const Tensor& sums, Tensor& out) {
+  constexpr int64_t kPiece = 4096;
+  parallel_for(parts_of(out.numel(), kPiece), kPiece * 6, [&](int64_t begin, int64_t end) {
+    pick_NmValuesKernels().narrow(dtype, sums.const_data_ptr(), {begin * kPiece, std::min(end * kPiece, out.numel())},
+                                  out.mutable_data_ptr());
+  });
+}
+
+std::tuple<Tensor, Tensor> linear_backward(const Tensor& grad_any, const Tensor& x_any, const Tensor& values_any,
+                                           const Tensor& indices_any, int64_t n, int64_t m, bool need_x, bool need_values) {
+  const NmLayout layout = check_nm_linear_backward(grad_any, x_any, values_any, indices_any, n, m);
+  const Tensor grad = with_contiguous_rows(grad_any), x = with_contiguous_rows(x_any);
+  const Tensor values = with_contiguous_rows(values_any), indices = with_contiguous_rows(indices_any);
+  const int64_t rows = x.size(0);
+  Tensor grad_x = need_x ? empty_like_device(x, {rows, layout.K}) : empty_like_device(x, {0});
+  Tensor grad_values = need_values ? empty_like_device(x, {values.size(0), layout.slots}) : empty_like_device(x, {0});
+  if (rows == 0 && grad_values.numel() > 0) {
+    std::memset(grad_values.mutable_data_ptr(), 0, static_cast<size_t>(grad_values.numel()) * grad_values.element_size());
+  }
+  need_x = need_x && grad_x.numel() > 0;
+  need_values = need_values && grad_values.numel() > 0;
+  if (rows == 0 || !(need_x || need_values)) return {grad_x, grad_values};
+  const int dtype = static_cast<int>(dtype_of(x));
+  const NmCompressed weight = compressed_of(values, indices, layout);
+  const bool wide = accumulation_type(x.scalar_type()) == x.scalar_type();
+  const Tensor sums = wide || !need_values
+                          ? grad_values
+                          : empty_like_device(x, {grad_values.numel()}, accumulation_type(x.scalar_type()));
+  void* sums_data = need_values ? sums.mutable_data_ptr() : nullptr;
+  Backward backward{{dtype, true, matrix_of(grad), weight, nullptr, grad_x.mutable_data_ptr()}, matrix_of(x),
+                    {dtype, weight, {}, nullptr, nullptr, false, sums_data}, need_x, need_values};
+  backward.run(static_cast<int64_t>(x.element_size()));
+  if (need_values && !wide) narrow(dtype, sums, grad_values);
+  return {grad_x, grad_values};
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(maskops, CPU, m) {
   m.impl("nm_matmul_linear", TORCH_BOX(&nm_matmul_linear));
+  m.impl("_nm_matmul_linear_backward", TORCH_BOX(&linear_backward));
 }
 
 }  // namespace maskops

@@ -48,7 +48,8 @@ struct NmPanels {
 // Work items that threads share, and the bytes of buffer that each thread needs.
 struct NmPlan {
   int64_t items, buffer_bytes;
-  int64_t chunk, chunks, splits;  // rows of the result per item, and into how many ranges the panels are split
+  int64_t chunk, chunks, splits;  // tiles per item, number of chunks, and into how many ranges the panels are split
+  int64_t section;                // spans whose lists are made at a time
 };
 
 // grad_values [N, J] += (grad^T x) at the kept places, for a block of rows; sums in float32 or float64.
@@ -69,9 +70,40 @@ struct NmProductKernels {
 };
 MASKOPS_DECLARE_KERNELS(NmProductKernels)
 
+struct NmValuesKernels {
+  NmPlan (*plan)(const NmGradValues&, int64_t threads);
+  void (*grad_values)(const NmGradValues&, const NmPlan&, int64_t threads, Range items, void* buffer);
+  void (*narrow)(int dtype, const void* sums, Range values, void* out);
+};
+MASKOPS_DECLARE_KERNELS(NmValuesKernels)
+
+// x prepared for the kernels of few rows: in float32 or float64, each row padded with zeros.
+struct NmFewKernels {
+  int64_t (*most_rows)(const NmProduct&);  // up to so many rows of x these kernels are faster
+  int64_t (*x_bytes)(const NmProduct&);
+  void (*prepare)(const NmProduct&, void* x);
+  int64_t (*buffer_bytes)(const NmProduct&);
+  void (*multiply)(const NmProduct&, Range items, const void* x, void* buffer);  // items of kNmFewOutputs outputs
+};
+MASKOPS_DECLARE_KERNELS(NmFewKernels)
+
 // Steps of the work in which threads share it.
 constexpr int64_t kNmPackColumns = 256;   // of a panel, per item of packing
 constexpr int64_t kNmMostRows = 2048;     // rows of x packed at a time: bounds the buffers, and fixes the order of additions
 constexpr int64_t kNmFewOutputs = 16;     // outputs per item where x has few rows
 
+inline namespace MASKOPS_ISA_NS {
+
+// run.template operator()<storage type>()
+template <class Run>
+static inline void with_storage(int dtype, const Run& run) {
+  switch (dtype) {
+    case 0: return run.template operator()<float>();
+    case 1: return run.template operator()<double>();
+    case 2: return run.template operator()<bf16>();
+    default: return run.template operator()<f16>();
+  }
+}
+
+}  // namespace MASKOPS_ISA_NS
 }  // namespace maskops

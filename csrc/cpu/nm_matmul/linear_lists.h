@@ -2,7 +2,8 @@
 //
 // A tile is 64 rows of the weight by one span of at most 64 columns, whole groups. Rows of lists go in pairs: first the columns
 // that both rows keep, whose packed values are loaded once for both, then those of the first row, then those of the second. A
-// pair of 2:4 rows thus needs 3/4 of the loads, and loads, not multiply-adds, are what the products run out of first.
+// pair of 2:4 rows thus needs 3/4 of the loads, and loads, not multiply-adds, are what the products run out of first. The lists
+// of a pair: values of the first row at columns of both, values of the second there, values of the first row alone, of the second.
 #pragma once
 
 #include "common/simd_shuffle.h"
@@ -114,9 +115,15 @@ struct TileReader {
 #endif
   }
 
-  // `count` rows of the weight from `row` on, span b.
+  // `count` rows of the weight from `row` on, span b. The tile below is asked for meanwhile: the rows are too many, and too little
+  // of each is read, for the hardware to notice.
   inline void read(int64_t row, int64_t count, int64_t b, ListTile<S>& tile) const {
-    for (int64_t r = 0; r < count; ++r) tile.kept[r] = read_row(row + r, b, tile.dense[r]);
+    const int64_t bytes = slots * int64_t(sizeof(T));
+    const char* below = static_cast<const char*>(weight.values) + ((row + count) * weight.values_stride + b * slots) * int64_t(sizeof(T));
+    for (int64_t r = 0; r < count; ++r, below += weight.values_stride * int64_t(sizeof(T))) {
+      for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(below + at, 0, 2);
+      tile.kept[r] = read_row(row + r, b, tile.dense[r]);
+    }
     for (int64_t r = count; r < kTileSide; ++r) tile.kept[r] = 0;
   }
 };
@@ -151,11 +158,11 @@ static inline void transpose_tile(const ListTile<S>& from, ListTile<S>& to) {
   transpose_bits_of(from.kept, to.kept);
 }
 
-// ---- from a tile to lists
+// ---- lists
 
-// Where the lists go; they are written one after the other. Offsets are bytes from the first packed column of the span.
-// Vectors may be stored past the end: kListSlack elements more than the lists need.
-constexpr int64_t kListSlack = 64;
+// Where the lists of one span go, one pair after the other. Offsets are bytes from the first packed column of the span. Whole
+// vectors are stored: kListSlack elements past the end of the lists get lost.
+constexpr int64_t kListSlack = 32;
 
 template <class S>
 struct ListWriter {
@@ -165,79 +172,123 @@ struct ListWriter {
   int column_bytes;  // of the packed matrix: a column of a panel
 };
 
-template <class S>
-static inline void write_bits(uint64_t bits, const S* dense, ListWriter<S>& to) {
-  for (; bits != 0; bits &= bits - 1) {
-    const int k = __builtin_ctzll(bits);
-    *to.values++ = dense[k];
-    *to.offsets++ = uint16_t(k * to.column_bytes);
-  }
-}
-
-template <class S>
-static inline void write_pair(uint64_t a, uint64_t b, const S* first, const S* second, ListWriter<S>& to) {
-  for (uint64_t bits = a & b; bits != 0; bits &= bits - 1) {
-    const int k = __builtin_ctzll(bits);
-    to.values[0] = first[k];
-    to.values[1] = second[k];
-    to.values += 2;
-    *to.offsets++ = uint16_t(k * to.column_bytes);
-  }
-  write_bits(a & ~b, first, to);
-  write_bits(b & ~a, second, to);
-}
-
 #if MASKOPS_ISA_LEVEL == 2
 static inline void write_offsets(__mmask16 here, __m512i offsets, int some, ListWriter<float>& to) {
   const __m512i packed = _mm512_maskz_compress_epi32(here, offsets);
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(to.offsets), _mm512_cvtepi32_epi16(packed));
   to.offsets += some;
 }
-
-static inline void write_vectors(uint64_t bits, const float* dense, __m512i offsets, __m512i step, ListWriter<float>& to) {
-#pragma GCC unroll 4
-  for (int q = 0; q < 4; ++q) {
-    const __mmask16 here = __mmask16(bits >> (16 * q));
-    const int some = __builtin_popcount(here);
-    _mm512_storeu_ps(to.values, _mm512_maskz_compress_ps(here, _mm512_load_ps(dense + 16 * q)));
-    to.values += some;
-    write_offsets(here, offsets, some, to);
-    offsets = _mm512_add_epi32(offsets, step);
-  }
-}
-
-static inline void write_pair(uint64_t a, uint64_t b, const float* first, const float* second, ListWriter<float>& to) {
-  const __m512i step = _mm512_set1_epi32(16 * to.column_bytes);
-  const __m512i zero = _mm512_mullo_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
-                                          _mm512_set1_epi32(to.column_bytes));
-  __m512i offsets = zero;
-#pragma GCC unroll 4
-  for (int q = 0; q < 4; ++q) {
-    const __mmask16 here = __mmask16((a & b) >> (16 * q));
-    const int some = __builtin_popcount(here);
-    const VecF x{_mm512_maskz_compress_ps(here, _mm512_load_ps(first + 16 * q))};
-    const VecF y{_mm512_maskz_compress_ps(here, _mm512_load_ps(second + 16 * q))};
-    interleave<0>(x, y).store(to.values);
-    interleave<1>(x, y).store(to.values + 16);
-    to.values += 2 * some;
-    write_offsets(here, offsets, some, to);
-    offsets = _mm512_add_epi32(offsets, step);
-  }
-  write_vectors(a & ~b, first, zero, step, to);
-  write_vectors(b & ~a, second, zero, step, to);
+static inline void write_some(__mmask16 here, VecF values, int some, ListWriter<float>& to) {
+  _mm512_storeu_ps(to.values, _mm512_maskz_compress_ps(here, values.v));
+  to.values += some;
 }
 #endif
 
-// The lists of the first `rows` rows of a tile, pair by pair.
-template <class S>
-static inline void write_lists(const ListTile<S>& tile, int64_t rows, ListWriter<S>& to) {
-  for (int64_t r = 0; r < rows; r += 2) {
-    const uint64_t a = tile.kept[r], b = r + 1 < rows ? tile.kept[r + 1] : 0;
-    const int both = __builtin_popcountll(a & b);
-    *to.counts++ = {uint8_t(both), uint8_t(__builtin_popcountll(a) - both), uint8_t(__builtin_popcountll(b) - both), 0};
-    write_pair(a, b, tile.dense[r], tile.dense[r + (r + 1 < kTileSide)], to);
+// The values of a row at the columns of `bits`, and with kOffsets their offsets.
+template <bool kOffsets, class S>
+static inline void write_kept(uint64_t bits, const S* dense, ListWriter<S>& to) {
+#if MASKOPS_ISA_LEVEL == 2
+  if constexpr (sizeof(S) == 4) {
+    const __m512i numbers = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    __m512i offsets = _mm512_mullo_epi32(numbers, _mm512_set1_epi32(to.column_bytes));
+#pragma GCC unroll 4
+    for (int q = 0; q < 4; ++q) {
+      const __mmask16 here = __mmask16(bits >> (16 * q));
+      const int some = __builtin_popcount(here);
+      write_some(here, VecF::load(dense + 16 * q), some, to);
+      if (kOffsets) write_offsets(here, offsets, some, to);
+      offsets = _mm512_add_epi32(offsets, _mm512_set1_epi32(16 * to.column_bytes));
+    }
+    return;
+  }
+#endif
+  for (; bits != 0; bits &= bits - 1) {
+    const int k = __builtin_ctzll(bits);
+    *to.values++ = dense[k];
+    if (kOffsets) *to.offsets++ = uint16_t(k * to.column_bytes);
   }
 }
+
+static inline PairCounts count_pair(uint64_t a, uint64_t b) {
+  const int both = __builtin_popcountll(a & b);
+  return {uint8_t(both), uint8_t(__builtin_popcountll(a) - both), uint8_t(__builtin_popcountll(b) - both), 0};
+}
+
+// A pair of rows from the columns that each keeps and its values there.
+template <class S>
+static inline void write_lists(uint64_t a, uint64_t b, const S* first, const S* second, ListWriter<S>& to) {
+  *to.counts++ = count_pair(a, b);
+  write_kept<true>(a & b, first, to);
+  write_kept<false>(a & b, second, to);
+  write_kept<true>(a & ~b, first, to);
+  write_kept<true>(b & ~a, second, to);
+}
+
+#if MASKOPS_ISA_LEVEL == 2
+
+// A row of a span by its slots: sixteen of them per vector, in the order in which they lie.
+template <class T>
+struct RowSlots {
+  const T* values;
+  int64_t count;
+  uint64_t kept;
+  __m512i offsets[4], low[4], high[4];  // of the columns in the packed block, and their bits in words of 64
+
+  // The values of vector i; without the mask where it is not needed, as masks compete with the shuffles.
+  inline VecF vector(int64_t i) const {
+    const int64_t left = count - i * 16;
+    return left >= 16 ? VecF::load(values + i * 16) : VecF::load_n(values + i * 16, left);
+  }
+
+  inline void read(const TileReader<float, T>& reader, int64_t row, int64_t b, int column_bytes) {
+    const NmCompressed& w = reader.weight;
+    const NmLayout& l = w.layout;
+    const uint8_t* places = w.indices + row * w.indices_stride;
+    const int64_t first = b * reader.slots, width = min_of(reader.span, l.K - b * reader.span);
+    values = static_cast<const T*>(w.values) + row * w.values_stride + first;
+    count = min_of(reader.slots, l.slots - first);
+    const bool whole = count % 16 == 0 && width == reader.span;
+    const __m512i one = _mm512_set1_epi64(1), bytes = _mm512_set1_epi32(column_bytes);
+    __m512i bits = _mm512_setzero_si512();
+    for (int64_t i = 0; i * 16 < count; ++i) {
+      const __m512i place = reader.places.read(places, l.row_bytes, first + i * 16);
+      __m512i columns = _mm512_add_epi32(place, _mm512_load_si512(reader.starts + i * 16));
+      offsets[i] = _mm512_mullo_epi16(columns, bytes);  // below 2^16
+      if (!whole) {  // a bit that is shifted out is no column
+        const __mmask16 some = VecF::first(min_of<int64_t>(16, count - i * 16));
+        const __mmask16 real = _mm512_mask_cmplt_epu32_mask(some, columns, _mm512_set1_epi32(int(width)));
+        columns = _mm512_mask_mov_epi32(_mm512_set1_epi32(64), real, columns);
+      }
+      low[i] = _mm512_sllv_epi64(one, _mm512_cvtepu32_epi64(_mm512_castsi512_si256(columns)));
+      high[i] = _mm512_sllv_epi64(one, _mm512_cvtepu32_epi64(_mm512_extracti64x4_epi64(columns, 1)));
+      bits = _mm512_or_si512(bits, _mm512_or_si512(low[i], high[i]));
+    }
+    kept = uint64_t(_mm512_reduce_or_epi64(bits));
+  }
+
+  // The slots whose columns are in `wanted`.
+  template <bool kOffsets>
+  inline void write(uint64_t wanted, ListWriter<float>& to) const {
+    const __m512i words = _mm512_set1_epi64(int64_t(wanted));
+    for (int64_t i = 0; i * 16 < count; ++i) {
+      const __mmask16 here = _mm512_kunpackb(_mm512_test_epi64_mask(high[i], words), _mm512_test_epi64_mask(low[i], words));
+      const int some = __builtin_popcount(here);
+      write_some(here, vector(i), some, to);
+      if (kOffsets) write_offsets(here, offsets[i], some, to);
+    }
+  }
+};
+
+template <class T>
+static inline void write_lists(const RowSlots<T>& a, const RowSlots<T>& b, ListWriter<float>& to) {
+  *to.counts++ = count_pair(a.kept, b.kept);
+  a.template write<true>(a.kept & b.kept, to);
+  b.template write<false>(a.kept & b.kept, to);
+  a.template write<true>(a.kept & ~b.kept, to);
+  b.template write<true>(b.kept & ~a.kept, to);
+}
+
+#endif
 
 }  // namespace MASKOPS_ISA_NS
 }  // namespace maskops

@@ -15,17 +15,6 @@ constexpr int kPanelVectors = 8;
 constexpr int kPanelVectors = 6;
 #endif
 
-// run.template operator()<storage type>()
-template <class Run>
-static inline void with_storage(int dtype, const Run& run) {
-  switch (dtype) {
-    case 0: return run.template operator()<float>();
-    case 1: return run.template operator()<double>();
-    case 2: return run.template operator()<bf16>();
-    default: return run.template operator()<f16>();
-  }
-}
-
 template <class V>
 static inline NmPanels panels_of(int64_t rows) {
   const int64_t vectors = parts_of(rows, V::width), count = parts_of(vectors, kPanelVectors);
@@ -60,41 +49,44 @@ static inline void pack_rows_of(const NmMatrix& a, int64_t row, Range columns, i
   }
 }
 
-// `columns` of panels [some.begin, some.end).
+// `columns` of panels [some.begin, some.end), in pieces that are finished while they are in the L1 cache.
+constexpr int64_t kPiece = 64;
+
 template <class V, class T>
 static void pack_panels(const NmMatrix& a, const NmPanels& panels, Range some, Range columns, typename V::scalar* to) {
   const int64_t stride = panels.vectors * V::width;
   for (int64_t p = some.begin; p < some.end; ++p) {
     const int64_t used = p + 1 == panels.count ? panels.last : panels.vectors;
-    for (int64_t v = 0; v < used; ++v) {
-      pack_rows_of<V, T>(a, (p * panels.vectors + v) * V::width, columns, stride, to + p * a.columns * stride + v * V::width);
+    typename V::scalar* panel = to + p * a.columns * stride;
+    for (int64_t k = columns.begin; k < columns.end; k += kPiece) {
+      const Range piece{k, min_of(columns.end, k + kPiece)};
+      for (int64_t v = 0; v < used; ++v) pack_rows_of<V, T>(a, (p * panels.vectors + v) * V::width, piece, stride, panel + v * V::width);
     }
   }
 }
 
-// sums [columns][vectors of rows] to out [rows, columns] for `vectors` vectors of rows from `row` on; out has `rows` rows.
+// Sums [place of a column][vectors of rows] to out [rows, columns].
 template <class V, class T>
-static inline void unpack_sums(const typename V::scalar* sums, int64_t columns, int vectors, int64_t row, int64_t rows, T* out,
+static inline void unpack_sums(const typename V::scalar* sums, const int32_t* places, int64_t columns, int vectors, int64_t rows, T* out,
                                int64_t out_stride) {
   constexpr int W = V::width;
   const int64_t stride = vectors * W;
-  for (int64_t j = 0; j < columns; j += W) {
-    const int64_t some = min_of<int64_t>(W, columns - j);
-    for (int64_t v = 0; v < vectors; ++v) {
-      const int64_t first = row + v * W, count = min_of<int64_t>(W, rows - first);
-      V tile[W];
-      if (some == W) {
-#pragma GCC unroll 16
-        for (int i = 0; i < W; ++i) tile[i] = V::load(sums + (j + i) * stride + v * W);
-      } else {
-        for (int i = 0; i < W; ++i) tile[i] = i < some ? V::load(sums + (j + i) * stride + v * W) : V::zero();
-      }
-      transpose(tile);
+  for (int64_t v = 0; v < vectors; ++v) {  // each row of the result is written on and on
+    const int64_t first = v * W, count = min_of<int64_t>(W, rows - first);
+    for (int64_t j = 0; j < columns; j += W) {
+      const int64_t some = min_of<int64_t>(W, columns - j);
+      const typename V::scalar* from = sums + v * W;
       T* to = out + first * out_stride + j;
+      V tile[W];
       if (some == W && count == W) {
+#pragma GCC unroll 16
+        for (int i = 0; i < W; ++i) tile[i] = V::load(from + places[j + i] * stride);
+        transpose(tile);
 #pragma GCC unroll 16
         for (int i = 0; i < W; ++i) tile[i].store(to + i * out_stride);
       } else {
+        for (int i = 0; i < W; ++i) tile[i] = i < some ? V::load(from + places[j + i] * stride) : V::zero();
+        transpose(tile);
         for (int64_t i = 0; i < count; ++i) tile[i].store_n(to + i * out_stride, some);
       }
     }

@@ -1,7 +1,8 @@
 // The product of packed rows with a weight in lists. A work item is a chunk of rows of lists (outputs, or inputs for the gradient
-// of x) against a range of panels. Its lists are made once and stay in the L2 cache; then, panel by panel and span by span, each
-// pair of rows adds to its sums, which wait in the L2 cache between spans. Every sum runs over the spans in order, and within a
-// span in the order of the lists, so threads change nothing.
+// of x) against a range of panels. The lists of a section of the chunk's columns are made at a time, so that they stay in the L2
+// cache for all panels; then, panel by panel and span by span, each pair of rows adds to its sums, which wait in the L2 cache
+// between spans. Every sum runs over the spans in order, and within a span in the order of the lists, so threads change nothing.
+#include "common/simd_shuffle.h"
 #include "cpu/nm_matmul/linear_lists.h"
 #include "cpu/nm_matmul/linear_panels.h"
 
@@ -9,26 +10,39 @@ namespace maskops {
 inline namespace MASKOPS_ISA_NS {
 namespace {
 
-constexpr int64_t kChunkRows = 256;
+constexpr int64_t kChunkRows = 256;                  // each panel is read once per chunk
+constexpr int64_t kSectionBytes = int64_t{768} << 10;  // of lists, about
 
 // ---- the inner loop
+
+// Lines that the next step will touch, brought to the L2 cache meanwhile: `lines` at each of `count` places, `stride` bytes apart.
+struct Ahead {
+  const char* at;
+  int64_t stride, lines, count;
+};
+inline void prefetch(const Ahead& ahead, int64_t i) {
+  if (i >= ahead.count) return;
+  for (int64_t line = 0; line < ahead.lines; ++line) __builtin_prefetch(ahead.at + i * ahead.stride + line * 64, 0, 2);
+}
 
 // Pairs of rows by N vectors. sums [2 pairs][N vectors] start as `init` [2 pairs], where that is given.
 template <class V, int N>
 void multiply_pairs(int64_t pairs, const PairCounts* counts, const typename V::scalar* values, const uint16_t* offsets, const char* x,
-                    const typename V::scalar* init, typename V::scalar* sums) {
+                    const typename V::scalar* init, typename V::scalar* sums, const Ahead& ahead) {
   using S = typename V::scalar;
   constexpr int W = V::width;
   for (int64_t pair = 0; pair < pairs; ++pair, sums += 2 * N * W) {
+    prefetch(ahead, pair);
     V first[N], second[N];
 #pragma GCC unroll 8
     for (int i = 0; i < N; ++i) {
       first[i] = init ? V::all(init[2 * pair]) : V::load(sums + i * W);
       second[i] = init ? V::all(init[2 * pair + 1]) : V::load(sums + (N + i) * W);
     }
-    for (const uint16_t* stop = offsets + counts[pair].both; offsets < stop; ++offsets, values += 2) {
+    const int64_t both = counts[pair].both;
+    for (const uint16_t* stop = offsets + both; offsets < stop; ++offsets, ++values) {
       const S* column = reinterpret_cast<const S*>(x + *offsets);
-      const V a = V::all(values[0]), b = V::all(values[1]);
+      const V a = V::all(values[0]), b = V::all(values[both]);
 #pragma GCC unroll 8
       for (int i = 0; i < N; ++i) {
         const V rows = loaded_once(V::load(column + i * W));
@@ -36,6 +50,7 @@ void multiply_pairs(int64_t pairs, const PairCounts* counts, const typename V::s
         second[i] = fma(b, rows, second[i]);
       }
     }
+    values += both;
     for (const uint16_t* stop = offsets + counts[pair].first; offsets < stop; ++offsets, ++values) {
       const S* column = reinterpret_cast<const S*>(x + *offsets);
       const V a = V::all(*values);
@@ -58,7 +73,7 @@ void multiply_pairs(int64_t pairs, const PairCounts* counts, const typename V::s
 
 template <class V>
 using PairsKernel = void (*)(int64_t, const PairCounts*, const typename V::scalar*, const uint16_t*, const char*,
-                             const typename V::scalar*, typename V::scalar*);
+                             const typename V::scalar*, typename V::scalar*, const Ahead&);
 
 template <class V, int N = kPanelVectors>
 inline PairsKernel<V> pairs_kernel(int64_t vectors) {
@@ -74,7 +89,7 @@ inline PairsKernel<V> pairs_kernel(int64_t vectors) {
 struct ListShape {
   int64_t rows, unit, pairs;  // pairs of a full tile
   int64_t depth, blocks, sums_over;
-  int64_t slots;  // the most kept weights in a tile, all blocks together
+  int64_t slots;  // the most kept weights of a tile in a block
 
   explicit ListShape(const NmProduct& p) {
     const NmLayout& l = p.weight.layout;
@@ -86,7 +101,7 @@ struct ListShape {
     depth = p.transposed ? kTileSide : span;
     blocks = p.transposed ? strips : spans;
     pairs = parts_of(unit, 2);
-    slots = p.transposed ? p.weight.outputs * (span / l.m * l.n) : kTileSide * l.slots;
+    slots = kTileSide * (span / l.m * l.n);
   }
   inline int64_t tiles() const { return parts_of(rows, unit); }
   inline int64_t tile_rows(int64_t tile) const { return min_of(unit, rows - tile * unit); }
@@ -96,21 +111,27 @@ struct ListShape {
 template <class S>
 struct ChunkBuffers {
   ListTile<S>* tiles;  // two, one to read into, one transposed
-  S* values;
+  ListWriter<S>* ends; // of the lists of each block
+  S* values;           // of each block in turn
   uint16_t* offsets;
   PairCounts* counts;
-  int64_t *value_starts, *offset_starts;  // of each block
+  int32_t* places;  // of the sums of each row of lists
   S *init, *sums;
+  int64_t block_values, block_pairs, panel_sums;
 
-  ChunkBuffers(const ListShape& shape, const NmPanels& panels, int64_t chunk, Pieces& pieces)
-      : tiles(pieces.take<ListTile<S>>(2)),
-        values(pieces.take<S>(shape.slots * chunk + kListSlack)),
-        offsets(pieces.take<uint16_t>(shape.slots * chunk + kListSlack)),
-        counts(pieces.take<PairCounts>(shape.blocks * shape.pairs * chunk)),
-        value_starts(pieces.take<int64_t>(shape.blocks)),
-        offset_starts(pieces.take<int64_t>(shape.blocks)),
-        init(pieces.take<S>(2 * shape.pairs * chunk)),
-        sums(pieces.take<S>(2 * shape.pairs * chunk * panels.row_bytes / int64_t(sizeof(S)))) {}
+  ChunkBuffers(const ListShape& shape, const NmPanels& panels, const NmPlan& plan, Pieces& pieces)
+      : block_values(shape.slots * plan.chunk + kListSlack), block_pairs(shape.pairs * plan.chunk) {
+    tiles = pieces.take<ListTile<S>>(2);
+    ends = pieces.take<ListWriter<S>>(plan.section);
+    values = pieces.take<S>(plan.section * block_values);
+    offsets = pieces.take<uint16_t>(plan.section * block_values);
+    counts = pieces.take<PairCounts>(plan.section * block_pairs);
+    places = pieces.take<int32_t>(shape.unit * plan.chunk);
+    init = pieces.take<S>(2 * block_pairs);
+    panel_sums = 2 * block_pairs * panels.row_bytes / int64_t(sizeof(S));
+    // One section: a panel is finished before the next one begins.
+    sums = pieces.take<S>((plan.section == shape.blocks ? 1 : parts_of(panels.count, plan.splits)) * panel_sums);
+  }
 };
 
 NmPlan plan(const NmProduct& p, const NmPanels& panels, int64_t threads) {
@@ -124,8 +145,11 @@ NmPlan plan(const NmProduct& p, const NmPanels& panels, int64_t threads) {
   plan.splits = max_of<int64_t>(1, min_of(panels.count, parts_of(wanted, max_of<int64_t>(1, plan.chunks))));
   plan.items = plan.chunks * plan.splits;
   with_storage(p.dtype, [&]<class T>() {
+    using S = typename VecFor<T>::type::scalar;
+    const int64_t block_bytes = shape.slots * plan.chunk * int64_t(sizeof(S) + sizeof(uint16_t));
+    plan.section = Blocks::of(shape.blocks, max_of<int64_t>(1, kSectionBytes / block_bytes), 1).size;
     Pieces pieces(nullptr);
-    ChunkBuffers<typename VecFor<T>::type::scalar>(shape, panels, plan.chunk, pieces);
+    ChunkBuffers<S>(shape, panels, plan, pieces);
     plan.buffer_bytes = pieces.bytes;
   });
   return plan;
@@ -138,71 +162,145 @@ struct Chunk {
   using S = typename V::scalar;
   const NmProduct& p;
   const NmPanels& panels;
+  const NmPlan& plan;
   const ListShape shape;
   const TileReader<S, T> reader;
   Pieces pieces;
   const ChunkBuffers<S> use;
-  Range tiles{0, 0};
+  Range tiles{0, 0}, blocks{0, 0};  // those of the lists
   int64_t pairs = 0;
 
-  Chunk(const NmProduct& product, const NmPanels& panels_of_a, int64_t chunk, void* buffer)
-      : p(product), panels(panels_of_a), shape(product), reader(product.weight), pieces(buffer), use(shape, panels, chunk, pieces) {}
+  Chunk(const NmProduct& product, const NmPanels& panels_of_a, const NmPlan& plan_of, void* buffer)
+      : p(product), panels(panels_of_a), plan(plan_of), shape(product), reader(product.weight), pieces(buffer),
+        use(shape, panels, plan, pieces) {}
 
-  inline const ListTile<S>& read_tile(int64_t tile, int64_t b) {
-    if (!p.transposed) {
-      reader.read(tile * kTileSide, shape.tile_rows(tile), b, use.tiles[0]);
-      return use.tiles[0];
-    }
-    reader.read(b * kTileSide, min_of<int64_t>(kTileSide, p.weight.outputs - b * kTileSide), tile, use.tiles[0]);
-    transpose_tile<V>(use.tiles[0], use.tiles[1]);
-    return use.tiles[1];
-  }
+  inline ListWriter<S>& end_of(int64_t b) { return use.ends[b - blocks.begin]; }
 
-  void make_lists(Range some) {
-    tiles = some;
-    pairs = (tiles.end - tiles.begin - 1) * shape.pairs + parts_of(shape.tile_rows(tiles.end - 1), 2);
-    ListWriter<S> to{use.values, use.offsets, use.counts, int(panels.row_bytes)};
-    for (int64_t b = 0; b < shape.blocks; ++b) {
-      use.value_starts[b] = to.values - use.values;
-      use.offset_starts[b] = to.offsets - use.offsets;
-      for (int64_t tile = tiles.begin; tile < tiles.end; ++tile) write_lists(read_tile(tile, b), shape.tile_rows(tile), to);
+  // Row by row, so that values and indices are read in the order in which they lie.
+  void list_rows(int64_t tile) {
+    const int64_t row = tile * kTileSide, count = shape.tile_rows(tile);
+#if MASKOPS_ISA_LEVEL == 2
+    if constexpr (sizeof(S) == 4) {
+      RowSlots<T> first, second;
+      for (int64_t r = 0; r < count; r += 2) {
+        for (int64_t b = blocks.begin; b < blocks.end; ++b) {
+          first.read(reader, row + r, b, int(panels.row_bytes));
+          if (r + 1 < count) second.read(reader, row + r + 1, b, int(panels.row_bytes));
+          else second.count = 0, second.kept = 0;
+          write_lists(first, second, end_of(b));
+        }
+      }
+      return;
     }
-    const T* bias = static_cast<const T*>(p.bias);
-    for (int64_t tile = tiles.begin; tile < tiles.end; ++tile) {
-      S* init = use.init + (tile - tiles.begin) * 2 * shape.pairs;
-      for (int64_t r = 0; r < 2 * shape.pairs; ++r) {
-        init[r] = bias && r < shape.tile_rows(tile) ? to_float(bias[tile * shape.unit + r]) : S(0);
+#endif
+    ListTile<S>& pair = use.tiles[0];
+    for (int64_t r = 0; r < count; r += 2) {
+      for (int64_t b = blocks.begin; b < blocks.end; ++b) {
+        const uint64_t first = reader.read_row(row + r, b, pair.dense[0]);
+        const uint64_t second = r + 1 < count ? reader.read_row(row + r + 1, b, pair.dense[1]) : 0;
+        write_lists(first, second, pair.dense[0], pair.dense[1], end_of(b));
       }
     }
   }
 
-  void multiply(int64_t panel, const void* packed) {
-    const int64_t used = panel + 1 == panels.count ? panels.last : panels.vectors;
+  // Tile by tile, each transposed.
+  void list_columns(int64_t tile, int64_t b) {
+    const int64_t row = b * kTileSide;
+    reader.read(row, min_of<int64_t>(kTileSide, p.weight.outputs - row), tile, use.tiles[0]);
+    transpose_tile<V>(use.tiles[0], use.tiles[1]);
+    const ListTile<S>& columns = use.tiles[1];
+    const int64_t count = shape.tile_rows(tile);
+    for (int64_t i = 0; i < count; i += 2) {
+      const int64_t first = row_of(i, count), second = i + 1 < count ? row_of(i + 1, count) : first;
+      write_lists(columns.kept[first], i + 1 < count ? columns.kept[second] : 0, columns.dense[first], columns.dense[second], end_of(b));
+    }
+  }
+
+  // The row of a tile at place i. Columns of one group rarely keep a weight in the same row, so pairs are made across two groups.
+  inline int64_t row_of(int64_t i, int64_t count) const {
+    const int64_t m = p.weight.layout.m, groups = i / (2 * m), rest = i % (2 * m);
+    if (!p.transposed || (groups + 1) * 2 * m > count) return i;
+    return groups * 2 * m + rest % 2 * m + rest / 2;
+  }
+
+  void make_lists(Range some_tiles, Range some_blocks) {
+    tiles = some_tiles, blocks = some_blocks;
+    pairs = (tiles.end - tiles.begin - 1) * shape.pairs + parts_of(shape.tile_rows(tiles.end - 1), 2);
+    for (int64_t i = 0; i < blocks.end - blocks.begin; ++i) {
+      use.ends[i] = {use.values + i * use.block_values, use.offsets + i * use.block_values, use.counts + i * use.block_pairs,
+                     int(panels.row_bytes)};
+    }
+    if (!p.transposed) {
+      for (int64_t tile = tiles.begin; tile < tiles.end; ++tile) list_rows(tile);
+    } else {
+      for (int64_t b = blocks.begin; b < blocks.end; ++b) {
+        for (int64_t tile = tiles.begin; tile < tiles.end; ++tile) list_columns(tile, b);
+      }
+    }
+    if (blocks.begin == 0) start_sums();
+  }
+
+  void start_sums() {
+    const T* bias = static_cast<const T*>(p.bias);
+    for (int64_t tile = tiles.begin; tile < tiles.end; ++tile) {
+      const int64_t start = (tile - tiles.begin) * 2 * shape.pairs, count = shape.tile_rows(tile);
+      int32_t* places = use.places + (tile - tiles.begin) * shape.unit;
+      for (int64_t r = 0; r < 2 * shape.pairs; ++r) {
+        use.init[start + r] = bias && r < count ? to_float(bias[tile * shape.unit + r]) : S(0);
+        if (r < count) places[row_of(r, count)] = int32_t(start + r);
+      }
+    }
+  }
+
+  // During a block the packed columns of the next one, and during the last block the rows of the result.
+  inline Ahead ahead_of(int64_t b, const char* x, const T* out, int64_t rows) const {
+    if (b + 1 < shape.blocks) {
+      const int64_t columns = min_of(shape.depth, shape.sums_over - (b + 1) * shape.depth);
+      const int64_t all = columns * panels.row_bytes / 64, lines = parts_of(all, pairs);
+      return {x + (b + 1) * shape.depth * panels.row_bytes, lines * 64, lines, all / lines};
+    }
+    const int64_t width = min_of(shape.rows, tiles.end * shape.unit) - tiles.begin * shape.unit;
+    return {reinterpret_cast<const char*>(out), shape.rows * int64_t(sizeof(T)), parts_of(width * int64_t(sizeof(T)), 64), rows};
+  }
+
+  // Adds the section to the sums of a panel, and writes them out after the last section.
+  void multiply(int64_t panel, const void* packed, S* sums) {
+    const int64_t used = panel + 1 == panels.count ? panels.last : panels.vectors, first = panel * panels.vectors * V::width;
     const char* x = static_cast<const char*>(packed) + panel * shape.sums_over * panels.row_bytes;
     const PairsKernel<V> kernel = pairs_kernel<V>(used);
-    for (int64_t b = 0; b < shape.blocks; ++b) {
-      kernel(pairs, use.counts + b * pairs, use.values + use.value_starts[b], use.offsets + use.offset_starts[b],
-             x + b * shape.depth * panels.row_bytes, b == 0 ? use.init : nullptr, use.sums);
+    T* out = static_cast<T*>(p.out) + first * shape.rows;
+    for (int64_t b = blocks.begin, i = 0; b < blocks.end; ++b, ++i) {
+      kernel(pairs, use.counts + i * use.block_pairs, use.values + i * use.block_values, use.offsets + i * use.block_values,
+             x + b * shape.depth * panels.row_bytes, b == 0 ? use.init : nullptr, sums,
+             ahead_of(b, x, out + tiles.begin * shape.unit, min_of(used * V::width, p.a.rows - first)));
     }
-    T* out = static_cast<T*>(p.out);
-    for (int64_t tile = tiles.begin; tile < tiles.end; ++tile) {
-      const S* sums = use.sums + (tile - tiles.begin) * 2 * shape.pairs * used * V::width;
-      unpack_sums<V, T>(sums, shape.tile_rows(tile), int(used), panel * panels.vectors * V::width, p.a.rows,
-                        out + tile * shape.unit, shape.rows);
-    }
+    if (blocks.end < shape.blocks) return;
+    const int64_t row = tiles.begin * shape.unit, columns = min_of(shape.rows, tiles.end * shape.unit) - row;
+    unpack_sums<V, T>(sums, use.places, columns, int(used), min_of(used * V::width, p.a.rows - first), out + row, shape.rows);
   }
 };
 
+template <class V, class T>
+void multiply_item(Chunk<V, T>& chunk, int64_t number, Range panels, const void* packed) {
+  const NmPlan& plan = chunk.plan;
+  const int64_t blocks = chunk.shape.blocks;
+  const Range tiles{number * plan.chunk, min_of(chunk.shape.tiles(), (number + 1) * plan.chunk)};
+  for (int64_t b = 0; b < blocks; b += plan.section) {
+    chunk.make_lists(tiles, {b, min_of(blocks, b + plan.section)});
+    for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
+      const int64_t at = plan.section == blocks ? 0 : panel - panels.begin;
+      chunk.multiply(panel, packed, chunk.use.sums + at * chunk.use.panel_sums);
+    }
+  }
+}
+
 void multiply(const NmProduct& p, const NmPanels& panels, const NmPlan& plan, Range items, const void* packed, void* buffer) {
   with_storage(p.dtype, [&]<class T>() {
-    Chunk<typename VecFor<T>::type, T> chunk(p, panels, plan.chunk, buffer);
-    for (int64_t item = items.begin, made = -1; item < items.end; ++item) {
-      const int64_t number = item / plan.splits, split = item % plan.splits;
-      if (number != made) chunk.make_lists({number * plan.chunk, min_of(chunk.shape.tiles(), (number + 1) * plan.chunk)});
-      made = number;
-      for (int64_t panel = split * panels.count / plan.splits; panel < (split + 1) * panels.count / plan.splits; ++panel) {
-        chunk.multiply(panel, packed);
-      }
+    Chunk<typename VecFor<T>::type, T> chunk(p, panels, plan, buffer);
+    const int64_t each = parts_of(panels.count, plan.splits);
+    for (int64_t item = items.begin; item < items.end; ++item) {
+      const int64_t split = item % plan.splits;
+      multiply_item(chunk, item / plan.splits, {min_of(panels.count, split * each), min_of(panels.count, (split + 1) * each)}, packed);
     }
   });
 }

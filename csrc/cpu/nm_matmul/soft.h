@@ -1,5 +1,8 @@
-// nm_matmul_soft on the CPU. The soft mask is made row by row, where the product packs its weight, and made again for the gradients:
-// nothing of the size of groups x patterns is stored, and no masked weight is ever whole.
+// The kernels of nm_matmul_soft, one table per instruction set.
+//     forward       y [M, N] = x (W * mask)^T
+//     grad_x        [M, K] = grad (W * mask)
+//     grad_logits   grad^T x, times W, through the mask to the logits
+// Masks are made from the logits and the noise where they are needed, a panel of rows of W at a time, and are never whole.
 #pragma once
 
 #include <cstdint>
@@ -11,30 +14,41 @@
 namespace maskops {
 
 struct Soft {
-  int dtype, n, m;
-  bool exact, hard;                  // logits [N, G, P], else [N, K]
-  int64_t patterns;                  // P, or m of the linear parameterisation: logits per group
-  int64_t rows, outputs, inputs;     // M, N, K
-  double tau, scale, grad_kept;
+  int dtype;
+  bool pairs;  // bfloat16 multiplied as such; otherwise it is widened while it is packed
+  int64_t rows, outputs, inputs, groups;  // M, N, K, G
+  int n, m;
+  int patterns;             // P, or 0: logits in linear space, one per weight
+  const int32_t* places;    // [P, n] the places that a pattern keeps
+  const int32_t* members;   // [m, P n / m] the patterns that keep a place
+  const void *x, *weight, *logits, *grad;
   PhiloxKey key;
-  const void *x, *weight, *logits, *grad;  // contiguous
-  void* out;                         // y [M, N] or grad_x [M, K]
-  void* kept;                        // [N], in the accumulation dtype: the squares of a masked row
+  double inverse_tau, scale, grad_kept;
+  bool hard;
+  void* kept;         // [N] sums of (W * mask)^2, in the type of the logits
+  void* out;          // y or grad_x
   void* grad_logits;
+  int64_t threads;
+
+  int64_t group_logits() const { return patterns > 0 ? patterns : m; }
 };
 
+// Units that threads share, and bytes of buffers: of the packed masked weight, and of what each thread needs for itself.
 struct SoftPlan {
-  int64_t panels, row_blocks, packed_bytes, pack_bytes, block_bytes;  // of a product
-  int64_t chunks, chunk_bytes;                                        // of the gradient for the logits
+  int64_t units, packed_bytes, thread_bytes;
 };
 
 struct SoftKernels {
-  SoftPlan (*plan)(const Soft&, bool backward);
-  void (*pack)(const Soft&, Range panels, void* packed, void* buffer);       // forward: masked rows into panels, and kept
-  void (*pack_rows)(const Soft&, Range steps, void* packed, void* buffer);   // gradient for x: masked rows as rows of B
-  void (*forward)(const Soft&, Range blocks, const void* packed, void* buffer);
-  void (*grad_x)(const Soft&, Range blocks, const void* packed, void* buffer);
-  void (*grad_logits)(const Soft&, Range chunks, void* buffer);
+  bool has_pairs;
+  // The masked weight as panels of N columns (by_outputs) or of K columns; units are panels of its rows.
+  SoftPlan (*plan_weight)(const Soft&, bool by_outputs);
+  void (*pack_weight)(const Soft&, bool by_outputs, Range panels, void* packed, void* buffer);
+  // x or grad times the packed weight; units are panels of rows of x.
+  SoftPlan (*plan_product)(const Soft&, bool by_outputs);
+  void (*product)(const Soft&, bool by_outputs, Range panels, const void* packed, void* buffer);
+  // Units are blocks of the gradient of the mask.
+  SoftPlan (*plan_grad_logits)(const Soft&);
+  void (*grad_logits)(const Soft&, Range items, void* buffer);
 };
 MASKOPS_DECLARE_KERNELS(SoftKernels)
 

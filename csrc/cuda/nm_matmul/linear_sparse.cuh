@@ -59,16 +59,18 @@ class SparseLinear {
     }
   }
 
-  // Metadata words for two pairs of 16 outputs and two steps of 32 columns. The first and second two lanes of four hold the first and
-  // second 16 outputs of a pair; odd lanes the second 16 columns.
-  __device__ __forceinline__ void fetch_metadata(int k0, unsigned (&metadata)[2][2]) const {
+  // Halves of the metadata for two pairs of 16 outputs and two steps of 32 columns. The first and second two lanes of four hold the
+  // first and second 16 outputs of a pair; odd lanes the second 16 columns. The halves are put together when they are needed: doing
+  // it here would wait for them.
+  __device__ __forceinline__ void fetch_metadata(int k0, unsigned (&halves)[2][2][2]) const {
 #pragma unroll
     for (int pair = 0; pair < 2; ++pair) {
       const int output = warp_outputs_ + 32 * pair + lane_ % 4 / 2 * 16 + lane_ / 4;
 #pragma unroll
       for (int step = 0; step < 2; ++step) {
         const int byte = k0 / 8 + 4 * step + lane_ % 2 * 2;
-        metadata[pair][step] = places_of(output, byte) | places_of(output + 8, byte) << 16;
+        halves[pair][step][0] = places_of(output, byte);
+        halves[pair][step][1] = places_of(output + 8, byte);
       }
     }
   }
@@ -170,7 +172,7 @@ __global__ void __launch_bounds__(kSparseThreads, 4)
   const SparseLinear<T, WIDE> linear(args, row_tiles);
   AsyncCopies copies;
   float acc[4][4][4] = {};
-  unsigned metadata[2][2], next[2][2];
+  unsigned metadata[2][2], next[2][2][2];
   if (args.inputs > 0) {
     linear.copy(copies, values, inputs, 0, 0);
     linear.fetch_metadata(0, next);
@@ -180,7 +182,7 @@ __global__ void __launch_bounds__(kSparseThreads, 4)
 #pragma unroll 1
   for (int k0 = 0; k0 < args.inputs; k0 += kSparseDepth, stage ^= 1) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) metadata[i / 2][i % 2] = next[i / 2][i % 2];
+    for (int i = 0; i < 4; ++i) metadata[i / 2][i % 2] = next[i / 2][i % 2][0] | next[i / 2][i % 2][1] << 16;
     copies.wait<0>();
     __syncthreads();  // this stage is there for all, and nobody reads the other one any more
     if (k0 + kSparseDepth < args.inputs) {

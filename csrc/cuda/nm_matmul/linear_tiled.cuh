@@ -36,7 +36,9 @@ template <typename T, int W>
 struct TiledStage {
   Vec<T, W> x[8 / W];
   T value[8];
-  unsigned column[2];  // eight bytes: the column in the tile, or 255
+  unsigned bytes[8];  // around the places of the slot, which begin at bit `shift`
+  int shift;
+  bool reads;  // whether there is a slot
 };
 
 // One block owns 64 x 64 of y; it unpacks the weights of 64 outputs into shared memory, tile by tile along K, and each thread
@@ -66,21 +68,23 @@ class TiledLinear {
       const int row = static_cast<int>(threadIdx.x) / kChunks + i * (kTiledThreads / kChunks);
       stage.x[i] = columns_inside && row < tile_.rows ? load_vec<W>(tile_.x + row * a_.inputs + k) : zero_vec<T, W>();
     }
-    const int slot = slot0 + slot_;
-    const bool reads = slot_ < s_.slots && slot < a_.slots;
-    const int at = slot * a_.bits, shift = at & 7;
-    const bool two = shift + a_.bits > 8;
-    stage.column[0] = stage.column[1] = ~0u;
+    const int slot = slot0 + slot_, at = slot * a_.bits;
+    stage.reads = slot_ < s_.slots && slot < a_.slots;
+    stage.shift = at & 7;
+    if (!stage.reads) return;
+    const std::uint8_t* byte = tile_.places + (at >> 3);
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       const int output = output_of(i);
-      if (!reads || output >= tile_.outputs) continue;
+      if (output >= tile_.outputs) continue;
       stage.value[i] = load(tile_.values + output * a_.slots + slot);
-      const std::uint8_t* byte = tile_.places + output * a_.row_bytes + (at >> 3);
-      unsigned word = load(byte);
-      if (two) word |= static_cast<unsigned>(load(byte + 1)) << 8;
-      const unsigned column = first_column_ + (word >> shift & ((1u << a_.bits) - 1));
-      stage.column[i / 4] ^= (255 - column) << 8 * (i % 4);
+      stage.bytes[i] = load(byte + output * a_.row_bytes);
+    }
+    // Only places of 3 or 5 bits come here, and wait for their bytes before the tile is multiplied.
+    if (stage.shift + a_.bits <= 8) return;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      if (output_of(i) < tile_.outputs) stage.bytes[i] |= static_cast<unsigned>(load(byte + output_of(i) * a_.row_bytes + 1)) << 8;
     }
   }
 
@@ -93,11 +97,12 @@ class TiledLinear {
 #pragma unroll
       for (int j = 0; j < W; ++j) xs[tiled_index(threadIdx.x % kChunks * W + j, row)] = widen(stage.x[i].v[j]);
     }
+    if (!stage.reads) return;
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       // A place that no compressed weight has (its group is narrower) must not leave the tile.
-      const int column = static_cast<int>(stage.column[i / 4] >> 8 * (i % 4) & 255);
-      if (column >= s_.depth) continue;
+      const int column = first_column_ + static_cast<int>(stage.bytes[i] >> stage.shift & ((1u << a_.bits) - 1));
+      if (output_of(i) >= tile_.outputs || column >= s_.depth) continue;
       ws[tiled_index(column, output_of(i))] = widen(stage.value[i]);
       atomicOr(&kept[output_of(i)], 1u << column);
     }
@@ -122,13 +127,16 @@ class TiledLinear {
 
   __device__ __forceinline__ void write(const A (&acc)[4][4]) const {
     const std::int64_t row = tile_.row + 4 * (threadIdx.x / 16), output = tile_.output + 4 * (threadIdx.x % 16);
+    A bias[4];
 #pragma unroll
-    for (int j = 0; j < 4; j += V) {
+    for (int j = 0; j < 4; ++j) bias[j] = a_.bias_of(output + j);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
+    for (int i = 0; i < 4; ++i) {
+#pragma unroll
+      for (int j = 0; j < 4; j += V) {
         Vec<T, V> value;
 #pragma unroll
-        for (int v = 0; v < V; ++v) value.v[v] = narrow<T>(acc[i][j + v] + a_.bias_of(output + j + v));
+        for (int v = 0; v < V; ++v) value.v[v] = narrow<T>(acc[i][j + v] + bias[j + v]);
         store_outputs<V>(a_, row + i, output + j, s_.wide_y, value);
       }
     }
@@ -156,7 +164,7 @@ class TiledLinear {
 };
 
 template <typename T, bool WIDE>
-__global__ void __launch_bounds__(kTiledThreads, sizeof(T) == 8 ? 2 : 3) linear_tiled_kernel(const LinearArgs<T> args, const TiledShape shape) {
+__global__ void __launch_bounds__(kTiledThreads, 2) linear_tiled_kernel(const LinearArgs<T> args, const TiledShape shape) {
   using A = Acc<T>;
   MASKOPS_SHARED(A, xs, kTiledDepth * kTiledSide);
   MASKOPS_SHARED(A, ws, kTiledDepth * kTiledSide);

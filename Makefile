@@ -13,9 +13,10 @@ TORCH ?= torch==2.13.0
 demo: $(VENV)/.demo
 	$(BIN)/maskops demo --out out/demo
 
-# Two processes of one thread each: thread pools of several processes on the same cores wait for each other.
+# Two processes of one thread each: thread pools of several processes on the same cores wait for each other. A process that
+# crashes ends the run: the others would wait for it.
 test: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadfile --max-worker-restart=0
 
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/run.py --json out/bench.json

@@ -97,3 +97,14 @@ def test_unknown_reduction() -> None:
     split = maskops.split_tokens(torch.ones(1, 4, dtype=torch.bool))
     with pytest.raises(ValueError, match="reduction must be one of"):
         maskops.masked_patch_loss(torch.ones(1, 4, 48), torch.ones(1, 3, 8, 8), split, 4, reduction="avg")
+
+
+@pytest.mark.parametrize("values", [1, 2, 4, 6])
+def test_small_patches_wherever_the_heap_puts_their_buffer(values: int) -> None:
+    """The buffer of a patch of four pixels once missed its place when malloc gave an address far from a cache line's start."""
+    split = maskops.split_tokens(torch.tensor([[True, False]]))
+    pred, images = torch.ones(1, 2, values), torch.zeros(1, values, 1, 2)
+    held = []
+    for size in range(200):
+        held.append(torch.UntypedStorage(16 * size + 8))
+        assert maskops.masked_patch_loss(pred, images, split, 1, norm_pix=False).item() == 1.0

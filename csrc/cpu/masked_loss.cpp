@@ -242,10 +242,10 @@ extern const PatchLossKernels PatchLossKernels_table{&run<true>, &run<false>};
 #if MASKOPS_ISA_LEVEL == 0
 #include <torch/csrc/stable/library.h>
 
-#include <memory>
 #include <tuple>
 #include <vector>
 
+#include "common/buffer.h"
 #include "common/dispatch.h"
 #include "common/ids.h"
 #include "math/masked_loss_check.h"
@@ -294,11 +294,8 @@ struct Inputs {
     const int64_t values = args.grid.values();
     const int pred_type = static_cast<int>(dtype_of(pred)), image_type = static_cast<int>(dtype_of(images));
     parallel_for(pred.size(0) * args.grid.tokens(), values * 8, [&](int64_t begin, int64_t end) {
-      constexpr size_t kLine = 64;  // vectors that straddle cache lines took half as long again
-      std::vector<double> buffer(values + kLine / sizeof(double));
-      void* aligned = buffer.data();
-      size_t space = buffer.size() * sizeof(double);
-      kernel(pred_type, image_type, args, std::align(kLine, kLine, aligned, space), begin, end);
+      const Buffer buffer(values * static_cast<int64_t>(sizeof(double)));  // at a cache line: vectors across two took half as long again
+      kernel(pred_type, image_type, args, buffer.get(), begin, end);
     });
   }
 };

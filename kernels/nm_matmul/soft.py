@@ -230,7 +230,7 @@ def _choice(weight, logits, n, m, tau, scale, hard):
         "KEEP": n, "GROUP": m, "PATTERNS": patterns, "HARD": hard, "EPS": 1e-12 if double else 1e-6,
         "ACC": accumulator(logits)[1], "SPREAD": spread, "num_warps": 4,
     }  # fmt: skip
-    block_t = max(1, (512 if double else 1024) // max(spread, triton.next_power_of_2(m)))
+    block_t = max(1, (128 if double else 1024) // max(spread, triton.next_power_of_2(m)))
     return weight.numel() // m, block_t, (_bits_of(1.0 / tau), _bits_of(scale)), constants
 
 

@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "common/parallel.h"
-#include "cpu/nm_matmul/buffer.h"
+#include "common/buffer.h"
 #include "math/nm_matmul_check.h"
 
 namespace maskops {

@@ -9,7 +9,7 @@
 #include <tuple>
 
 #include "common/parallel.h"
-#include "cpu/nm_matmul/buffer.h"
+#include "common/buffer.h"
 #include "math/nm_matmul_check.h"
 
 namespace maskops {

@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "common/parallel.h"
-#include "cpu/nm_matmul/buffer.h"
+#include "common/buffer.h"
 #include "math/nm_matmul_check.h"
 
 namespace maskops {
@@ -54,15 +54,13 @@ struct Call {
   }
 
   // The masked weight, packed for the product with x or with the gradient.
-  Buffer pack_weight(bool by_outputs) const {
+  void pack_weight(bool by_outputs, const Buffer& packed) const {
     const SoftPlan plan = kernels.plan_weight(args, by_outputs);
-    Buffer packed(plan.packed_bytes);
     const int64_t work = logits.numel() * 64 / std::max<int64_t>(1, plan.units);
     parallel_for(plan.units, work, [&](int64_t begin, int64_t end) {
       const Buffer own(plan.thread_bytes);
       kernels.pack_weight(args, by_outputs, {begin, end}, packed.get(), own.get());
     });
-    return packed;
   }
 
   // args.out = x or grad times the packed weight.
@@ -92,7 +90,8 @@ std::tuple<Tensor, Tensor> nm_matmul_soft(const Tensor& x, const Tensor& weight,
   const Buffer kept_rows(args.outputs * static_cast<int64_t>(sizeof(double)));
   args.kept = kept_rows.get();
   args.out = y.mutable_data_ptr();
-  const Buffer packed = call.pack_weight(true);
+  const Buffer packed(call.kernels.plan_weight(args, true).packed_bytes);
+  call.pack_weight(true, packed);
   call.multiply(true, packed);
   const auto sum = dtype_of(logits) == Dtype::kDouble ? &sum_kept<double> : &sum_kept<float>;
   sum(args.kept, args.outputs, kept.mutable_data_ptr());
@@ -113,12 +112,9 @@ std::tuple<Tensor, Tensor> soft_backward(const Tensor& grad_any, const Tensor& g
   args.grad = grad.const_data_ptr();
   args.grad_kept = number_of(grad_kept);
   Tensor grad_x = empty_like_device(x, {0}), grad_logits = empty_like_device(logits, {0});
-  if (need_x) {
-    grad_x = empty_like_device(x, {args.rows, args.inputs});
-    args.out = grad_x.mutable_data_ptr();
-    const Buffer packed = call.pack_weight(false);
-    call.multiply(false, packed);
-  }
+  // The masks are made once: the gradient of the logits leaves the masked weight behind for the gradient of x.
+  const SoftPlan weight_plan = call.kernels.plan_weight(args, false);
+  Buffer packed(need_x ? weight_plan.packed_bytes : 0);
   if (need_logits) {
     grad_logits = logits.dim() == 3 ? empty_like_device(logits, {args.outputs, args.groups, args.patterns})
                                     : empty_like_device(logits, {args.outputs, args.inputs});
@@ -127,8 +123,15 @@ std::tuple<Tensor, Tensor> soft_backward(const Tensor& grad_any, const Tensor& g
     const int64_t work = (args.rows + 64) * logits.numel() / std::max<int64_t>(1, plan.units);
     parallel_for(plan.units, work, [&](int64_t begin, int64_t end) {
       const Buffer own(plan.thread_bytes);
-      call.kernels.grad_logits(args, {begin, end}, own.get());
+      call.kernels.grad_logits(args, {begin, end}, need_x ? packed.get() : nullptr, own.get());
     });
+  } else if (need_x) {
+    call.pack_weight(false, packed);
+  }
+  if (need_x) {
+    grad_x = empty_like_device(x, {args.rows, args.inputs});
+    args.out = grad_x.mutable_data_ptr();
+    call.multiply(false, packed);
   }
   return {grad_x, grad_logits};
 }

@@ -46,9 +46,9 @@ struct SoftKernels {
   // x or grad times the packed weight; units are panels of rows of x.
   SoftPlan (*plan_product)(const Soft&, bool by_outputs);
   void (*product)(const Soft&, bool by_outputs, Range panels, const void* packed, void* buffer);
-  // Units are blocks of the gradient of the mask.
+  // Units are blocks of the gradient of the mask. packed: where the masked weight with K columns goes on the way, or null.
   SoftPlan (*plan_grad_logits)(const Soft&);
-  void (*grad_logits)(const Soft&, Range items, void* buffer);
+  void (*grad_logits)(const Soft&, Range items, void* packed, void* buffer);
 };
 MASKOPS_DECLARE_KERNELS(SoftKernels)
 

@@ -156,52 +156,61 @@ void pack_by_outputs(const Soft& soft, Range panels, P* packed, void* buffer) {
   }
 }
 
-// The type of rows that are packed as P.
+// One row, or for pairs two, of the packed weight with columns k: values k0 .. k0 + count of row n, which is `even`; the row after
+// it is `odd`, or null. Past the last column the panel is filled with zeros.
 template <class P>
-struct RowType {
-  using type = P;
-};
-template <>
-struct RowType<Bf16Pair> {
-  using type = bf16;
-};
+inline void place_row(const Soft& soft, int64_t n, int64_t k0, int64_t count, const P* even, const P*, P* packed) {
+  using G = Gemm<P>;
+  for (int64_t k = k0; k < k0 + count;) {
+    const int64_t j = k / G::kCols * G::kCols, width = soft.inputs - j <= G::kWidth ? G::kWidth : G::kCols;
+    const int64_t some = min_of(j + width, k0 + count) - k;
+    P* to = packed + j * soft.outputs + n * width + k - j;
+    copy_values(even + k - k0, some, to);
+    k += some;
+    if (k == soft.inputs) memset(to + some, 0, size_t(j + width - k) * sizeof(P));
+  }
+}
+#if MASKOPS_ISA_LEVEL == 2
+inline void place_row(const Soft& soft, int64_t n, int64_t k0, int64_t count, const float* even, const float* odd, Bf16Pair* packed) {
+  using G = Gemm<Bf16Pair>;
+  for (int64_t k = k0; k < k0 + count;) {
+    const int64_t j = k / G::kCols * G::kCols, width = soft.inputs - j <= G::kWidth ? G::kWidth : G::kCols;
+    const int64_t some = min_of(min_of(j + width, k0 + count) - k, k / G::kWidth * G::kWidth + G::kWidth - k);
+    const VecF first = VecF::load_n(even + k - k0, some), second = odd ? VecF::load_n(odd + k - k0, some) : VecF::zero();
+    const __m512i low = _mm512_cvtepu16_epi32(first.narrow(bf16{})), high = _mm512_cvtepu16_epi32(second.narrow(bf16{}));
+    Bf16Pair* to = packed + j * gemm_steps<Bf16Pair>(soft.outputs) + n / 2 * width + k - j;
+    _mm512_mask_storeu_epi32(to, VecF::first(some), _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+    k += some;
+    if (k == soft.inputs) memset(to + some, 0, size_t(j + width - k) * sizeof(Bf16Pair));
+  }
+}
+#endif
 
-template <class P>
-struct RowBuffers {
-  using R = typename RowType<P>::type;
-  R *rows, *lines;
-
-  RowBuffers(const Soft& soft, Pieces& pieces)
-      : rows(pieces.take<R>(Gemm<P>::kCols * soft.inputs)), lines(pieces.take<R>(kRowsAtOnce * soft.inputs)) {}
-};
+// The masked values of a chunk, use.masked, into the packed weight with columns k.
+template <class P, class S>
+void place_chunk(const Soft& soft, const Chunk& c, const ChunkBuffers<S>& use, P* packed) {
+  constexpr int kStep = Gemm<P>::kStep;
+  const int64_t columns = c.groups * soft.m;
+  from_lanes(use.masked, columns, c.width, use.rows);
+  for (int64_t r = 0; r < c.rows; r += kStep) {
+    const S* row = use.rows + r * columns;
+    place_row(soft, c.n0 + r, c.g0 * soft.m, columns, row, r + 1 < c.rows ? row + columns : nullptr, packed);
+  }
+}
 
 template <class P, class T>
 void pack_by_inputs(const Soft& soft, Range panels, P* packed, void* buffer) {
   using G = Gemm<P>;
   using S = typename G::Sum;
-  using V = typename G::Vec;
-  using R = typename RowType<P>::type;
   Pieces pieces(buffer);
   const ChunkBuffers<S> use(soft, pieces);
-  const RowBuffers<P> whole(soft, pieces);
   for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
     const int64_t n0 = panel * G::kCols, rows = min_of<int64_t>(soft.outputs - n0, G::kCols);
     const int width = rows <= G::kWidth ? G::kWidth : G::kCols;
     for_chunks(soft, n0, rows, width, 0, soft.groups, [&](const Chunk& c) {
-      const int64_t columns = c.groups * soft.m;
       mask_chunk<T, S>(soft, c, use, use.masked, nullptr);
-      from_lanes(use.masked, columns, width, use.rows);
-      for (int64_t r = 0; r < rows; ++r) {
-        R* to = whole.rows + r * soft.inputs + c.g0 * soft.m;
-        for (int64_t k = 0; k < columns; k += V::width) {
-          const int64_t some = min_of<int64_t>(columns - k, V::width);
-          V::load_n(use.rows + r * columns + k, some).store_n(to + k, some);
-        }
-      }
+      place_chunk(soft, c, use, packed);
     });
-    const auto row = [&](int64_t n, int64_t k0, int64_t, R*) -> const R* { return whole.rows + (n - n0) * soft.inputs + k0; };
-    const int64_t first = n0 / G::kStep, last = parts_of(n0 + rows, G::kStep);
-    pack_b_rows<P, R>(row, soft.inputs, soft.outputs, first, last, whole.lines, packed);
   }
 }
 
@@ -210,7 +219,6 @@ SoftPlan plan_weight(const Soft& soft, bool by_outputs) {
   with_types(soft.dtype, soft.pairs, [&]<class P, class T>() {
     Pieces pieces(nullptr);
     ChunkBuffers<typename Gemm<P>::Sum>(soft, pieces);
-    if (!by_outputs) RowBuffers<P>(soft, pieces);
     const int64_t size = by_outputs ? packed_b_size<P>(soft.outputs, soft.inputs) : packed_b_size<P>(soft.inputs, soft.outputs);
     plan = {parts_of(soft.outputs, Gemm<P>::kCols), size * int64_t(sizeof(P)), pieces.bytes};
   });
@@ -299,8 +307,9 @@ SoftPlan plan_grad_logits(const Soft& soft) {
 }
 
 // outer: (grad^T x)^T at the columns and lanes of the chunk, rows `stride` apart.
-template <class T, class S>
-void grad_chunk(const Soft& soft, const Chunk& c, const S* outer, int64_t stride, const ChunkBuffers<S>& use) {
+// The masked weight goes into packed on the way, unless that is null.
+template <class T, class P, class S>
+void grad_chunk(const Soft& soft, const Chunk& c, const S* outer, int64_t stride, const ChunkBuffers<S>& use, P* packed) {
   using V = typename VecFor<S>::type;
   const auto inverse_tau = InverseTau<V>::of(soft.inverse_tau);
   const V scale = V::all(S(soft.scale)), factor = V::all(S(soft.inverse_tau * soft.scale)), twice = V::all(S(2 * soft.grad_kept));
@@ -310,8 +319,9 @@ void grad_chunk(const Soft& soft, const Chunk& c, const S* outer, int64_t stride
     V grad_mask[kMaxGroup];
     for (int k = 0; k < soft.m; ++k) {
       const int64_t column = g * soft.m + k;
-      const V w = V::load(use.w + column * c.width + lane);
-      grad_mask[k] = w * fma(twice, w * mask[k], V::load(outer + column * stride + lane));
+      const V w = V::load(use.w + column * c.width + lane), masked = w * mask[k];
+      grad_mask[k] = w * fma(twice, masked, V::load(outer + column * stride + lane));
+      masked.store(use.masked + column * c.width + lane);
     }
     S* a = use.a + g * per_group * c.width + lane;
     if (soft.patterns > 0) grad_of_group(soft, a, c.width, factor, grad_mask);
@@ -322,9 +332,10 @@ void grad_chunk(const Soft& soft, const Chunk& c, const S* outer, int64_t stride
     S* to = static_cast<S*>(soft.grad_logits) + ((c.n0 + r) * soft.groups + c.g0) * per_group;
     copy_values(use.rows + r * count, count, to);
   }
+  if (packed) place_chunk(soft, c, use, packed);
 }
 
-void grad_logits(const Soft& soft, Range items, void* buffer) {
+void grad_logits(const Soft& soft, Range items, void* packed, void* buffer) {
   with_types(soft.dtype, soft.pairs, [&]<class P, class T>() {
     using G = Gemm<P>;
     using S = typename G::Sum;
@@ -340,7 +351,7 @@ void grad_logits(const Soft& soft, Range items, void* buffer) {
                            [&](const S* sums, int64_t stride, int64_t, int64_t j, int64_t, int64_t lanes) {
                              const int width = lanes <= G::kWidth ? G::kWidth : G::kCols;
                              for_chunks(soft, rows.begin + j, lanes, width, g0, g1, [&](const Chunk& c) {
-                               grad_chunk<T>(soft, c, sums + (c.g0 - g0) * soft.m * stride, stride, use.chunk);
+                               grad_chunk<T>(soft, c, sums + (c.g0 - g0) * soft.m * stride, stride, use.chunk, static_cast<P*>(packed));
                              });
                            });
     }

@@ -1,4 +1,4 @@
-// Buffers of the products: one allocation for each thread, cut into pieces by the kernels that know their sizes.
+// A buffer that begins at a cache line: one allocation for each thread, cut into pieces by the kernels that know their sizes.
 #pragma once
 
 #include <cstdlib>

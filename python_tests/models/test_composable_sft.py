@@ -1,6 +1,6 @@
 """Composable SFT (the Works check): a task learnt on English and a language learnt from raw text add up, if both are sparse.
 
-Real text: the messages of Sphinx, English and translated to Albanian, of the languages in Latin letters one far from English. The task
+Real text: the messages of Sphinx, English and translated to Albanian, in Latin letters and far from English. The task
 is to tell words from words with their letters shuffled: its label means the same in every language, and telling needs the language.
 """
 
@@ -292,8 +292,8 @@ class Texts:
     def accuracy(self, head: nn.Module, *deltas: SparseDelta, english: bool = False) -> float:
         """How often, in percent, the shuffled text of a pair gets the larger logit, over all pairs of held-out texts.
 
-        Not the share of logits on the right side of 0: in a new language all logits shift, and noise in the weights undoes that as well
-        as knowing the language does.
+        Not the share of logits on the right side of 0: in a new language all logits shift, and noise in the weights undoes that as
+        well as knowing the language does.
         """
         ids, labels = self.other[self.held_out], self.other_labels[self.held_out]
         if english:

@@ -5,4 +5,5 @@ FAMILIES = (
     "mask_sampling",
     "masked_loss",
     "nm_matmul",
+    "masked_attention",
 )

@@ -59,6 +59,18 @@ static inline V keep_bits(V x, uint32_t kept) {
 }
 #endif
 
+// x where bit i of `kept` is set for lane i, else y.
+#if MASKOPS_ISA_LEVEL == 2
+static inline VecF choose_bits(VecF x, VecF y, uint32_t kept) { return {_mm512_mask_mov_ps(y.v, __mmask16(kept), x.v)}; }
+static inline VecD choose_bits(VecD x, VecD y, uint32_t kept) { return {_mm512_mask_mov_pd(y.v, __mmask8(kept), x.v)}; }
+#else
+template <class V>
+static inline V choose_bits(V x, V y, uint32_t kept) {
+  const V one = keep_bits(x, kept), other = keep_bits(y, ~kept);
+  return of_bits<V>(bits_of(one) | bits_of(other));
+}
+#endif
+
 // ---- exponential
 
 // exp(x) for x <= 0; 0 below FloatFormat::lowest_exp; NaN stays NaN.

@@ -2,29 +2,12 @@
 #pragma once
 
 #include "common/gemm.h"
+#include "common/pieces.h"
 #include "common/simd_math.h"
 
 namespace maskops {
 
-struct Range {
-  int64_t begin, end;
-};
-
 inline namespace MASKOPS_ISA_NS {
-
-// Cuts a buffer into aligned pieces; without a buffer it only counts the bytes.
-struct Pieces {
-  char* base;
-  int64_t bytes = 0;
-
-  explicit Pieces(void* buffer) : base(static_cast<char*>(buffer)) {}
-  template <class T>
-  inline T* take(int64_t count) {
-    const int64_t at = bytes;
-    bytes += round_up(count * int64_t(sizeof(T)), 64);
-    return base == nullptr ? nullptr : reinterpret_cast<T*>(base + at);
-  }
-};
 
 // run.template operator()<packed type, storage type>(); pairs: bfloat16 is multiplied as such.
 template <class Run>
@@ -48,8 +31,6 @@ struct MatrixRows {
 
   inline const T* operator()(int64_t i, int64_t j0, int64_t, T*) const { return data + i * stride + j0; }
 };
-
-static inline int64_t parts_of(int64_t count, int64_t unit) { return (count + unit - 1) / unit; }
 
 // `count` cut into about equal blocks of at most `most`, which are multiples of `unit`.
 struct Blocks {

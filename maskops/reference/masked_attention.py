@@ -1,0 +1,137 @@
+"""Reference of the family masked_attention: B batch, H heads, L queries, S keys, D channels.
+
+A mask is compiled to tiles of TILE x TILE: tiles [B, H, L / TILE, S / TILE] holds EMPTY, FULL or the row of `words` that has the
+tile's bits, one 64-bit word per query.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+from maskops.reference.visible_tokens import accumulation_dtype
+
+TILE, EMPTY, FULL = 64, -1, -2
+WIDTH = 8
+AND, OR, NOT, ROW_RANGE, KEY_RANGE, LENGTH, BAND, BLOCK_CAUSAL, SAME, GROUPS, BYTES = range(11)
+
+
+# ---------------------------------------------------------------- masks
+
+
+def evaluate(ints: Tensor, bytes: Tensor, program: list[int], B: int, H: int, L: int, S: int) -> Tensor:
+    """bool [B, H, L, S]: which key each query sees."""
+    b, h, q, k = torch.meshgrid(*(torch.arange(n, device=ints.device) for n in (B, H, L, S)), indexing="ij")
+    stack = []
+    for at in range(0, len(program), WIDTH):
+        code, *operands = program[at : at + WIDTH]
+        if code == NOT:
+            stack.append(~stack.pop())
+        elif code in (AND, OR):
+            right, left = stack.pop(), stack.pop()
+            stack.append(left & right if code == AND else left | right)
+        else:
+            stack.append(_rule(code, operands, ints, bytes, b, h, q, k))
+    return stack[0]
+
+
+def _rule(code: int, o: list[int], ints: Tensor, bytes: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    if code in (ROW_RANGE, KEY_RANGE):
+        own, other = (q, k) if code == ROW_RANGE else (k, q)
+        at = b * o[2] + h * o[3] + own
+        return (other >= ints[o[0] + at]) & (other < ints[o[1] + at])
+    if code == LENGTH:
+        return k < ints[o[0] + b * o[1] + h * o[2]]
+    if code == BAND:
+        return (k - q >= o[0]) & (k - q <= o[1])
+    if code == BLOCK_CAUSAL:
+        return k // o[0] <= q // o[0]
+    if code == BYTES:
+        return bytes[o[0] + b * o[1] + h * o[2] + q // o[4] * o[3] + k // o[5]] != 0
+    ids_q, ids_k = ints[o[0] + b * o[2] + q], ints[o[1] + b * o[3] + k]
+    if code == SAME:
+        return ids_q == ids_k
+    return bytes[o[4] + ids_q.long() * o[5] + ids_k.long()] != 0
+
+
+def masked_attention_map(
+    ints: Tensor, bytes: Tensor, program: list[int], B: int, H: int, L: int, S: int
+) -> tuple[Tensor, Tensor]:
+    """tiles int32 [B, H, L / TILE, S / TILE] and words int64 [P, TILE] of the tiles that are neither empty nor full."""
+    allowed = evaluate(ints, bytes, program, B, H, L, S)
+    pad = (0, -S % TILE, 0, -L % TILE)
+    cut = "b h (q l) (k s) -> b h q k l s"
+    seen = rearrange(F.pad(allowed, pad), cut, l=TILE, s=TILE)
+    inside = rearrange(F.pad(torch.ones_like(allowed), pad), cut, l=TILE, s=TILE)
+    empty, full = ~seen.flatten(4).any(4), (seen == inside).flatten(4).all(4)
+    partial = ~empty & ~full
+    rows = partial.flatten().cumsum(0).view(partial.shape) - 1
+    tiles = torch.where(empty, EMPTY, torch.where(full, FULL, rows)).int()
+    words = (seen[partial].long() << torch.arange(TILE, device=ints.device)).sum(2)
+    return tiles, words
+
+
+def dense_mask(tiles: Tensor, words: Tensor, L: int, S: int) -> Tensor:
+    """bool [B, H, L, S] of a compiled mask."""
+    bits = (words[:, :, None] >> torch.arange(TILE, device=words.device)) & 1
+    plain = torch.tensor([0, 1], device=words.device)[:, None, None].expand(2, TILE, TILE)
+    table = torch.cat([plain, bits])  # an empty tile, a full one, then the partial ones
+    at = torch.where(tiles == EMPTY, 0, torch.where(tiles == FULL, 1, tiles + 2)).long()
+    return rearrange(table[at], "b h q k l s -> b h (q l) (k s)")[:, :, :L, :S] != 0
+
+
+# ---------------------------------------------------------------- attention
+
+
+def _allowed(q: Tensor, k: Tensor, tiles: Tensor | None, words: Tensor | None) -> Tensor:
+    B, H, L, S = *q.shape[:3], k.shape[2]
+    if tiles is None:
+        return torch.ones(B, H, L, S, dtype=torch.bool, device=q.device)
+    return dense_mask(tiles, words, L, S).expand(B, H, L, S)
+
+
+def _per_head(x: Tensor, heads: int) -> Tensor:
+    """Keys or values of grouped heads, once per query head, in the dtype of sums."""
+    return x.to(accumulation_dtype(x.dtype)).repeat_interleave(heads // max(x.shape[1], 1), 1)
+
+
+def _sum_kept(weights: Tensor, kept: Tensor, values: Tensor, equation: str) -> Tensor:
+    """einsum over pairs that are kept: what is not finite elsewhere stays out."""
+    w, x = torch.where(kept, weights, 0), values
+    clean = torch.einsum(equation, w, torch.where(x.isfinite(), x, 0))
+    spoilt = torch.einsum(equation, kept.to(w.dtype), (~x.isfinite()).to(w.dtype)) > 0
+    return torch.where(spoilt, math.nan, clean)
+
+
+def masked_attention(
+    q: Tensor, k: Tensor, v: Tensor, tiles: Tensor | None, words: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """out [B, H, L, D], lse [B, H, L]."""
+    allowed = _allowed(q, k, tiles, words)
+    queries, keys, values = q.to(accumulation_dtype(q.dtype)), _per_head(k, q.shape[1]), _per_head(v, q.shape[1])
+    scores = torch.where(allowed, queries @ keys.transpose(2, 3) * scale, -math.inf)
+    lse = scores.logsumexp(3)
+    weights = torch.where(allowed, (scores - lse[..., None]).exp(), 0)
+    return _sum_kept(weights, allowed, values, "bhls,bhsd->bhld").to(q.dtype), lse
+
+
+def _masked_attention_backward(
+    grad: Tensor, grad_lse: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, tiles: Tensor | None,
+    words: Tensor | None, scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    allowed = _allowed(q, k, tiles, words)
+    acc = accumulation_dtype(q.dtype)
+    queries, keys, values, grad = q.to(acc), _per_head(k, q.shape[1]), _per_head(v, q.shape[1]), grad.to(acc)
+    scores = torch.where(allowed, queries @ keys.transpose(2, 3) * scale, -math.inf)
+    weights = torch.where(allowed, (scores - lse[..., None]).exp(), 0)
+    rows = allowed.any(3)  # of a fully masked row nothing is used
+    delta = torch.where(rows, (grad * out.to(acc)).sum(3) - grad_lse.to(acc), 0)
+    slope = torch.where(allowed, weights * (grad @ values.transpose(2, 3) - delta[..., None]) * scale, 0)
+    grad_q = _sum_kept(slope, allowed, keys, "bhls,bhsd->bhld")
+    grad_k = _sum_kept(slope, allowed, queries, "bhls,bhld->bhsd")
+    grad_v = _sum_kept(weights, allowed, grad, "bhls,bhld->bhsd")
+    groups = q.shape[1] // max(k.shape[1], 1)
+    grad_k, grad_v = (rearrange(x, "b (h g) s d -> b h g s d", g=max(groups, 1)).sum(2) for x in (grad_k, grad_v))
+    return grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype)

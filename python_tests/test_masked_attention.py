@@ -1,0 +1,224 @@
+"""What is special to masked_attention: parity with SDPA, the rules of masks, nothing leaks, merging, packing, lengths that change."""
+
+import math
+
+import pytest
+import torch
+import torch._dynamo.testing
+import torch.nn.functional as F
+from torch import Tensor
+
+import maskops
+from maskops import AttentionMask
+from maskops.nn import MaskedAttention
+from maskops.ops.masked_attention import program as rules
+from maskops.testing.masked_attention import MASKS, B, H, L, S
+
+
+def tensors(*shapes: tuple[int, ...], seed: int = 0, grad: bool = False) -> list[Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=g).requires_grad_(grad) for shape in shapes]
+
+
+# ---------------------------------------------------------------- masks
+
+
+def grid(queries: int, keys: int) -> tuple[Tensor, Tensor]:
+    return torch.arange(queries)[:, None], torch.arange(keys)[None]
+
+
+@pytest.mark.parametrize(
+    "mask,expected",
+    [
+        (AttentionMask.causal(), lambda q, k: k <= q),
+        (AttentionMask.causal(offset=30), lambda q, k: k <= q + 30),
+        (AttentionMask.window(5, 2), lambda q, k: (k >= q - 5) & (k <= q + 2)),
+        (AttentionMask.block_causal(7), lambda q, k: k // 7 <= q // 7),
+        (AttentionMask.hide_self(), lambda q, k: k != q),
+        (AttentionMask.key_padding(torch.tensor([33])), lambda q, k: (k < 33) & (q > -1)),
+        (AttentionMask.prefix(torch.tensor([33])), lambda q, k: (k < 33) | (k <= q)),
+        (AttentionMask.causal() & ~AttentionMask.window(0, 0), lambda q, k: k < q),
+        (AttentionMask.causal() | AttentionMask.window(0, 3), lambda q, k: k <= q + 3),
+    ],
+    ids=str,
+)
+def test_rules_by_hand(mask: AttentionMask, expected: object) -> None:
+    assert torch.equal(mask.to_dense(90, 130)[0, 0], expected(*grid(90, 130)))
+
+
+def test_intervals_are_those_of_flashmask() -> None:
+    start, end = torch.tensor([0, 1, 0, 2]), torch.tensor([3, 2, 0, 3])
+    seen = AttentionMask.intervals(start, end).to_dense(Lq=3)[0, 0]
+    assert seen.int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 0, 1]]
+
+
+def test_packed_documents_and_what_lies_behind_them() -> None:
+    mask = AttentionMask.packed(torch.tensor([0, 2, 3]), torch.tensor([0, 1, 4]), total_q=4, total_k=5)
+    assert mask.to_dense()[0, 0].int().tolist() == [[1, 0, 0, 0, 0], [1, 0, 0, 0, 0], [0, 1, 1, 1, 0], [0] * 5]
+
+
+def test_groups_and_key_ids() -> None:
+    matrix = torch.tensor([[True, False], [True, True]])
+    seen = AttentionMask.groups(matrix, torch.tensor([0, 1]), torch.tensor([1, 0, 1])).to_dense()[0, 0]
+    assert seen.int().tolist() == [[0, 1, 0], [1, 1, 1]]
+    ids = AttentionMask.keys(torch.tensor([[2, 0, -1]]), Lk=4)
+    assert ids.to_dense(Lq=1)[0, 0].int().tolist() == [[1, 0, 1, 0]]
+    with pytest.raises(IndexError, match=r"group_of_k must be in \[0, 2\)"):
+        AttentionMask.groups(matrix, torch.tensor([0, 1]), torch.tensor([1, 2]))
+
+
+def test_block_map_density_and_repr() -> None:
+    mask = AttentionMask.causal()
+    assert mask.block_map(64, 64, Lq=128, Lk=192)[0, 0].tolist() == [[1, 0, 0], [2, 1, 0]]
+    assert mask.block_map(128, 64, Lq=128, Lk=192)[0, 0].tolist() == [[1, 1, 0]]
+    assert mask.density(4, 4) == 10 / 16
+    assert "band" in repr(mask) and "Lk=7" in repr(AttentionMask.keys(torch.ones(2, 7, dtype=torch.bool)))
+    with pytest.raises(ValueError, match="q_block must be a positive multiple of 64"):
+        mask.block_map(100, 64, Lq=128, Lk=128)
+
+
+def test_a_mask_is_compiled_once() -> None:
+    mask = AttentionMask.causal()
+    assert mask.compile(100, 100) is mask.compile(100, 100)
+    assert mask.compile(100, 100) is not mask.compile(101, 100)
+
+
+def test_masks_are_pytrees() -> None:
+    mask = MASKS["combined"](torch.Generator().manual_seed(0))
+    leaves, spec = torch.utils._pytree.tree_flatten(mask)
+    again = torch.utils._pytree.tree_unflatten(leaves, spec)
+    assert len(leaves) == 2 and torch.equal(again.to_dense(L, S), mask.to_dense(L, S))
+
+
+def test_masks_that_do_not_fit() -> None:
+    q, k = tensors((2, 3, 10, 8), (2, 3, 12, 8))
+    with pytest.raises(ValueError, match="mask must have 12 keys"):
+        maskops.masked_attention(q, k, k, AttentionMask.keys(torch.ones(2, 9, dtype=torch.bool)))
+    with pytest.raises(ValueError, match="mask must have batch 1 or 2"):
+        maskops.masked_attention(q, k, k, AttentionMask.key_padding(torch.tensor([1, 2, 3])))
+    with pytest.raises(ValueError, match="batch must be 2 in both masks"):
+        AttentionMask.key_padding(torch.tensor([1, 2])) & AttentionMask.key_padding(torch.tensor([1, 2, 3]))
+    with pytest.raises(ValueError, match="Lq must be given"):
+        AttentionMask.causal().compile()
+    with pytest.raises(TypeError, match="mask must be an AttentionMask"):
+        maskops.masked_attention(q, k, k, torch.ones(10, 12, dtype=torch.bool))
+    with pytest.raises(ValueError, match="or enable_gqa be set"):
+        maskops.masked_attention(q, k[:, :1], k[:, :1])
+
+
+def test_a_combination_that_is_too_deep_says_so() -> None:
+    def pair(depth: int) -> AttentionMask:
+        return AttentionMask.causal() if depth == 0 else pair(depth - 1) & ~pair(depth - 1)
+
+    assert rules.depth(pair(3).program) == 4
+    with pytest.raises(ValueError, match="at most 4 values at once"):
+        pair(4)
+
+
+# ---------------------------------------------------------------- attention
+
+
+@pytest.mark.parametrize("name", [n for n in MASKS if n not in ("dense", "no_keys")])
+def test_equals_sdpa(name: str) -> None:
+    mask = MASKS[name](torch.Generator().manual_seed(1))
+    q, k, v = tensors((B, H, L, 32), (B, H, S, 32), (B, H, S, 32), grad=True)
+    seen = mask.to_dense(L, S).expand(B, H, L, S)
+    ours = maskops.masked_attention(q, k, v, mask)
+    theirs = torch.where(seen.any(3, keepdim=True), F.scaled_dot_product_attention(q, k, v, attn_mask=seen), 0.0)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    grad = tensors(ours.shape, seed=2)[0] * seen.any(3, keepdim=True)
+    for a, b in zip(torch.autograd.grad(ours, (q, k, v), grad), torch.autograd.grad(theirs, (q, k, v), grad), strict=True):
+        torch.testing.assert_close(a, torch.nan_to_num(b), rtol=1e-4, atol=1e-5)
+
+
+def test_a_query_that_sees_nothing() -> None:
+    q, k, v = tensors((1, 1, 2, 8), (1, 1, 3, 8), (1, 1, 3, 8), grad=True)
+    mask = AttentionMask.dense(torch.tensor([[False] * 3, [True] * 3]))
+    out, lse = maskops.masked_attention(q, k, v, mask, return_lse=True)
+    assert torch.equal(out[0, 0, 0], torch.zeros(8)) and lse[0, 0, 0] == -math.inf
+    grads = torch.autograd.grad(out.sum() + lse[0, 0, 1], (q, k, v))
+    assert all(g.isfinite().all() for g in grads) and torch.equal(grads[0][0, 0, 0], torch.zeros(8))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_hidden_values_reach_nothing_and_seen_ones_do(bad: float) -> None:
+    """Keys from 70 on are hidden from all but the last query, and the queries from 75 to 78 see nothing."""
+    q, k, v = tensors((1, 2, 80, 16), (1, 2, 80, 16), (1, 2, 80, 16))
+    seen = torch.ones(80, 80, dtype=torch.bool).tril()
+    seen[:79, 70:], seen[75:79] = False, False
+    mask = AttentionMask.dense(seen)
+    clean = [x.clone().requires_grad_() for x in (q, k, v)]
+    spoilt = [x.clone() for x in (q, k, v)]
+    spoilt[0][:, :, 75:79], spoilt[1][:, :, 70:], spoilt[2][:, :, 70:] = bad, bad, bad
+    spoilt = [x.requires_grad_() for x in spoilt]
+    outs = [maskops.masked_attention(*x, mask) for x in (clean, spoilt)]
+    assert torch.equal(outs[0][:, :, :79], outs[1][:, :, :79])
+    assert outs[1][:, :, 79].isnan().all()
+    hidden = AttentionMask.dense(seen & (torch.arange(80)[:, None] < 79))
+    grads = [torch.autograd.grad(maskops.masked_attention(*x, hidden).sum(), x) for x in (clean, spoilt)]
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+def test_merged_halves_are_the_whole_with_gradients() -> None:
+    q, k, v = tensors((1, 2, 70, 16), (1, 2, 90, 16), (1, 2, 90, 16), grad=True)
+    halves = [maskops.masked_attention(q, k[:, :, s], v[:, :, s], return_lse=True) for s in (slice(0, 40), slice(40, 90))]
+    out, lse = maskops.merge_attention(*halves[0], *halves[1])
+    whole, whole_lse = maskops.masked_attention(q, k, v, return_lse=True)
+    torch.testing.assert_close(out, whole, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(lse, whole_lse)
+    for a, b in zip(torch.autograd.grad(out.sin().sum() + lse.sum(), (q, k, v)), torch.autograd.grad(whole.sin().sum() + whole_lse.sum(), (q, k, v)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_packed_layout_is_each_document_by_itself() -> None:
+    lengths = [30, 1, 77]
+    cu = torch.tensor([0, 30, 31, 108])
+    q, k, v = tensors((108, 4, 16), (108, 2, 16), (108, 2, 16))
+    out = maskops.masked_attention(q, k, v, AttentionMask.packed(cu), enable_gqa=True)
+    for i, n in enumerate(lengths):
+        rows = slice(int(cu[i]), int(cu[i]) + n)
+        alone = F.scaled_dot_product_attention(*(x[rows].transpose(0, 1) for x in (q, k, v)), enable_gqa=True)
+        torch.testing.assert_close(out[rows].transpose(0, 1), alone, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_threads_change_no_bit(threads: int) -> None:
+    q, k, v = tensors((1, 2, 300, 24), (1, 1, 290, 24), (1, 1, 290, 24), grad=True)
+    mask = AttentionMask.window(100, 40)
+    before = torch.get_num_threads()
+    found = []
+    try:
+        for count in (1, threads):
+            torch.set_num_threads(count)
+            out = maskops.masked_attention(q, k, v, mask, enable_gqa=True)
+            found.append([out, *torch.autograd.grad(out.sin().sum(), (q, k, v))])
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_compiled_masks_of_every_batch_compile_once() -> None:
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+
+    @torch.compile(backend=counter, fullgraph=True, dynamic=True)
+    def attend(q: Tensor, k: Tensor, v: Tensor, tiles: Tensor, words: Tensor) -> Tensor:
+        return maskops.masked_attention(q, k, v, maskops.BlockMap(tiles, words, q.shape[2], k.shape[2])) + 1
+
+    for seed, size in enumerate((70, 200, 333, 500)):
+        q, k, v = tensors(*[(2, 2, size, 16)] * 3, seed=seed)
+        made = AttentionMask.key_padding(torch.tensor([size - 5 - seed, size // 2])).compile(size, size)
+        torch.testing.assert_close(
+            attend(q, k, v, made.tiles, made.words), maskops.masked_attention(q, k, v, made) + 1, rtol=1e-5, atol=1e-6
+        )
+    assert counter.frame_count == 1
+
+
+def test_module_self_cross_and_grouped() -> None:
+    torch.manual_seed(0)
+    x, context = torch.randn(2, 10, 32), torch.randn(2, 14, 24)
+    assert MaskedAttention(32, 4)(x, mask=AttentionMask.causal()).shape == x.shape
+    layer = MaskedAttention(32, 4, kv_heads=2, context_dim=24)
+    assert layer(x, context, AttentionMask.key_padding(torch.tensor([14, 3]))).shape == x.shape
+    with pytest.raises(ValueError, match="heads must divide dim"):
+        MaskedAttention(30, 4)

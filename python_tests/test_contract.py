@@ -143,8 +143,8 @@ def test_error_wording_is_the_same(sample: ErrorSample) -> None:
     assert len(said) == 1, said
 
 
-# Finite differences do not see a kink, nor a gradient that is made up on purpose.
-KINKED = ("l1", "smooth", "hard", "straight_through")
+# Finite differences do not see a kink, nor a gradient that is made up on purpose; they know no -inf, and take long where much goes in.
+KINKED = ("l1", "smooth", "hard", "straight_through", "without_keys", "large")
 RULED = ("nm_matmul_compress",)  # a weight with every value moved a little is no N:M weight
 SMOOTH = [
     s for s in SAMPLES if differentiable(s.op) and s.op not in RULED and not any(word in s.name for word in KINKED)
@@ -170,6 +170,7 @@ def test_gradcheck(sample: Sample, backend: str) -> None:
 
 ONCE_DIFFERENTIABLE = (
     "visible_tokens_embed", "masked_loss_patch", "nm_matmul_linear", "nm_matmul_bitmask", "nm_matmul_soft",
+    "masked_attention",
 )  # fmt: skip
 
 

@@ -117,17 +117,23 @@ def _hidden(g: G) -> AttentionMask:
     return AttentionMask.dense(seen)
 
 
+def _small(g: G) -> AttentionMask:
+    return AttentionMask.window(2, 3) | AttentionMask.keys(torch.tensor([[2]]), Lk=7)
+
+
 CASES = {
-    "dense": _attention(MASKS["dense"]),
-    "none": _attention(None),
-    "causal": _attention(MASKS["causal"], channels=8),
-    "lengths": _attention(MASKS["no_keys"], channels=24),
-    "combined": _attention(MASKS["combined"], channels=33),
-    "heads": _attention(MASKS["dense"], groups=1, channels=8),
-    "packed": _attention(MASKS["packed"], layout="packed"),
-    "strided": _attention(MASKS["window"], layout="strided"),
-    "hidden_nan": _attention(_hidden, hidden_nan=True),
-    "wide": _attention(MASKS["rows"], channels=128),
+    "small": _attention(_small, channels=3, queries=5, keys=7),
+    "small_heads": _attention(_small, channels=2, queries=5, keys=7, groups=1),
+    "large": _attention(MASKS["dense"]),
+    "large_plain": _attention(None),
+    "large_causal": _attention(MASKS["causal"], channels=8),
+    "large_lengths": _attention(MASKS["no_keys"], channels=24),
+    "large_combined": _attention(MASKS["combined"], channels=33),
+    "large_heads": _attention(MASKS["dense"], groups=1, channels=8),
+    "large_packed": _attention(MASKS["packed"], layout="packed"),
+    "large_strided": _attention(MASKS["window"], layout="strided"),
+    "large_hidden_nan": _attention(_hidden, hidden_nan=True),
+    "large_wide": _attention(MASKS["rows"], channels=128),
     "one_query": _attention(lambda g: AttentionMask.key_padding(torch.tensor([90, 30])), queries=1),
     "no_queries": _attention(None, queries=0),
     "without_keys": _attention(None, keys=0),
@@ -156,7 +162,7 @@ ERRORS = [
     ErrorSample(ATTENTION, "heads", lambda q, k, v, *r: (q, k.repeat(1, 2, 1, 1)[:, :3], v.repeat(1, 2, 1, 1)[:, :3], *r), ValueError, "k must have a number of heads that divides 2"),
     ErrorSample(ATTENTION, "one_of_two", _at(4, lambda w: None), ValueError, "tiles and words must be given together"),
     ErrorSample(ATTENTION, "tiles_shape", _at(3, lambda t: t[:, :, 1:]), ValueError, "tiles must have shape"),
-    ErrorSample(ATTENTION, "tiles_batch", _at(3, lambda t: torch.cat([t, t])), ValueError, "tiles must have 1 or 2 entries along axis 0"),
+    ErrorSample(ATTENTION, "tiles_batch", _at(3, lambda t: torch.cat([t] * 3)), ValueError, "tiles must have 1 or 2 entries along axis 0"),
     ErrorSample(ATTENTION, "words", _at(4, lambda w: w[:, 1:]), ValueError, "words must have shape"),
     ErrorSample(ATTENTION, "tile", _at(3, lambda t: t + 1000), IndexError, r"tiles\[0, 0, 0, 0\] must be in \[-2, "),
     ErrorSample(MAP, "code", _at(2, lambda p: [99, *p[1:]]), ValueError, "program must be a postfix program"),

@@ -60,7 +60,11 @@ def op_of(backend: str, name: str) -> Callable:
 
 def takes_floats(op: str) -> bool:
     """Whether the op computes on floating tensors, so that a test runs it at every dtype."""
-    return OPS[op].family != "mask_sampling" and op not in ("visible_tokens_split", "nm_matmul_pack", "masked_attention_map")
+    return OPS[op].family != "mask_sampling" and op not in (
+        "visible_tokens_split",
+        "nm_matmul_pack",
+        "masked_attention_map",
+    )
 
 
 def is_float(x: object) -> bool:

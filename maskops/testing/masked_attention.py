@@ -69,7 +69,9 @@ def _map(mask: Callable[[G], AttentionMask], queries: int = L, keys: int = S, ba
     return make
 
 
-def _tensors(g: G, dtype: torch.dtype, channels: int, queries: int, keys: int, groups: int, layout: str) -> list[Tensor]:
+def _tensors(
+    g: G, dtype: torch.dtype, channels: int, queries: int, keys: int, groups: int, layout: str
+) -> list[Tensor]:
     def one(heads: int, rows: int) -> Tensor:
         if layout == "packed":  # [rows, heads, channels] seen as [B, heads, rows, channels]
             return randn(g, dtype, B, rows, heads, channels).transpose(1, 2)

@@ -19,7 +19,10 @@ FUNCTION, MERGE, MAP = "masked_attention", "merge_attention", "AttentionMask"
 MOST_CHANNELS = 256
 
 
-@public("masked_attention", native="C++ on CPU (AVX-512, AVX2, portable); on CUDA the Triton kernel; float32, float64, bfloat16, float16")
+@public(
+    "masked_attention",
+    native="C++ on CPU (AVX-512, AVX2, portable); on CUDA the Triton kernel; float32, float64, bfloat16, float16",
+)
 def masked_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask | BlockMap | None = None, *, scale: float | None = None,
     return_lse: bool = False, enable_gqa: bool = False, backend: str = "auto",
@@ -85,7 +88,16 @@ def merge_attention(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) 
         lse_a, lse_b: [B, H, Lq], of the same calls with return_lse=True.
 
     Returns:
-        (out, lse); a query without any key has out 0 and lse -inf. Differentiable.
+        (out, lse), out in out_a's dtype. Differentiable.
+
+    Notes:
+        A query that sees no key in either has out 0 and lse -inf. Deterministic.
+
+    Raises:
+        ValueError: shapes that do not belong together.  TypeError: an argument is no tensor.
+
+    Source:
+        Online softmax: Milakov and Gimelshein, 2018 (arXiv 1805.02867).
 
     Example:
         >>> q, k, v = torch.randn(1, 1, 3, 8), torch.randn(1, 1, 6, 8), torch.randn(1, 1, 6, 8)
@@ -96,7 +108,12 @@ def merge_attention(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) 
     for name, x in (("out_a", out_a), ("lse_a", lse_a), ("out_b", out_b), ("lse_b", lse_b)):
         check_is_tensor(MERGE, name, x)
     if out_a.shape != out_b.shape or lse_a.shape != lse_b.shape or lse_a.shape != out_a.shape[:-1]:
-        fail(MERGE, "out_b, lse_b", f"have the shapes of {describe(out_a)}, {describe(lse_a)}", f"{describe(out_b)}, {describe(lse_b)}")
+        fail(
+            MERGE,
+            "out_b, lse_b",
+            f"have the shapes of {describe(out_a)}, {describe(lse_a)}",
+            f"{describe(out_b)}, {describe(lse_b)}",
+        )
     lse = torch.logaddexp(lse_a, lse_b)
     some = lse != -math.inf
     safe = torch.where(some, lse, 0)
@@ -237,7 +254,9 @@ def _check_reach(code: int, o: dict[str, int], ints: int, bytes: int, last: tupl
     """That a rule reads inside its tensors, at the last position as at the first."""
     for name, low, high, size in rules.reach(code, o, last):
         if low < 0 or high >= size_of(size, ints, bytes):
-            fail(MAP, "program", f"read {name} inside its {size_of(size, ints, bytes)} {size}", f"places {low} to {high}")
+            fail(
+                MAP, "program", f"read {name} inside its {size_of(size, ints, bytes)} {size}", f"places {low} to {high}"
+            )
 
 
 def size_of(kind: str, ints: int, bytes: int) -> int:

@@ -143,9 +143,13 @@ class AttentionMask:
         k = _ids("groups", "group_of_k", group_of_q if group_of_k is None else group_of_k)
         for name, ids in (("group_of_q", q), ("group_of_k", k)):
             if ids.device.type == "cpu" and ids.numel() and not (0 <= ids.min() and ids.max() < len(matrix)):
-                raise IndexError(f"{CLASS}.groups: {name} must be in [0, {len(matrix)}), got {int(ids.min())} to {int(ids.max())}")
+                raise IndexError(
+                    f"{CLASS}.groups: {name} must be in [0, {len(matrix)}), got {int(ids.min())} to {int(ids.max())}"
+                )
         mask = _of_ids(rules.GROUPS, q, k, matrix=0, groups=matrix.shape[0])
-        return AttentionMask(mask.ints, matrix.reshape(-1).to(torch.uint8), mask.program, mask.batch, 1, mask.Lq, mask.Lk)
+        return AttentionMask(
+            mask.ints, matrix.reshape(-1).to(torch.uint8), mask.program, mask.batch, 1, mask.Lq, mask.Lk
+        )
 
     @classmethod
     def keys(cls, keys: Tensor, Lk: int | None = None) -> AttentionMask:
@@ -193,7 +197,12 @@ class AttentionMask:
         moved = rules.moved(other.program, self.ints.numel(), self.bytes.numel())
         program = rules.joined(self.program, moved, code)
         if rules.depth(program) > rules.DEPTH:
-            fail(CLASS, "a combination", f"need at most {rules.DEPTH} values at once; join some into a dense mask first", rules.depth(program))
+            fail(
+                CLASS,
+                "a combination",
+                f"need at most {rules.DEPTH} values at once; join some into a dense mask first",
+                rules.depth(program),
+            )
         return AttentionMask(ints, bytes, program, *sizes)
 
     # ---- what it becomes
@@ -221,7 +230,9 @@ class AttentionMask:
         """bool [B or 1, H or 1, Lq, Lk]."""
         return self.compile(Lq, Lk).dense()
 
-    def block_map(self, q_block: int = TILE, k_block: int = TILE, *, Lq: int | None = None, Lk: int | None = None) -> Tensor:
+    def block_map(
+        self, q_block: int = TILE, k_block: int = TILE, *, Lq: int | None = None, Lk: int | None = None
+    ) -> Tensor:
         """int8 [B or 1, H or 1, nq, nk]: 0 where a block is empty, 1 partial, 2 full.  Blocks are multiples of 64."""
         for name, size in (("q_block", q_block), ("k_block", k_block)):
             if size < 1 or size % TILE:
@@ -248,14 +259,20 @@ class AttentionMask:
         seen = found.dense()[0, 0].float()
         shown = torch.maximum(tiles[: found.Lq, : found.Lk], seen)
         ax.imshow(shown.cpu().numpy(), cmap="Blues", vmin=0, vmax=1.2, interpolation="nearest")
-        ax.set(xlabel="key", ylabel="query", title=f"{seen.mean().item():.0%} of pairs, {(found.tiles[0, 0] != EMPTY).float().mean().item():.0%} of tiles")
+        ax.set(
+            xlabel="key",
+            ylabel="query",
+            title=f"{seen.mean().item():.0%} of pairs, {(found.tiles[0, 0] != EMPTY).float().mean().item():.0%} of tiles",
+        )
         return ax
 
     def __repr__(self) -> str:
         names = {code: name.lower() for name, code in vars(rules).items() if name in rules.NAMES}
         steps = " ".join(names[code] for code, _ in rules.instructions(self.program))
         free = {"Lq": self.Lq, "Lk": self.Lk}
-        sizes = ", ".join([f"batch={self.batch}", f"heads={self.heads}", *(f"{n}={v}" for n, v in free.items() if v is not None)])
+        sizes = ", ".join(
+            [f"batch={self.batch}", f"heads={self.heads}", *(f"{n}={v}" for n, v in free.items() if v is not None)]
+        )
         return f"{CLASS}({steps}; {sizes})"
 
     def _with(self, ints: Tensor, bytes: Tensor) -> AttentionMask:
@@ -295,7 +312,13 @@ def _of_bytes(values: Tensor, q_block: int, k_block: int, Lq: int | None, Lk: in
     data = values.contiguous().view(torch.uint8).reshape(-1)
     strides = (H * rows * columns * (B > 1), rows * columns * (H > 1), columns * (rows > 1))
     rule = rules.instruction(
-        rules.BYTES, at=0, stride_b=strides[0], stride_h=strides[1], stride_q=strides[2], q_block=q_block, k_block=k_block
+        rules.BYTES,
+        at=0,
+        stride_b=strides[0],
+        stride_h=strides[1],
+        stride_q=strides[2],
+        q_block=q_block,
+        k_block=k_block,
     )
     return AttentionMask(_none(values.device, torch.int32), data, rule, B, H, Lq, Lk)
 
@@ -361,4 +384,3 @@ def _length(name: str, own: int | None, given: int | None) -> int:
     if own is None and given is None:
         fail(CLASS, name, "be given: no rule of this mask fixes it", None)
     return own if given is None else given
-

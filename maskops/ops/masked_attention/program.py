@@ -99,7 +99,9 @@ def reach(code: int, o: dict[str, int], last: tuple[int, int, int, int]) -> list
     if code in (SAME, GROUPS):
         steps = {"q_at": b * o["q_stride_b"] + q, "k_at": b * o["k_stride_b"] + k}
         found = [(n, min(o[n], o[n] + step), max(o[n], o[n] + step), "ints") for n, step in steps.items()]
-        return found + ([("matrix", o["matrix"], o["matrix"] + o["groups"] ** 2 - 1, "bytes")] if code == GROUPS else [])
+        return found + (
+            [("matrix", o["matrix"], o["matrix"] + o["groups"] ** 2 - 1, "bytes")] if code == GROUPS else []
+        )
     if code == BYTES:
         step = b * o["stride_b"] + h * o["stride_h"] + q // o["q_block"] * o["stride_q"] + k // o["k_block"]
         return [("at", min(o["at"], o["at"] + step), max(o["at"], o["at"] + step), "bytes")]

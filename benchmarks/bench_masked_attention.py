@@ -121,7 +121,8 @@ def attention_cases() -> list[Case]:
         rivals = {MASKED: masked, PLAIN: plain, LOOP: per_document}
         out += [
             case("8 documents", documents_size, dtype, False, docs, rivals, {MASKED: 8.0} if full else {"best": 1.2}, document=128),
-            case("8 documents", documents_size, dtype, True, docs, {MASKED: masked, LOOP: per_document}, {MASKED: 6.0} if full else {}, document=128),
+            case("8 documents", documents_size, dtype, True, docs, {MASKED: masked, LOOP: per_document},
+                 {MASKED: 6.0} if full else {}, document=128),
             case("no mask", (8, 12, 196, 64), dtype, False, None, {PLAIN: plain}, {PLAIN: 1.5 if full else 1.2}),
             case("no mask", documents_size, dtype, False, None, {PLAIN: plain}, {PLAIN: 1.5 if full else 1.2}),
             case("no mask", documents_size, dtype, True, None, {PLAIN: plain}, {}, quick=False),
@@ -137,7 +138,8 @@ def flex_cases() -> list[Case]:
     by_document = {"documents": (partial(documents, 1024), lambda b, h, q, k: q // DOCUMENTS == k // DOCUMENTS)}
     jobs = [(size, *item) for item in by_document.items()] + [(long, *item) for item in patterns(2048).items()]
     return [
-        case(f"{name}, against FlexAttention", shape, torch.float32, False, mask, {FLEX: flex, MASKED: masked}, {FLEX: 1.3}, quick=False, rule=rule)
+        case(f"{name}, against FlexAttention", shape, torch.float32, False, mask, {FLEX: flex, MASKED: masked}, {FLEX: 1.3},
+             quick=False, rule=rule)
         for shape, name, (mask, rule) in jobs
     ]  # fmt: skip
 

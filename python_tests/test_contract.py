@@ -143,7 +143,7 @@ def test_error_wording_is_the_same(sample: ErrorSample) -> None:
     assert len(said) == 1, said
 
 
-# Finite differences do not see a kink, nor a gradient that is made up on purpose; they know no -inf, and take long where much goes in.
+# Finite differences do not see a kink, nor a gradient that is made up on purpose; they know no -inf, and take long on large inputs.
 KINKED = ("l1", "smooth", "hard", "straight_through", "without_keys", "large")
 RULED = ("nm_matmul_compress",)  # a weight with every value moved a little is no N:M weight
 SMOOTH = [

@@ -1,4 +1,4 @@
-"""What is special to masked_attention: parity with SDPA, the rules of masks, nothing leaks, merging, packing, lengths that change."""
+"""What is special to masked_attention: parity with SDPA, rules of masks, nothing leaks, merging, packing, changing lengths."""
 
 import math
 

@@ -155,16 +155,22 @@ def _at(index: int, value: Callable) -> Callable:
     return lambda *args: (*args[:index], value(args[index]), *args[index + 1 :])
 
 
+def _all(change: Callable, first: int = 0) -> Callable:
+    """Change q, k and v, or k and v."""
+    return lambda *args: (*args[:first], *(change(x) for x in args[first:3]), *args[3:])
+
+
+NO_BLOCK = list(rules.instruction(rules.BLOCK_CAUSAL, block=0))
 BAND = list(rules.instruction(rules.BAND, low=0, high=1))
 ERRORS = [
     ErrorSample(ATTENTION, "rank", _at(0, lambda q: q[0]), ValueError, "masked_attention: q must have shape"),
     ErrorSample(ATTENTION, "keys_dtype", _at(1, Tensor.double), ValueError, "masked_attention: k must be float32"),
     ErrorSample(ATTENTION, "values_shape", _at(2, lambda v: v[:, :, 1:]), ValueError, "masked_attention: v must have shape"),
-    ErrorSample(ATTENTION, "no_channels", lambda q, k, v, *r: (q[..., :0], k[..., :0], v[..., :0], *r), ValueError, "q must have 1 to 256 channels"),
-    ErrorSample(ATTENTION, "heads", lambda q, k, v, *r: (q, k.repeat(1, 2, 1, 1)[:, :3], v.repeat(1, 2, 1, 1)[:, :3], *r), ValueError, "k must have a number of heads that divides 2"),
+    ErrorSample(ATTENTION, "no_channels", _all(lambda x: x[..., :0]), ValueError, "q must have 1 to 256 channels"),
+    ErrorSample(ATTENTION, "heads", _all(lambda x: x.repeat(1, 2, 1, 1)[:, :3], 1), ValueError, "k must have a number of heads that divides 2"),
     ErrorSample(ATTENTION, "one_of_two", _at(4, lambda w: None), ValueError, "tiles and words must be given together"),
     ErrorSample(ATTENTION, "tiles_shape", _at(3, lambda t: t[:, :, 1:]), ValueError, "tiles must have shape"),
-    ErrorSample(ATTENTION, "tiles_batch", _at(3, lambda t: torch.cat([t] * 3)), ValueError, "tiles must have 1 or 2 entries along axis 0"),
+    ErrorSample(ATTENTION, "tiles_batch", _at(3, lambda t: torch.cat([t] * 3)), ValueError, "tiles must have 1 or 2 entries"),
     ErrorSample(ATTENTION, "words", _at(4, lambda w: w[:, 1:]), ValueError, "words must have shape"),
     ErrorSample(ATTENTION, "tile", _at(3, lambda t: t + 1000), IndexError, r"tiles\[0, 0, 0, 0\] must be in \[-2, "),
     ErrorSample(MAP, "code", _at(2, lambda p: [99, *p[1:]]), ValueError, "program must be a postfix program"),
@@ -173,7 +179,7 @@ ERRORS = [
     ErrorSample(MAP, "reach", _at(5, lambda n: 5000), ValueError, "program must read at inside its"),
     ErrorSample(MAP, "ints", _at(0, Tensor.long), ValueError, "ints must be int32"),
     ErrorSample(MAP, "length", _at(5, lambda n: -1), ValueError, "Lq must be in"),
-    ErrorSample(MAP, "block", _at(2, lambda p: list(rules.instruction(rules.BLOCK_CAUSAL, block=0))), ValueError, "program must have positive blocks"),
+    ErrorSample(MAP, "block", _at(2, lambda p: NO_BLOCK), ValueError, "program must have positive blocks"),
 ]  # fmt: skip
 
 

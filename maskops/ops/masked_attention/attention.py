@@ -32,8 +32,8 @@ def masked_attention(
         out = softmax(scale q k^T + (0 where seen, else -inf)) v        lse = log sum exp of the same scores
 
     Args:
-        q: float [B, H, Lq, D], or packed [total_q, H, D] with an AttentionMask.packed or segments mask.  D is at most 256.
-        k, v: q's dtype [B, G, Lk, D] or [total_k, G, D].  G = H, or a divisor of H with enable_gqa: query head h reads h // (H / G).
+        q: float [B, H, Lq, D], or packed [total_q, H, D] with an AttentionMask.packed or segments mask; D at most 256.
+        k, v: q's dtype [B, G, Lk, D] or [total_k, G, D].  G = H, or with enable_gqa a divisor of it: query head h reads h // (H / G).
         mask: what each query sees; None: every key. Its batch and heads are those of q, or 1.
         scale: of the scores. Default: 1 / sqrt(D).
         return_lse: also return lse, with which merge_attention joins results over different keys.
@@ -45,8 +45,8 @@ def masked_attention(
         (once) in q, k and v, also through lse.
 
     Notes:
-        A query that sees no key gets out 0, lse -inf and gradient 0. NaN and inf at keys that a query does not see reach neither its
-        result nor its gradient; one that sees such a value gets NaN. Scores are never stored. Deterministic.
+        A query that sees no key gets out 0, lse -inf and gradient 0. NaN and inf at keys that a query does not see reach neither
+        its result nor its gradient; one that sees such a value gets NaN. Scores are never stored. Deterministic.
 
     Raises:
         ValueError: wrong dtype, shape, device, or a mask of other sizes.  TypeError: q, k or v is no tensor, mask is no mask.

@@ -142,7 +142,7 @@ class AttentionMask:
         q = _ids("groups", "group_of_q", group_of_q)
         k = _ids("groups", "group_of_k", group_of_q if group_of_k is None else group_of_k)
         for name, ids in (("group_of_q", q), ("group_of_k", k)):
-            if ids.device.type == "cpu" and ids.numel() and not (0 <= ids.min() and ids.max() < len(matrix)):
+            if ids.device.type == "cpu" and ids.numel() and not (ids.min() >= 0 and ids.max() < len(matrix)):
                 raise IndexError(
                     f"{CLASS}.groups: {name} must be in [0, {len(matrix)}), got {int(ids.min())} to {int(ids.max())}"
                 )
@@ -169,7 +169,7 @@ class AttentionMask:
 
     @classmethod
     def from_block_map(cls, blocks: Tensor, q_block: int, k_block: int) -> AttentionMask:
-        """True for blocks of q_block queries x k_block keys that see each other.  blocks: bool [nq, nk] or [B or 1, H or 1, nq, nk]."""
+        """Blocks of q_block queries x k_block keys that see each other.  blocks: bool [nq, nk] or [B or 1, H or 1, nq, nk]."""
         _check(blocks, "from_block_map", "blocks", (torch.bool,), "bool [nq, nk] or [B, H, nq, nk]", (2, 4))
         for name, size in (("q_block", q_block), ("k_block", k_block)):
             if integer(f"{CLASS}.from_block_map", name, size) < 1:

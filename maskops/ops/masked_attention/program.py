@@ -1,7 +1,7 @@
 """The rules of an attention mask as data: a postfix program that one kernel evaluates, tile by tile, on every device.
 
-An instruction is WIDTH integers, its code first.  q and k are positions of query and key, b and h batch and head. Offsets point into
-the tensor of integers, for BYTES and the matrix of GROUPS into the tensor of bytes.
+An instruction is WIDTH integers, its code first.  q and k are positions of query and key, b and h batch and head. Offsets point
+into the tensor of integers, for BYTES and the matrix of GROUPS into the tensor of bytes.
 """
 
 from maskops.reference.masked_attention import (

@@ -33,7 +33,7 @@ def masked_attention(
 
     Args:
         q: float [B, H, Lq, D], or packed [total_q, H, D] with an AttentionMask.packed or segments mask; D at most 256.
-        k, v: q's dtype [B, G, Lk, D] or [total_k, G, D].  G = H, or with enable_gqa a divisor of it: query head h reads h // (H / G).
+        k, v: q's dtype [B, G, Lk, D] or [total_k, G, D].  G = H, or with enable_gqa a divisor of it: head h reads h // (H / G).
         mask: what each query sees; None: every key. Its batch and heads are those of q, or 1.
         scale: of the scores. Default: 1 / sqrt(D).
         return_lse: also return lse, with which merge_attention joins results over different keys.

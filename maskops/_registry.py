@@ -85,6 +85,11 @@ def define_op(spec: OpSpec) -> None:
         _register_autocast(namespace, library, spec)
 
 
+def dynamic_size() -> torch.SymInt:
+    """A size that only the data tells, for the fake of an op."""
+    return torch.library.get_ctx().new_dynamic_size()
+
+
 def register_triton(key: str, namespace: str = "maskops_triton") -> None:
     """Register the Triton launchers for a dispatch key ("CUDA", "XPU", or "CPU" for the interpreter), where it has no kernel."""
     for spec in OPS.values():

@@ -17,6 +17,9 @@ def register_hf_attention(name: str = "maskops") -> None:
     Args:
         name: what from_config, from_pretrained and set_attn_implementation are then given.
 
+    Returns:
+        Nothing.
+
     Notes:
         Causal, bidirectional and padding masks are rules without a [Lq, Lk] tensor; any other mask of a model is made dense, bool
         and batch by batch, and compiled from that. A query that sees no key gives 0. Dropout inside the attention, additive
@@ -25,9 +28,12 @@ def register_hf_attention(name: str = "maskops") -> None:
     Raises:
         ImportError: transformers is not installed, or too old to take attention implementations.
 
+    Source:
+        The attention interface of transformers.
+
     Example:
-        >>> maskops.register_hf_attention()  # doctest: +SKIP
-        >>> model = transformers.AutoModel.from_pretrained(folder, attn_implementation="maskops")  # doctest: +SKIP
+        >>> maskops.register_hf_attention()
+        >>> # model = transformers.AutoModel.from_pretrained(folder, attn_implementation="maskops")
     """
     try:
         from transformers import AttentionInterface

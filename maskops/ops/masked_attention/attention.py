@@ -8,7 +8,7 @@ from torch import Tensor
 
 from maskops._backends import find_op, public
 from maskops._checks import FLOATS, check_is_tensor, check_tensor, describe, fail
-from maskops._registry import OpSpec, define_op
+from maskops._registry import OpSpec, define_op, dynamic_size
 from maskops.ops.masked_attention import program as rules
 from maskops.ops.masked_attention.mask import AttentionMask, BlockMap
 from maskops.reference import masked_attention as reference
@@ -264,8 +264,7 @@ def size_of(kind: str, ints: int, bytes: int) -> int:
 
 
 def _fake_map(ints: Tensor, bytes: Tensor, program: list[int], B: int, H: int, L: int, S: int) -> tuple[Tensor, Tensor]:
-    partial = torch.library.get_ctx().new_dynamic_size()
-    return ints.new_empty(B, H, tiles_in(L), tiles_in(S)), ints.new_empty(partial, TILE, dtype=torch.int64)
+    return ints.new_empty(B, H, tiles_in(L), tiles_in(S)), ints.new_empty(dynamic_size(), TILE, dtype=torch.int64)
 
 
 define_op(

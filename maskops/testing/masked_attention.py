@@ -123,19 +123,20 @@ def _small(g: G) -> AttentionMask:
     return AttentionMask.window(2, 3) | AttentionMask.keys(torch.tensor([[2]]), Lk=7)
 
 
+SHORT = dict(queries=20, keys=70)  # an interpreted kernel takes a second for a few tiles
 CASES = {
     "small": _attention(_small, channels=3, queries=5, keys=7),
     "small_heads": _attention(_small, channels=2, queries=5, keys=7, groups=1),
     "large": _attention(MASKS["dense"]),
-    "large_plain": _attention(None),
-    "large_causal": _attention(MASKS["causal"], channels=8),
-    "large_lengths": _attention(MASKS["no_keys"], channels=24),
+    "large_plain": _attention(None, **SHORT),
+    "large_causal": _attention(MASKS["causal"], channels=8, **SHORT),
+    "large_lengths": _attention(lambda g: AttentionMask.key_padding(torch.tensor([0, 66])), channels=24, **SHORT),
     "large_combined": _attention(MASKS["combined"], channels=33),
-    "large_heads": _attention(MASKS["dense"], groups=1, channels=8),
+    "large_heads": _attention(MASKS["block_causal"], groups=1, channels=8, **SHORT),
     "large_packed": _attention(MASKS["packed"], layout="packed"),
-    "large_strided": _attention(MASKS["window"], layout="strided"),
+    "large_strided": _attention(MASKS["window"], layout="strided", **SHORT),
     "large_hidden_nan": _attention(_hidden, hidden_nan=True),
-    "large_wide": _attention(MASKS["rows"], channels=128),
+    "large_wide": _attention(MASKS["hide_self"], channels=128, **SHORT),
     "one_query": _attention(lambda g: AttentionMask.key_padding(torch.tensor([90, 30])), queries=1),
     "no_queries": _attention(None, queries=0),
     "without_keys": _attention(None, keys=0),
@@ -143,8 +144,8 @@ CASES = {
 SAMPLES = [
     *(Sample(ATTENTION, name, make) for name, make in CASES.items()),
     Sample(BACKWARD, "dense", _backward(MASKS["dense"])),
-    Sample(BACKWARD, "none", _backward(None, channels=20)),
-    Sample(BACKWARD, "heads", _backward(MASKS["segments"], groups=1)),
+    Sample(BACKWARD, "none", _backward(None, channels=20, **SHORT)),
+    Sample(BACKWARD, "heads", _backward(MASKS["window"], groups=1, **SHORT)),
     *(Sample(MAP, name, _map(mask)) for name, mask in MASKS.items()),
     Sample(MAP, "even", _map(MASKS["causal"], 128, 192, batch=2)),
     Sample(MAP, "nothing", _map(MASKS["causal"], 0, 70)),

@@ -310,3 +310,45 @@ def test_bitmask_module() -> None:
 def test_modules_describe_themselves() -> None:
     said = repr(nn.Sequential(SoftNMLinear(8, 2, 2, 4), SoftNMLinear(8, 2, 2, 4).harden(), BitmaskLinear(8, 2)))
     assert "pattern=2:4, per_pattern=True" in said and "in_features=8, out_features=2, pattern=2:4" in said
+
+
+def test_damaged_places_stay_in_memory_and_are_refused_where_they_are_loaded() -> None:
+    """Places that no group has: every kernel reads inside its row, forward and backward."""
+    g = torch.Generator().manual_seed(0)
+    for n, m, K in ((3, 9, 10), (2, 17, 40), (5, 12, 130), (2, 4, 64)):
+        dense = torch.zeros(40, K)
+        weight = maskops.nm_compress(dense, n, m)
+        damaged = weight._replace(indices=torch.randint(0, 256, weight.indices.shape, dtype=torch.uint8, generator=g))
+        for rows in (1, 5, 70):
+            x = torch.ones(rows, K, requires_grad=True)
+            values = torch.ones_like(weight.values).requires_grad_()
+            y = maskops.nm_linear(x, damaged._replace(values=values), backend="native")
+            grads = torch.autograd.grad(y.sum(), (x, values))
+            assert y.max() <= K and all(grad.abs().max() <= max(rows, 40) * n for grad in grads)
+    layer = NMLinear(maskops.nm_compress(torch.eye(4), 2, 4))
+    state = {**layer.state_dict(), "indices": torch.full_like(layer.indices, 255)}
+    with pytest.raises(RuntimeError, match="indices of row 0, group 0 must be 2 ascending places below 4"):
+        layer.load_state_dict(state)
+
+
+def test_the_dense_path_checks_as_the_sparse_one() -> None:
+    weight = maskops.nm_compress(torch.ones(6, 8) * torch.tensor([0.0] + [1.0] * 7), 7, 8)
+    with pytest.raises(ValueError, match="bias must have shape"):
+        maskops.nm_linear(torch.ones(2, 8), weight, torch.ones(1))
+    with pytest.raises(ValueError, match="x must be float32 or"):
+        maskops.nm_linear(torch.ones(2, 8).int(), weight)
+
+
+def test_constructors_refuse_what_forward_would() -> None:
+    with pytest.raises(ValueError, match="n and m must satisfy"):
+        SoftNMLinear(8, 8, 2, 0)
+    with pytest.raises(ValueError, match="in_features must be divisible by m = 4"):
+        SoftNMLinear(7, 8, 2, 4)
+    with pytest.raises(ValueError, match="at most 128 patterns"):
+        SoftNMLinear(32, 1, 16, 32)
+    with pytest.raises(TypeError, match="weight must be an NMWeight"):
+        NMLinear(torch.ones(4, 4))
+
+
+def test_patterns_of_nearly_everything_are_quick() -> None:
+    assert maskops.nm_patterns(31, 32).shape == (32, 32)

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from maskops._checks import FLOATS, check_tensor, fail
 from maskops.ops.mask_sampling import Seed
 from maskops.ops.nm_matmul import (
     NMWeight,
@@ -18,6 +19,8 @@ from maskops.ops.nm_matmul import (
     pack_bitmask,
     unpack_bitmask,
 )
+from maskops.ops.nm_matmul.sizes import check_pattern
+from maskops.ops.nm_matmul.soft import MOST_PATTERNS
 
 
 class NMLinear(nn.Module):
@@ -29,6 +32,10 @@ class NMLinear(nn.Module):
     def __init__(self, weight: NMWeight, bias: Tensor | None = None):
         """weight: made by nm_compress; bias [N] or None. Both become parameters, copied."""
         super().__init__()
+        if not isinstance(weight, NMWeight):
+            raise TypeError(f"NMLinear: weight must be an NMWeight, got {type(weight).__name__}")
+        if bias is not None:
+            check_tensor("NMLinear", "bias", bias, "[N]", FLOATS, (weight.shape[0],), weight.values)
         state = weight.state_dict()
         self.n, self.m, self.in_features, self.out_features = weight.n, weight.m, weight.K, weight.shape[0]
         self.values = nn.Parameter(state["values"].clone())
@@ -55,12 +62,18 @@ class NMLinear(nn.Module):
         return _dense_linear(self.weight.to_dense(), self.bias)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Two patterns can have tensors of the same sizes, so the layout must be the same one."""
-        found, errors = state_dict.get(f"{prefix}layout"), args[-1]
-        if found is not None and found.tolist() != self.layout.tolist():
-            have, want = found.tolist(), self.layout.tolist()
-            errors.append(f"{prefix}layout: the state is of (n, m, K) = {have}, this module of {want}")
+        """Two patterns can have tensors of the same sizes, so the layout must be the same one, and the places must make sense."""
+        found, errors, want = state_dict.get(f"{prefix}layout"), args[-1], [self.n, self.m, self.in_features]
+        if isinstance(found, Tensor) and not found.is_meta and found.tolist() != want:
+            errors.append(f"{prefix}layout: the state is of (n, m, K) = {found.tolist()}, this module of {want}")
             return
+        stored = [state_dict.get(f"{prefix}{name}") for name in ("values", "indices")]
+        if all(isinstance(x, Tensor) and not x.is_meta for x in stored):
+            try:
+                NMWeight(*stored, *want).check()
+            except (TypeError, ValueError) as error:
+                errors.append(f"{prefix.rstrip('.') or 'NMLinear'}: {error}")
+                return
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
@@ -82,6 +95,16 @@ class SoftNMLinear(nn.Module):
         """per_pattern: a logit for each of the C(m, n) <= 128 patterns of a group, else one per weight; they start as noise of
         the given std."""
         super().__init__()
+        check_pattern("SoftNMLinear", n, m)
+        if in_features % m:
+            fail("SoftNMLinear", "in_features", f"be divisible by m = {m}", in_features)
+        if per_pattern and math.comb(m, n) > MOST_PATTERNS:
+            fail(
+                "SoftNMLinear",
+                "n and m",
+                f"have at most {MOST_PATTERNS} patterns, or per_pattern be False",
+                math.comb(m, n),
+            )
         self.n, self.m, self.tau, self.scale, self.hard = n, m, tau, scale, hard
         self.weight = nn.Parameter(torch.empty(out_features, in_features), requires_grad=False)
         self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False) if bias else None

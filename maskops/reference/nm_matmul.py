@@ -5,6 +5,7 @@ group stands in bits [j bits, (j + 1) bits) of the row, little endian. A slot wh
 """
 
 import math
+from itertools import combinations
 
 import torch
 from einops import rearrange
@@ -162,7 +163,8 @@ def _nm_matmul_bitmask_backward(
 
 def patterns_of(n: int, m: int) -> Tensor:
     """bool [P, m]: every choice of n places out of m, in lexicographic order of the places."""
-    chosen = torch.combinations(torch.arange(m), n)
+    # Not torch.combinations, which builds all m^n tuples first.
+    chosen = torch.tensor(list(combinations(range(m), n)), dtype=torch.int64)
     return torch.zeros(len(chosen), m, dtype=torch.bool).scatter_(1, chosen, True)
 
 

@@ -44,7 +44,7 @@ void gather_outputs(const NmProduct& p, Range outputs, const typename V::scalar*
     for (int64_t first = 0; first < l.slots; first += kSlotsAtOnce) {
       const int64_t count = min_of(kSlotsAtOnce, l.slots - first);
       for (int64_t i = 0; i < count; ++i) {
-        columns[i] = int32_t(start + read_place(places, first + i, l.bits));
+        columns[i] = int32_t(start + place_in_group(places, first + i, l));
         if (++in_group == l.n) {
           in_group = 0;
           start += l.m;
@@ -174,7 +174,7 @@ void few_rows(const FewBlock& block, Range outputs, const float* x, bool add, fl
 template <class T, bool kQuad, bool kWide>
 void shuffle_outputs(const NmProduct& p, Range outputs, const float* x, float* sums) {
   const NmLayout& l = p.weight.layout;
-  const PlaceReader places(l.bits);
+  const PlaceReader places(l);
   alignas(64) int32_t starts[16];
   for (int i = 0; i < 16; ++i) starts[i] = i / l.n * l.m;
   FewBlock block{&p, &places, _mm512_load_si512(starts), 16 / l.n * l.m, 0, 0, padded_columns(l)};

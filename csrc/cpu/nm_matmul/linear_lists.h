@@ -42,7 +42,7 @@ struct TileReader {
       : weight(w), span(span_of(w.layout)), slots(span_of(w.layout) / w.layout.m * w.layout.n)
 #if MASKOPS_ISA_LEVEL == 2
         ,
-        places(w.layout.bits)
+        places(w.layout)
 #endif
   {
 #if MASKOPS_ISA_LEVEL == 2
@@ -62,7 +62,7 @@ struct TileReader {
     int64_t start = 0;
     int in_group = 0;
     for (int64_t slot = first; slot < stop; ++slot) {
-      const int64_t column = start + read_place(places_of_row, slot, l.bits);
+      const int64_t column = start + place_in_group(places_of_row, slot, l);
       if (column < width) {
         dense[column] = to_float(values[slot]);
         kept |= uint64_t{1} << column;

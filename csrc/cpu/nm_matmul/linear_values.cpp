@@ -144,7 +144,7 @@ struct OffsetReader {
       : p(values), shape(shape_of), starts(buffer)
 #if MASKOPS_ISA_LEVEL == 2
         ,
-        places(values.weight.layout.bits)
+        places(values.weight.layout)
 #endif
   {
     const NmLayout& l = p.weight.layout;
@@ -163,7 +163,7 @@ struct OffsetReader {
       _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + slot), _mm256_mullo_epi16(column, _mm256_set1_epi16(int16_t(bytes))));
     }
 #endif
-    for (; slot < l.slots; ++slot) to[slot] = uint16_t((starts[slot] + read_place(from, slot, l.bits)) * bytes);
+    for (; slot < l.slots; ++slot) to[slot] = uint16_t((starts[slot] + place_in_group(from, slot, l)) * bytes);
     for (slot = max_of<int64_t>(0, l.slots - l.n); slot < l.slots; ++slot) {
       if (slot_column(from, slot, l.n, l.m, l.bits) >= l.K) to[slot] = 0;
     }

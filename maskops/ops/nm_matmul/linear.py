@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -69,6 +70,8 @@ def nm_linear(x: Tensor, weight: NMWeight, bias: Tensor | None = None, *, backen
     """
     _check_arguments(x, weight)
     if backend == "auto" and _path(x, weight)[0] == "dense":
+        if not torch.is_autocast_enabled(x.device.type):  # which casts before anything is checked
+            _check(as_rows(x), weight.values, weight.indices, bias, weight.n, weight.m)
         return F.linear(x, weight.to_dense(), bias)
     op = find_op("nm_matmul_linear", x.device.type, backend)
     y = op(as_rows(x), weight.values, weight.indices, bias, weight.n, weight.m)

@@ -134,7 +134,7 @@ class NMWeight(NamedTuple):
         """The inverse of to_semi_structured, for what torch.sparse made, too (groups with less than n nonzeros are told alike).
 
         Raises:
-            ValueError: wrong dtype or sizes.
+            ValueError: wrong dtype or sizes, or metadata that no weight has.
         """
         check_is_tensor(FROM_TORCH, "values", values)
         width = _torch_width(FROM_TORCH, "values", values, None)
@@ -151,6 +151,15 @@ class NMWeight(NamedTuple):
         shift = 4 * torch.arange(_META_CODES, device=meta.device)
         code = (meta[..., None] >> shift & 15).flatten(1)
         places = torch.stack([code & 3, code >> 2], -1) if n == 2 else (code & 3)[..., None] // 2
+        good = (code & 3) < (code >> 2) if n == 2 else (code == 0b0100) | (code == 0b1110)
+        if not good.all():
+            row, group = torch.nonzero(~good)[0].tolist()
+            fail(
+                FROM_TORCH,
+                f"metadata of row {row}, group {group}",
+                "be two ascending places of four",
+                bin(int(code[row, group])),
+            )
         dense = values.new_zeros(*code.shape, m).scatter_(-1, places, values.view(*code.shape, n))
         compressed = find_op("nm_matmul_compress", values.device.type, "auto")(dense.flatten(1), n, m)
         return NMWeight(*compressed, n, m, K)

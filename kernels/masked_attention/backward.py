@@ -45,7 +45,8 @@ def _delta_kernel(grad_ptr, out_ptr, lse_ptr, grad_lse_ptr, delta_ptr, H, L, D, 
 @triton.jit
 def _grad_q_kernel(grad_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, list_ptr, count_ptr, words_ptr, wrong_ptr, out_ptr, scale, H,
                    GROUP, L, S, D, lines, length, sc_b, sc_h, sg_b, sg_h, sg_l, sq_b, sq_h, sq_l, sk_b, sk_h, sk_s, sv_b, sv_h,
-                   sv_s, CAREFUL: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                   sv_s,
+                   CAREFUL: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
                    BLOCK_D: tl.constexpr, CHUNK: tl.constexpr, PARTS: tl.constexpr):  # fmt: skip
     # One program owns BLOCK_M queries of one head of grad_q [B, H, L, D] and walks over the mask tiles of their row, BLOCK_N keys
     # at a time, the last queries first, as the forward pass does.
@@ -112,7 +113,8 @@ def _grad_q_kernel(grad_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, list_ptr, 
 
 @triton.jit
 def _grad_kv_kernel(grad_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, list_ptr, count_ptr, words_ptr, wrong_ptr, grad_k_ptr,
-                    grad_v_ptr, scale, H, GROUP, L, S, D, lines, length, sc_b, sc_h, sg_b, sg_h, sg_l, sq_b, sq_h, sq_l, sk_b, sk_h, sk_s,
+                    grad_v_ptr,
+                    scale, H, GROUP, L, S, D, lines, length, sc_b, sc_h, sg_b, sg_h, sg_l, sq_b, sq_h, sq_l, sk_b, sk_h, sk_s,
                     sv_b, sv_h, sv_s, CAREFUL: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
                     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr, PARTS: tl.constexpr):  # fmt: skip
     # One program owns BLOCK_N keys of one head of grad_k, grad_v [B, G, S, D]. For each query head of the group it walks over the

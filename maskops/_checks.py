@@ -24,7 +24,9 @@ def check_is_tensor(op: str, arg: str, x: object) -> None:
 
 
 def integer(op: str, arg: str, value: object) -> int:
-    """Any kind of int (also numpy's) as an int; a float is refused, not cut off."""
+    """Any kind of int (also numpy's) as an int; a float is refused, not cut off, and so is a bool."""
+    if isinstance(value, bool):
+        raise TypeError(f"{op}: {arg} must be int, got {value!r}")
     if isinstance(value, int | torch.SymInt):
         return value
     try:

@@ -29,6 +29,8 @@ def _try_load(name: str) -> str:
         return f"torch {torch.__version__} is not a CUDA build"
     file = path_of(name)
     if file is None:
+        if (_FOLDER.parent / "setup.py").exists():
+            return f"not built in the source tree {_FOLDER.parent} (build it there with pip install -e, or leave this folder)"
         compiler = "nvcc" if name == "_C_cuda" else "a C++ compiler"
         return f"not built (install with {compiler} on the PATH to build it)"
     try:

@@ -106,6 +106,8 @@ def sparsify_(
         (NMLinear(in_features=64, out_features=64, pattern=2:4, bias=True), ['0'])
     """
     n, m = pattern(FUNCTION, n, m)
+    if isinstance(calibration, Tensor):
+        raise TypeError(f"{FUNCTION}: calibration must be an iterable of batches, got a tensor: put it into a list")
     batches = None if calibration is None else list(calibration)
     one_shot = _one_shot_of(method, prior, batches)
     learned = method == "learned"

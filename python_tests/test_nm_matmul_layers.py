@@ -352,3 +352,17 @@ def test_constructors_refuse_what_forward_would() -> None:
 
 def test_patterns_of_nearly_everything_are_quick() -> None:
     assert maskops.nm_patterns(31, 32).shape == (32, 32)
+
+
+def test_a_pattern_of_logit_minus_infinity_is_never_taken() -> None:
+    g = torch.Generator().manual_seed(0)
+    x, weight, logits = (
+        torch.randn(2, 8, generator=g),
+        torch.randn(3, 8, generator=g),
+        torch.randn(3, 2, 6, generator=g),
+    )
+    logits[0, 0, 1] = -math.inf
+    found = [
+        maskops.nm_soft_linear(x, weight, logits, 2, 4, tau=1.0, seed=0, backend=b)[0] for b in ("native", "reference")
+    ]
+    torch.testing.assert_close(*found)

@@ -271,3 +271,10 @@ def test_wrong_use_is_exit_code_2_and_one_message(text: Path, tmp_path: Path, ar
     assert done.exit_code == 2
     assert message in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_calibration_is_a_list_of_batches() -> None:
+    with pytest.raises(TypeError, match="calibration must be an iterable of batches, got a tensor"):
+        maskops.sparsify_(make_mlp(), 2, 4, "wanda", calibration=correlated(8, 1))
+    with pytest.raises(TypeError, match="n must be int, got True"):
+        maskops.sparsify_(make_mlp(), True, 4)

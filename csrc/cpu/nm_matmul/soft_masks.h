@@ -41,7 +41,11 @@ struct InverseTau {
     using S = typename V::scalar;
     return {V::all(S(value)), V::all(S(value - double(S(value))))};
   }
-  inline V times(V x) const { return fma(x, high, x * low); }
+  // -inf times a `low` of 0 would be NaN.
+  inline V times(V x) const {
+    const V least = V::all(typename V::scalar(-1e30)), finite = where_less(x, least, least, x);
+    return fma(finite, high, finite * low);
+  }
 };
 
 // Sum of term(i) for i < count, in four chains: the rounding error grows with the length of a chain.

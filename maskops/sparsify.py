@@ -106,9 +106,7 @@ def sparsify_(
         (NMLinear(in_features=64, out_features=64, pattern=2:4, bias=True), ['0'])
     """
     n, m = pattern(FUNCTION, n, m)
-    if isinstance(calibration, Tensor):
-        raise TypeError(f"{FUNCTION}: calibration must be an iterable of batches, got a tensor: put it into a list")
-    batches = None if calibration is None else list(calibration)
+    batches = _batches_of(calibration)
     one_shot = _one_shot_of(method, prior, batches)
     learned = method == "learned"
     chosen = _linears(model, filter)
@@ -192,6 +190,12 @@ def prune_(layer: nn.Linear, n: int, m: int, method: str, seen: InputStatistics 
         weight.copy_(pruned)
     weight.masked_fill_(~mask, 0)
     return mask
+
+
+def _batches_of(calibration: Iterable[Any] | None) -> list[Any] | None:
+    if isinstance(calibration, Tensor):
+        raise TypeError(f"{FUNCTION}: calibration must be an iterable of batches, got a tensor: put it into a list")
+    return None if calibration is None else list(calibration)
 
 
 def _one_shot_of(method: str, prior: str | None, batches: list | None) -> str:

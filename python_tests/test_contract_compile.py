@@ -123,12 +123,21 @@ def case_nm_soft_linear(batch: int, count: int) -> tuple[Callable, tuple]:
     return f, (x, torch.randn(DIM, count), logits, seed_tensor(3, None, torch.device("cpu")))
 
 
+def case_masked_attention(batch: int, count: int) -> tuple[Callable, tuple]:
+    found = maskops.AttentionMask.key_padding(torch.full((batch,), count - 1)).compile(count, count)
+
+    def f(q: Tensor, k: Tensor, v: Tensor, tiles: Tensor, words: Tensor) -> Tensor:
+        return maskops.masked_attention(q, k, v, maskops.BlockMap(tiles, words, q.shape[2], k.shape[2]))
+
+    return f, (*(torch.randn(batch, 3, count, 4, requires_grad=True) for _ in range(3)), found.tiles, found.words)
+
+
 CASES = {
     "split_tokens": case_split, "random_masking": case_masking, "gather_tokens": case_gather, "restore_tokens": case_restore,
     "pack_tokens": case_pack, "unpack_tokens": case_unpack, "patchify": case_patchify, "unpatchify": case_unpatchify,
     "embed_patches": case_embed, "masked_patch_loss": case_loss, "nm_mask": case_nm_mask, "nm_compress": case_nm_compress,
     "nm_linear": case_nm_linear, "pack_bitmask": case_pack_bitmask, "bitmask_linear": case_bitmask_linear,
-    "nm_soft_linear": case_nm_soft_linear,
+    "nm_soft_linear": case_nm_soft_linear, "masked_attention": case_masked_attention,
 }  # fmt: skip
 
 

@@ -1,5 +1,6 @@
 """The wording of every error about an argument; csrc/common/check.h says the same sentences for the C++ backends."""
 
+import numbers
 import operator
 from collections.abc import Sequence
 
@@ -33,6 +34,15 @@ def integer(op: str, arg: str, value: object) -> int:
         return operator.index(value)
     except TypeError:
         raise TypeError(f"{op}: {arg} must be int, got {value!r}") from None
+
+
+def number(op: str, arg: str, value: object) -> float:
+    """value as a float; TypeError for what is no number, a bool among them."""
+    if isinstance(value, float | torch.SymFloat):
+        return value
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{op}: {arg} must be a number, got {type(value).__name__}")
+    return float(value)
 
 
 def integers(op: str, arg: str, values: object) -> list[int]:

@@ -5,12 +5,14 @@ tile's bits, one 64-bit word per query.
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from maskops.reference.mask_sampling import philox_words
 from maskops.reference.visible_tokens import accumulation_dtype
 
 TILE, EMPTY, FULL = 64, -1, -2
@@ -105,33 +107,81 @@ def _sum_kept(weights: Tensor, kept: Tensor, values: Tensor, equation: str) -> T
     return torch.where(spoilt, math.nan, clean)
 
 
+def _scores(q: Tensor, k: Tensor, allowed: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    """[B, H, L, S], -inf where a query does not see a key."""
+    score = q.to(accumulation_dtype(q.dtype)) @ _per_head(k, q.shape[1]).transpose(2, 3) * scale
+    if bias is not None:
+        score = score + bias.to(score.dtype)
+    return torch.where(allowed, score, -math.inf)
+
+
+def _weights(scores: Tensor, lse: Tensor, allowed: Tensor) -> Tensor:
+    return torch.where(allowed & (lse != -math.inf)[..., None], (scores - lse[..., None]).exp(), 0)
+
+
+def _kept(seed: Tensor, shape: torch.Size, dropout_p: float) -> Tensor:
+    """bool [B, H, L, S]: which weights dropout leaves.  Each query has the words of round_up(S, TILE) keys to itself."""
+    B, H, L, S = shape
+    width = -(-S // TILE) * TILE
+    words = philox_words(seed, B * H * L * width).view(B, H, L, width)[..., :S]
+    return words >= int(dropout_p * 2**32)
+
+
 def masked_attention(
-    q: Tensor, k: Tensor, v: Tensor, tiles: Tensor | None, words: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor]:
-    """out [B, H, L, D], lse [B, H, L]."""
-    allowed = _allowed(q, k, tiles, words)
-    queries, keys, values = q.to(accumulation_dtype(q.dtype)), _per_head(k, q.shape[1]), _per_head(v, q.shape[1])
-    scores = torch.where(allowed, queries @ keys.transpose(2, 3) * scale, -math.inf)
-    lse = scores.logsumexp(3)
-    weights = torch.where(allowed, (scores - lse[..., None]).exp(), 0)
-    return _sum_kept(weights, allowed, values, "bhls,bhsd->bhld").to(q.dtype), lse
-
-
-def _masked_attention_backward(
-    grad: Tensor, grad_lse: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, tiles: Tensor | None,
-    words: Tensor | None, scale: float,
+    q: Tensor, k: Tensor, v: Tensor, tiles: Tensor | None, words: Tensor | None, bias: Tensor | None, seed: Tensor | None,
+    scale: float, dropout_p: float, entropy: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """out [B, H, L, D], lse [B, H, L], entropy [B, H, L or 0]."""
+    allowed = _allowed(q, k, tiles, words)
+    scores = _scores(q, k, allowed, bias, scale)
+    lse = scores.logsumexp(3)
+    weights = _weights(scores, lse, allowed)
+    surprise = torch.where(weights > 0, lse[..., None] - scores, 0)
+    spread = (weights * surprise).sum(3) if entropy else lse[..., :0]
+    if seed is not None:
+        weights = torch.where(_kept(seed, weights.shape, dropout_p), weights / (1 - dropout_p), 0)
+    out = _sum_kept(weights, allowed, _per_head(v, q.shape[1]), "bhls,bhsd->bhld")
+    return out.to(q.dtype), lse, spread
+
+
+def _slopes(
+    grad: Tensor, grad_lse: Tensor, grad_entropy: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    entropy: Tensor, tiles: Tensor | None, words: Tensor | None, bias: Tensor | None, seed: Tensor | None, scale: float,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """allowed, the weights after dropout and the gradient of the scores, each [B, H, L, S]."""
     allowed = _allowed(q, k, tiles, words)
     acc = accumulation_dtype(q.dtype)
-    queries, keys, values, grad = q.to(acc), _per_head(k, q.shape[1]), _per_head(v, q.shape[1]), grad.to(acc)
-    scores = torch.where(allowed, queries @ keys.transpose(2, 3) * scale, -math.inf)
-    weights = torch.where(allowed, (scores - lse[..., None]).exp(), 0)
-    rows = allowed.any(3)  # of a fully masked row nothing is used
-    delta = torch.where(rows, (grad * out.to(acc)).sum(3) - grad_lse.to(acc), 0)
-    slope = torch.where(allowed, weights * (grad @ values.transpose(2, 3) - delta[..., None]) * scale, 0)
-    grad_q = _sum_kept(slope, allowed, keys, "bhls,bhsd->bhld")
-    grad_k = _sum_kept(slope, allowed, queries, "bhls,bhld->bhsd")
-    grad_v = _sum_kept(weights, allowed, grad, "bhls,bhld->bhsd")
+    scores = _scores(q, k, allowed, bias, scale)
+    weights = _weights(scores, lse, allowed)
+    slope = grad.to(acc) @ _per_head(v, q.shape[1]).transpose(2, 3)
+    kept = weights
+    if seed is not None:
+        mask = _kept(seed, weights.shape, dropout_p)
+        kept, slope = (torch.where(mask, x / (1 - dropout_p), 0) for x in (weights, slope))
+    delta = (grad.to(acc) * out.to(acc)).sum(3) - grad_lse.to(acc)
+    slope = slope - delta[..., None]
+    if entropy.shape[2]:
+        surprise = torch.where(weights > 0, lse[..., None] - scores, 0)
+        slope = slope + (grad_entropy[..., None] * (surprise - entropy[..., None]))
+    seen = allowed & (lse != -math.inf)[..., None]  # of a row that sees nothing, nothing is used
+    return allowed, kept, torch.where(seen, weights * slope, 0)
+
+
+def _masked_attention_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    grad, q, k, v, scale = args[0], *args[3:6], args[13]
+    acc = accumulation_dtype(q.dtype)
+    allowed, weights, slope = _slopes(*args)
+    slope = slope * scale
+    grad_q = _sum_kept(slope, allowed, _per_head(k, q.shape[1]), "bhls,bhsd->bhld")
+    grad_k = _sum_kept(slope, allowed, q.to(acc), "bhls,bhld->bhsd")
+    grad_v = _sum_kept(weights, allowed, grad.to(acc), "bhls,bhld->bhsd")
     groups = q.shape[1] // max(k.shape[1], 1)
     grad_k, grad_v = (rearrange(x, "b (h g) s d -> b h g s d", g=max(groups, 1)).sum(2) for x in (grad_k, grad_v))
     return grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype)
+
+
+def _masked_attention_grad_bias(*args: Any) -> Tensor:
+    bias = args[11]
+    _, _, slope = _slopes(*args)
+    return slope.sum_to_size(bias.shape).to(bias.dtype)

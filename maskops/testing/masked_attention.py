@@ -12,7 +12,8 @@ from maskops.reference import masked_attention as reference
 from maskops.testing import ErrorSample, Sample, randn
 
 G = torch.Generator
-ATTENTION, BACKWARD, MAP = "masked_attention", "_masked_attention_backward", "masked_attention_map"
+ATTENTION, BACKWARD, GRAD_BIAS = "masked_attention", "_masked_attention_backward", "_masked_attention_grad_bias"
+MAP = "masked_attention_map"
 B, H, L, S = 2, 2, 100, 130
 
 
@@ -84,7 +85,8 @@ def _tensors(
 
 def _attention(
     mask: Callable[[G], AttentionMask] | None, channels: int = 16, queries: int = L, keys: int = S, groups: int = H,
-    layout: str = "plain", hidden_nan: bool = False,
+    layout: str = "plain", hidden_nan: bool = False, bias: tuple[int, ...] | None = None, hide: bool = False,
+    dropout_p: float = 0.0, entropy: bool = False,
 ) -> Callable:  # fmt: skip
     def make(dtype: torch.dtype, g: G) -> tuple:
         q, k, v = _tensors(g, dtype, channels, queries, keys, groups, layout)
@@ -97,7 +99,11 @@ def _attention(
                 seen = reference.dense_mask(tiles, words, queries, keys).expand(B, H, queries, keys)
                 unseen_keys, blind = ~seen.any(2), ~seen.any(3)
                 q[blind], k[unseen_keys], v[unseen_keys] = math.nan, math.nan, math.nan
-        return q, k, v, tiles, words, 0.3
+        added = None if bias is None else randn(g, dtype, *bias)
+        if hide:
+            added[..., ::3], added[:, :, :1] = -math.inf, -math.inf
+        seed = torch.tensor([7, 2**40 + 3]) if dropout_p else None
+        return q, k, v, tiles, words, added, seed, 0.3, dropout_p, entropy
 
     return make
 
@@ -107,8 +113,8 @@ def _backward(*args: object, **options: object) -> Callable:
 
     def make(dtype: torch.dtype, g: G) -> tuple:
         inputs = forward(dtype, g)
-        out, lse = reference.masked_attention(*inputs)
-        return randn(g, dtype, *out.shape), randn(g, lse.dtype, *lse.shape), *inputs[:3], out, lse, *inputs[3:]
+        results = reference.masked_attention(*inputs)
+        return *(randn(g, x.dtype, *x.shape) for x in results), *inputs[:3], *results, *inputs[3:-1]
 
     return make
 
@@ -137,15 +143,30 @@ CASES = {
     "large_strided": _attention(MASKS["window"], layout="strided", **SHORT),
     "large_hidden_nan": _attention(_hidden, hidden_nan=True),
     "large_wide": _attention(MASKS["hide_self"], channels=128, **SHORT),
+    "large_bias": _attention(MASKS["dense"], bias=(1, H, L, S)),
+    "large_keys_bias": _attention(None, bias=(B, H, 1, 70), hide=True, **SHORT),
+    "large_dropped": _attention(MASKS["block_causal"], dropout_p=0.25, **SHORT),
+    "large_entropy": _attention(_hidden, hidden_nan=True, entropy=True),
+    "large_all": _attention(
+        MASKS["causal"], groups=1, bias=(1, 1, 20, 70), hide=True, dropout_p=0.3, entropy=True, **SHORT
+    ),
+    "small_all": _attention(_small, channels=3, queries=5, keys=7, bias=(B, 1, 5, 7), dropout_p=0.4, entropy=True),
     "one_query": _attention(lambda g: AttentionMask.key_padding(torch.tensor([90, 30])), queries=1),
     "no_queries": _attention(None, queries=0),
     "without_keys": _attention(None, keys=0),
 }
+GRADIENTS = {
+    "dense": _backward(MASKS["dense"], bias=(1, H, L, S)),
+    "none": _backward(None, channels=20, bias=(B, 1, 1, 70), **SHORT),
+    "heads": _backward(MASKS["window"], groups=1, bias=(1, 1, 20, 70), hide=True, **SHORT),
+    "all": _backward(MASKS["causal"], groups=1, bias=(B, H, 20, 70), dropout_p=0.3, entropy=True, **SHORT),
+}
 SAMPLES = [
     *(Sample(ATTENTION, name, make) for name, make in CASES.items()),
-    Sample(BACKWARD, "dense", _backward(MASKS["dense"])),
-    Sample(BACKWARD, "none", _backward(None, channels=20, **SHORT)),
-    Sample(BACKWARD, "heads", _backward(MASKS["window"], groups=1, **SHORT)),
+    *(Sample(op, name, make) for name, make in GRADIENTS.items() for op in (BACKWARD, GRAD_BIAS)),
+    Sample(BACKWARD, "no_bias", _backward(MASKS["window"], **SHORT)),
+    Sample(BACKWARD, "dropped", _backward(MASKS["window"], dropout_p=0.5, **SHORT)),
+    Sample(BACKWARD, "entropy", _backward(MASKS["window"], entropy=True, **SHORT)),
     *(Sample(MAP, name, _map(mask)) for name, mask in MASKS.items()),
     Sample(MAP, "even", _map(MASKS["causal"], 128, 192, batch=2)),
     Sample(MAP, "nothing", _map(MASKS["causal"], 0, 70)),
@@ -174,6 +195,10 @@ ERRORS = [
     ErrorSample(ATTENTION, "tiles_batch", _at(3, lambda t: torch.cat([t] * 3)), ValueError, "tiles must have 1 or 2 entries"),
     ErrorSample(ATTENTION, "words", _at(4, lambda w: w[:, 1:]), ValueError, "words must have shape"),
     ErrorSample(ATTENTION, "tile", _at(3, lambda t: t + 1000), IndexError, r"tiles\[0, 0, 0, 0\] must be in \[-2, "),
+    ErrorSample(ATTENTION, "bias", _at(5, lambda b: torch.zeros(2, 2, 1, 9)), ValueError, "bias must have shape"),
+    ErrorSample(ATTENTION, "bias_heads", _at(5, lambda b: torch.zeros(1, 3, 1, S)), ValueError, "bias must have 1 or 2 entries"),
+    ErrorSample(ATTENTION, "no_seed", _at(8, lambda p: 0.5), ValueError, "seed must be given with dropout_p > 0"),
+    ErrorSample(ATTENTION, "dropout", _at(8, lambda p: 1.0), ValueError, r"dropout_p must be in \[0, 1\)"),
     ErrorSample(MAP, "code", _at(2, lambda p: [99, *p[1:]]), ValueError, "program must be a postfix program"),
     ErrorSample(MAP, "two_values", _at(2, lambda p: p + BAND), ValueError, "program must be a postfix program"),
     ErrorSample(MAP, "too_deep", _at(2, lambda p: BAND * 5 + [rules.AND, *[0] * 7] * 4), ValueError, "needs 1 to 4 values"),
@@ -196,7 +221,9 @@ def _bytes(q: Tensor, k: Tensor, v: Tensor, *rest: object) -> int:
     return (2 * q.numel() + k.numel() + v.numel()) * q.element_size() + q[..., 0].numel() * 4
 
 
-def _backward_bytes(grad: Tensor, grad_lse: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: object) -> int:
+def _backward_bytes(
+    grad: Tensor, grad_lse: Tensor, grad_entropy: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: object
+) -> int:
     return (4 * q.numel() + 2 * (k.numel() + v.numel())) * q.element_size()
 
 
@@ -204,4 +231,9 @@ def _map_bytes(ints: Tensor, bytes: Tensor, program: list[int], batch: int, head
     return ints.numel() * 4 + bytes.numel() + batch * heads * -(-queries // 64) * -(-keys // 64) * 4
 
 
-TRAFFIC = {ATTENTION: _bytes, BACKWARD: _backward_bytes, MAP: _map_bytes}
+def _grad_bias_bytes(*args: Tensor) -> int:
+    q, k, v, bias = *args[3:6], args[11]
+    return (2 * q.numel() + k.numel() + v.numel() + bias.numel()) * q.element_size()
+
+
+TRAFFIC = {ATTENTION: _bytes, BACKWARD: _backward_bytes, GRAD_BIAS: _grad_bias_bytes, MAP: _map_bytes}

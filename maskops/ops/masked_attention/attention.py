@@ -7,15 +7,16 @@ import torch
 from torch import Tensor
 
 from maskops._backends import find_op, public
-from maskops._checks import FLOATS, check_is_tensor, check_tensor, describe, fail
-from maskops._registry import OpSpec, define_op, dynamic_size
-from maskops.ops.masked_attention import program as rules
+from maskops._checks import FLOATS, check_is_tensor, check_tensor, describe, fail, number
+from maskops._registry import OpSpec, define_op
+from maskops.ops.mask_sampling import INT64, Seed, seed_tensor
+from maskops.ops.masked_attention.map import tiles_in
 from maskops.ops.masked_attention.mask import AttentionMask, BlockMap
 from maskops.reference import masked_attention as reference
 from maskops.reference.masked_attention import TILE
 from maskops.reference.visible_tokens import accumulation_dtype
 
-FUNCTION, MERGE, MAP = "masked_attention", "merge_attention", "AttentionMask"
+FUNCTION, MERGE = "masked_attention", "merge_attention"
 MOST_CHANNELS = 256
 
 
@@ -25,28 +26,35 @@ MOST_CHANNELS = 256
 )
 def masked_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask | BlockMap | None = None, *, scale: float | None = None,
-    return_lse: bool = False, enable_gqa: bool = False, backend: str = "auto",
-) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
+    bias: Tensor | None = None, dropout_p: float = 0.0, seed: Seed = None, generator: torch.Generator | None = None,
+    return_lse: bool = False, return_entropy: bool = False, enable_gqa: bool = False, backend: str = "auto",
+) -> Tensor | tuple[Tensor, ...]:  # fmt: skip
     """Attend to the keys that a mask lets each query see, computing only tiles in which somebody sees somebody.
 
-        out = softmax(scale q k^T + (0 where seen, else -inf)) v        lse = log sum exp of the same scores
+        score = scale q k^T + bias (-inf where not seen);   lse = log sum exp score;   p = exp(score - lse)
+        out = dropout(p) v;   entropy = - sum p log p
 
     Args:
         q: float [B, H, Lq, D], or packed [total_q, H, D] with an AttentionMask.packed or segments mask; D at most 256.
         k, v: q's dtype [B, G, Lk, D] or [total_k, G, D].  G = H, or with enable_gqa a divisor of it: head h reads h // (H / G).
         mask: what each query sees; None: every key. Its batch and heads are those of q, or 1.
-        scale: of the scores. Default: 1 / sqrt(D).
+        scale: of the products. Default: 1 / sqrt(D).
+        bias: q's dtype [B or 1, H or 1, Lq or 1, Lk], added to the scores: T5's position buckets, ALiBi. -inf hides a key.
+        dropout_p: in [0, 1), the chance that a weight is dropped; the others are divided by 1 - dropout_p.
+        seed, generator: where dropout is drawn from, as in random_masking.
         return_lse: also return lse, with which merge_attention joins results over different keys.
+        return_entropy: also return the entropy of each query's weights, in nats, before dropout.
         enable_gqa: allow fewer heads of k and v than of q.
         backend: "auto", "native", "triton", "reference".
 
     Returns:
-        out, like q; with return_lse (out, lse), lse float32 (float64 for float64) [B, H, Lq] or [H, total_q]. Differentiable
-        (once) in q, k and v, also through lse.
+        out, like q; with return_lse or return_entropy a tuple (out[, lse][, entropy]), the latter two float32 (float64 for
+        float64) [B, H, Lq] or [H, total_q]. Differentiable (once) in q, k, v and bias through each of them.
 
     Notes:
-        A query that sees no key gets out 0, lse -inf and gradient 0. NaN and inf at keys that a query does not see reach neither
-        its result nor its gradient; one that sees such a value gets NaN. Scores are never stored. Deterministic.
+        A query that sees no key gets out 0, lse -inf, entropy 0 and gradient 0. NaN and inf at keys that a query does not see
+        reach neither its result nor its gradient; one that sees such a value gets NaN. Scores are never stored. Deterministic;
+        dropout depends on seed, batch, head, query and key alone, so it is the same on every backend.
 
     Raises:
         ValueError: wrong dtype, shape, device, or a mask of other sizes.  TypeError: q, k or v is no tensor, mask is no mask.
@@ -71,11 +79,15 @@ def masked_attention(
     if mask is not None:
         compiled = _compiled(mask, q, k, backend)
         tiles, words = compiled.tiles, compiled.words
-    scale = 1 / math.sqrt(max(q.shape[-1], 1)) if scale is None else float(scale)
-    out, lse = find_op("masked_attention", q.device.type, backend)(q, k, v, tiles, words, scale)
+    scale = 1 / math.sqrt(max(q.shape[-1], 1)) if scale is None else number(FUNCTION, "scale", scale)
+    dropout_p = number(FUNCTION, "dropout_p", dropout_p)
+    draw = seed_tensor(seed, generator, q.device, FUNCTION) if dropout_p != 0 else None
+    op = find_op("masked_attention", q.device.type, backend)
+    out, *rows = op(q, k, v, tiles, words, bias, draw, scale, dropout_p, return_entropy)
     if packed:
-        out, lse = out[0].transpose(0, 1), lse[0]
-    return (out, lse) if return_lse else out
+        out, rows = out[0].transpose(0, 1), [x[0] for x in rows]
+    wanted = [x for x, asked in zip(rows, (return_lse, return_entropy), strict=True) if asked]
+    return (out, *wanted) if wanted else out
 
 
 def merge_attention(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
@@ -142,11 +154,10 @@ def _compiled(mask: AttentionMask | BlockMap, q: Tensor, k: Tensor, backend: str
 # ---------------------------------------------------------------- the ops
 
 
-def tiles_in(length: int) -> int:
-    return -(-length // TILE)
-
-
-def _check(q: Tensor, k: Tensor, v: Tensor, tiles: Tensor | None, words: Tensor | None, scale: float) -> None:
+def _check(
+    q: Tensor, k: Tensor, v: Tensor, tiles: Tensor | None, words: Tensor | None, bias: Tensor | None, seed: Tensor | None,
+    scale: float, dropout_p: float, *rest: Any,
+) -> None:  # fmt: skip
     check_tensor(FUNCTION, "q", q, "[B, H, Lq, D]", FLOATS, (None, None, None, None), q)
     B, H, L, D = q.shape
     if not 1 <= D <= MOST_CHANNELS:
@@ -161,10 +172,23 @@ def _check(q: Tensor, k: Tensor, v: Tensor, tiles: Tensor | None, words: Tensor 
     if tiles is not None:
         shape = "[B, H, Lq / 64, Lk / 64]"
         check_tensor(FUNCTION, "tiles", tiles, shape, (torch.int32,), (None, None, tiles_in(L), tiles_in(S)), q)
-        for axis, size in ((0, B), (1, H)):
-            if tiles.shape[axis] != 1 and tiles.shape[axis] != size:
-                fail(FUNCTION, "tiles", f"have 1 or {int(size)} entries along axis {axis}", describe(tiles))
+        _check_shared("tiles", tiles, (B, H))
         check_tensor(FUNCTION, "words", words, "[P, 64]", (torch.int64,), (None, TILE), q)
+    if bias is not None:
+        check_tensor(FUNCTION, "bias", bias, "[B, H, Lq, Lk]", (q.dtype,), (None, None, None, S), q)
+        _check_shared("bias", bias, (B, H, L))
+    if not 0 <= dropout_p < 1:
+        fail(FUNCTION, "dropout_p", "be in [0, 1)", dropout_p)
+    if (dropout_p > 0) != (seed is not None):
+        fail(FUNCTION, "seed", "be given with dropout_p > 0, and only then", f"dropout_p {dropout_p} and seed {seed}")
+    if seed is not None:
+        check_tensor(FUNCTION, "seed", seed, "[2]", INT64, (2,), q)
+
+
+def _check_shared(name: str, x: Tensor, sizes: tuple[int, ...]) -> None:
+    for axis, size in enumerate(sizes):
+        if x.shape[axis] != 1 and x.shape[axis] != size:
+            fail(FUNCTION, name, f"have 1 or {int(size)} entries along axis {axis}", describe(x))
 
 
 def _check_data(q: Tensor, k: Tensor, v: Tensor, tiles: Tensor | None, words: Tensor | None, *rest: Any) -> None:
@@ -177,35 +201,51 @@ def _check_data(q: Tensor, k: Tensor, v: Tensor, tiles: Tensor | None, words: Te
         raise IndexError(f"{FUNCTION}: tiles[{where}] must be in [-2, {len(words)}), got {int(tiles[tuple(at)])}")
 
 
-def _fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=accumulation_dtype(q.dtype))
+def _fake(
+    q: Tensor, k: Tensor, v: Tensor, tiles: Tensor | None, words: Tensor | None, bias: Tensor | None, seed: Tensor | None,
+    scale: float, dropout_p: float, entropy: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    lse = q.new_empty(q.shape[:3], dtype=accumulation_dtype(q.dtype))
+    return q.new_empty(q.shape), lse, lse.new_empty(*q.shape[:2], q.shape[2] if entropy else 0)
 
 
 def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
-    *tensors, ctx.scale = inputs
-    ctx.save_for_backward(*tensors[:3], *output, *tensors[3:])
+    q, k, v, tiles, words, bias, seed, ctx.scale, ctx.dropout_p, _ = inputs
+    ctx.save_for_backward(q, k, v, *output, tiles, words, bias, seed)
 
 
-def _backward(ops: Any, ctx: Any, grad: Tensor, grad_lse: Tensor) -> tuple:
-    q, k, v, out, lse, tiles, words = ctx.saved_tensors
-    grads = ops._masked_attention_backward(grad, grad_lse, q, k, v, out, lse, tiles, words, ctx.scale)
-    return *grads, None, None, None
+def _backward(ops: Any, ctx: Any, *grads: Tensor) -> tuple:
+    args = (*grads, *ctx.saved_tensors, ctx.scale, ctx.dropout_p)
+    grad_q, grad_k, grad_v = ops._masked_attention_backward(*args) if any(ctx.needs[:3]) else (None, None, None)
+    grad_bias = ops._masked_attention_grad_bias(*args) if ctx.needs[5] else None
+    return grad_q, grad_k, grad_v, None, None, grad_bias, None, None, None, None
 
 
 def _check_backward(
-    grad: Tensor, grad_lse: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, tiles: Tensor | None,
-    words: Tensor | None, scale: float,
+    grad: Tensor, grad_lse: Tensor, grad_entropy: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    entropy: Tensor, tiles: Tensor | None, words: Tensor | None, bias: Tensor | None, seed: Tensor | None, scale: float,
+    dropout_p: float,
 ) -> None:  # fmt: skip
-    _check(q, k, v, tiles, words, scale)
+    _check(q, k, v, tiles, words, bias, seed, scale, dropout_p)
     check_tensor(FUNCTION, "grad", grad, "[B, H, Lq, D]", (q.dtype,), q.shape, q)
     check_tensor(FUNCTION, "out", out, "[B, H, Lq, D]", (q.dtype,), q.shape, q)
+    B, H, L = q.shape[:3]
+    sums = (accumulation_dtype(q.dtype),)
     for name, x in (("grad_lse", grad_lse), ("lse", lse)):
-        check_tensor(FUNCTION, name, x, "[B, H, Lq]", (accumulation_dtype(q.dtype),), q.shape[:3], q)
+        check_tensor(FUNCTION, name, x, "[B, H, Lq]", sums, (B, H, L), q)
+    check_tensor(FUNCTION, "entropy", entropy, "[B, H, Lq or 0]", sums, (B, H, L if entropy.shape[2] else 0), q)
+    check_tensor(FUNCTION, "grad_entropy", grad_entropy, "[B, H, Lq or 0]", sums, entropy.shape, q)
+
+
+def _check_grad_bias(*args: Any) -> None:
+    _check_backward(*args)
+    check_is_tensor(FUNCTION, "bias", args[11])
 
 
 define_op(
     OpSpec(
-        "masked_attention(Tensor q, Tensor k, Tensor v, Tensor? tiles, Tensor? words, float scale) -> (Tensor out, Tensor lse)",
+        "masked_attention(Tensor q, Tensor k, Tensor v, Tensor? tiles, Tensor? words, Tensor? bias, Tensor? seed, float scale,"
+        " float dropout_p, bool entropy) -> (Tensor out, Tensor lse, Tensor entropy)",
         family="masked_attention",
         reference=reference.masked_attention,
         check=_check,
@@ -217,63 +257,29 @@ define_op(
         autocast="lower",
     )
 )
+GRADIENT = (
+    "Tensor grad, Tensor grad_lse, Tensor grad_entropy, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor entropy,"
+    " Tensor? tiles, Tensor? words, Tensor? bias, Tensor? seed, float scale, float dropout_p"
+)
 define_op(
     OpSpec(
-        "_masked_attention_backward(Tensor grad, Tensor grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,"
-        " Tensor? tiles, Tensor? words, float scale) -> (Tensor, Tensor, Tensor)",
+        f"_masked_attention_backward({GRADIENT}) -> (Tensor, Tensor, Tensor)",
         family="masked_attention",
         reference=reference._masked_attention_backward,
         check=_check_backward,
-        check_data=lambda grad, grad_lse, q, k, v, out, lse, *rest: _check_data(q, k, v, *rest),
-        fake=lambda grad, grad_lse, q, k, v, *rest: (q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)),
+        check_data=lambda *args: _check_data(*args[3:6], *args[9:11]),
+        fake=lambda *args: tuple(x.new_empty(x.shape) for x in args[3:6]),
         cuda=False,
     )
 )
-
-
-# ---------------------------------------------------------------- the op that compiles masks
-
-
-def _check_map(ints: Tensor, bytes: Tensor, program: list[int], B: int, H: int, L: int, S: int) -> None:
-    check_tensor(MAP, "ints", ints, "[n]", (torch.int32,), (None,), ints)
-    check_tensor(MAP, "bytes", bytes, "[n]", (torch.uint8,), (None,), ints)
-    if not 1 <= rules.depth(program) <= rules.DEPTH:
-        fail(MAP, "program", f"be a postfix program that needs 1 to {rules.DEPTH} values", list(program))
-    for name, size in (("B", B), ("H", H), ("Lq", L), ("Lk", S)):
-        if size < 0 or size >= rules.FAR:
-            fail(MAP, name, f"be in [0, {rules.FAR})", size)
-    for code, operands in rules.instructions(program):
-        blocks = {rules.BLOCK_CAUSAL: ("block",), rules.BYTES: ("q_block", "k_block")}.get(code, ())
-        if any(operands[name] < 1 for name in blocks):
-            fail(MAP, "program", "have positive blocks", list(program))
-        if B and H and L and S:
-            _check_reach(code, operands, ints.shape[0], bytes.shape[0], (B - 1, H - 1, L - 1, S - 1))
-
-
-def _check_reach(code: int, o: dict[str, int], ints: int, bytes: int, last: tuple[int, int, int, int]) -> None:
-    """That a rule reads inside its tensors, at the last position as at the first."""
-    for name, low, high, size in rules.reach(code, o, last):
-        if low < 0 or high >= size_of(size, ints, bytes):
-            fail(
-                MAP, "program", f"read {name} inside its {size_of(size, ints, bytes)} {size}", f"places {low} to {high}"
-            )
-
-
-def size_of(kind: str, ints: int, bytes: int) -> int:
-    return ints if kind == "ints" else bytes
-
-
-def _fake_map(ints: Tensor, bytes: Tensor, program: list[int], B: int, H: int, L: int, S: int) -> tuple[Tensor, Tensor]:
-    return ints.new_empty(B, H, tiles_in(L), tiles_in(S)), ints.new_empty(dynamic_size(), TILE, dtype=torch.int64)
-
-
 define_op(
     OpSpec(
-        "masked_attention_map(Tensor ints, Tensor bytes, SymInt[] program, SymInt B, SymInt H, SymInt Lq, SymInt Lk)"
-        " -> (Tensor tiles, Tensor words)",
+        f"_masked_attention_grad_bias({GRADIENT}) -> Tensor",
         family="masked_attention",
-        reference=reference.masked_attention_map,
-        check=_check_map,
-        fake=_fake_map,
+        reference=reference._masked_attention_grad_bias,
+        check=_check_grad_bias,
+        check_data=lambda *args: _check_data(*args[3:6], *args[9:11]),
+        fake=lambda *args: args[11].new_empty(args[11].shape),
+        cuda=False,
     )
 )

@@ -95,6 +95,42 @@ static inline V exp_below_zero(V x) {
   return where_less(x, lowest, V::zero(), value * scale);
 }
 
+// 2^r for |r| <= 1/2: for floats the polynomial of least relative error, 2e-9, for doubles the power series.
+static inline VecF exp2_near_zero(VecF r) {
+  constexpr float c[] = {0.6931472f, 0.24022648f, 0.055503324f, 0.009618437f, 0.0013398875f, 0.00015353362f};
+  VecF sum = VecF::all(c[5]);
+#pragma GCC unroll 8
+  for (int i = 4; i >= 0; --i) sum = fma(sum, r, VecF::all(c[i]));
+  return fma(sum, r, VecF::all(1.0f));
+}
+static inline VecD exp2_near_zero(VecD r) {
+  constexpr double c[] = {1.0, 0x1.62e42fefa39efp-1, 0x1.ebfbdff82c58fp-3, 0x1.c6b08d704a0cp-5, 0x1.3b2ab6fba4e77p-7,
+                          0x1.5d87fe78a6731p-10, 0x1.430912f86c787p-13, 0x1.ffcbfc588b0c7p-17, 0x1.62c0223a5c824p-20,
+                          0x1.b5253d395e7c4p-24, 0x1.e4cf5158b8ecap-28, 0x1.e8cac7351bb25p-32, 0x1.c3bd650fc2986p-36};
+  VecD sum = VecD::all(c[12]);
+#pragma GCC unroll 16
+  for (int i = 11; i >= 0; --i) sum = fma(sum, r, VecD::all(c[i]));
+  return sum;
+}
+
+// 2^x for x <= 0; what is not a normal number may be 0; NaN stays NaN.
+#if MASKOPS_ISA_LEVEL == 2
+static inline VecF rounded(VecF x) { return {_mm512_roundscale_ps(x.v, 0)}; }
+static inline VecD rounded(VecD x) { return {_mm512_roundscale_pd(x.v, 0)}; }
+static inline VecF exp2_below_zero(VecF x) { return {_mm512_scalef_ps(exp2_near_zero(VecF{_mm512_reduce_ps(x.v, 0)}).v, rounded(x).v)}; }
+static inline VecD exp2_below_zero(VecD x) { return {_mm512_scalef_pd(exp2_near_zero(VecD{_mm512_reduce_pd(x.v, 0)}).v, rounded(x).v)}; }
+#else
+template <class V>
+static inline V exp2_below_zero(V x) {
+  using F = FloatFormat<V>;
+  const V lowest = V::all(typename V::scalar(2 - F::bias));
+  const V within = where_less(x, lowest, lowest, x);
+  const V shifted = within + V::all(F::round);
+  const V scale = of_bits<V>((bits_of(shifted) + F::bias) << F::fraction);
+  return where_less(x, lowest, V::zero(), exp2_near_zero(within - (shifted - V::all(F::round))) * scale);
+}
+#endif
+
 // ---- logarithm
 
 // log(1 + f) for f in [sqrt(1/2) - 1, sqrt(2) - 1]

@@ -81,41 +81,76 @@ inline void check_mask_map(const Tensor& ints, const Tensor& bytes, const std::v
   }
 }
 
-inline void check_masked_attention(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& tiles,
-                                   const std::optional<Tensor>& words) {
+// What every pass over attention is given; a gradient reads more.
+struct AttentionArgs {
+  const Tensor &q, &k, &v;
+  const std::optional<Tensor>&tiles, &words, &bias, &seed;
+  double dropout_p;
+};
+
+struct GradientArgs : AttentionArgs {
+  const Tensor &grad, &grad_lse, &grad_entropy, &out, &lse, &entropy;
+  double scale;
+};
+
+inline void check_shared(const char* name, const Tensor& x, std::initializer_list<int64_t> sizes) {
+  int64_t axis = 0;
+  for (const int64_t size : sizes) {
+    if (x.size(axis) != 1 && x.size(axis) != size) {
+      fail("masked_attention", name, "have 1 or " + std::to_string(size) + " entries along axis " + std::to_string(axis), describe(x));
+    }
+    ++axis;
+  }
+}
+
+inline void check_dropout(const std::optional<Tensor>& seed, double dropout_p, const Tensor& q) {
   const char* op = "masked_attention";
+  if (!(dropout_p >= 0 && dropout_p < 1)) fail(op, "dropout_p", "be in [0, 1)", dropout_p);
+  if ((dropout_p > 0) != seed.has_value()) {
+    fail(op, "seed", "be given with dropout_p > 0, and only then", seed ? describe(*seed) : "None");
+  }
+  if (seed) check_tensor(op, "seed", *seed, "[2]", kInt64, {2}, q);
+}
+
+inline void check_masked_attention(const AttentionArgs& a) {
+  const char* op = "masked_attention";
+  const Tensor& q = a.q;
   check_tensor(op, "q", q, "[B, H, Lq, D]", kFloats, {kAny, kAny, kAny, kAny}, q);
   const int64_t B = q.size(0), H = q.size(1), L = q.size(2), D = q.size(3);
   if (D < 1 || D > kMostChannels) fail(op, "q", "have 1 to " + std::to_string(kMostChannels) + " channels", describe(q));
   const ScalarType type = q.scalar_type();
-  check_tensor(op, "k", k, "[B, G, Lk, D]", {type}, {B, kAny, kAny, D}, q);
-  check_tensor(op, "v", v, "[B, G, Lk, D]", {type}, {B, k.size(1), k.size(2), D}, q);
-  const int64_t G = k.size(1), S = k.size(2);
+  check_tensor(op, "k", a.k, "[B, G, Lk, D]", {type}, {B, kAny, kAny, D}, q);
+  check_tensor(op, "v", a.v, "[B, G, Lk, D]", {type}, {B, a.k.size(1), a.k.size(2), D}, q);
+  const int64_t G = a.k.size(1), S = a.k.size(2);
   if ((G == 0) != (H == 0) || (G > 0 && H % G != 0)) {
-    fail(op, "k", "have a number of heads that divides " + std::to_string(H), describe(k));
+    fail(op, "k", "have a number of heads that divides " + std::to_string(H), describe(a.k));
   }
-  if (tiles.has_value() != words.has_value()) fail(op, "tiles and words", "be given together", "one of them");
-  if (!tiles) return;
-  check_tensor(op, "tiles", *tiles, "[B, H, Lq / 64, Lk / 64]", kInt32, {kAny, kAny, mask_tiles(L), mask_tiles(S)}, q);
-  const int64_t sizes[] = {B, H};
-  for (int axis = 0; axis < 2; ++axis) {
-    if (tiles->size(axis) == 1 || tiles->size(axis) == sizes[axis]) continue;
-    fail(op, "tiles", "have 1 or " + std::to_string(sizes[axis]) + " entries along axis " + std::to_string(axis), describe(*tiles));
+  if (a.tiles.has_value() != a.words.has_value()) fail(op, "tiles and words", "be given together", "one of them");
+  if (a.tiles) {
+    check_tensor(op, "tiles", *a.tiles, "[B, H, Lq / 64, Lk / 64]", kInt32, {kAny, kAny, mask_tiles(L), mask_tiles(S)}, q);
+    check_shared("tiles", *a.tiles, {B, H});
+    check_tensor(op, "words", *a.words, "[P, 64]", kInt64, {kAny, kMaskTile}, q);
   }
-  check_tensor(op, "words", *words, "[P, 64]", kInt64, {kAny, kMaskTile}, q);
+  if (a.bias) {
+    check_tensor(op, "bias", *a.bias, "[B, H, Lq, Lk]", {type}, {kAny, kAny, kAny, S}, q);
+    check_shared("bias", *a.bias, {B, H, L});
+  }
+  check_dropout(a.seed, a.dropout_p, q);
 }
 
-inline void check_masked_attention_backward(const Tensor& grad, const Tensor& grad_lse, const Tensor& q, const Tensor& k, const Tensor& v,
-                                            const Tensor& out, const Tensor& lse, const std::optional<Tensor>& tiles,
-                                            const std::optional<Tensor>& words) {
+inline void check_masked_attention_backward(const GradientArgs& a) {
   const char* op = "masked_attention";
-  check_masked_attention(q, k, v, tiles, words);
+  check_masked_attention(a);
+  const Tensor& q = a.q;
   const int64_t B = q.size(0), H = q.size(1), L = q.size(2), D = q.size(3);
   const ScalarType type = q.scalar_type(), sums = type == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-  check_tensor(op, "grad", grad, "[B, H, Lq, D]", {type}, {B, H, L, D}, q);
-  check_tensor(op, "out", out, "[B, H, Lq, D]", {type}, {B, H, L, D}, q);
-  check_tensor(op, "grad_lse", grad_lse, "[B, H, Lq]", {sums}, {B, H, L}, q);
-  check_tensor(op, "lse", lse, "[B, H, Lq]", {sums}, {B, H, L}, q);
+  check_tensor(op, "grad", a.grad, "[B, H, Lq, D]", {type}, {B, H, L, D}, q);
+  check_tensor(op, "out", a.out, "[B, H, Lq, D]", {type}, {B, H, L, D}, q);
+  check_tensor(op, "grad_lse", a.grad_lse, "[B, H, Lq]", {sums}, {B, H, L}, q);
+  check_tensor(op, "lse", a.lse, "[B, H, Lq]", {sums}, {B, H, L}, q);
+  const int64_t rows = a.entropy.dim() == 3 && a.entropy.size(2) == 0 ? 0 : L;
+  check_tensor(op, "entropy", a.entropy, "[B, H, Lq or 0]", {sums}, {B, H, rows}, q);
+  check_tensor(op, "grad_entropy", a.grad_entropy, "[B, H, Lq or 0]", {sums}, {B, H, rows}, q);
 }
 
 }  // namespace maskops

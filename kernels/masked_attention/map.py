@@ -108,13 +108,13 @@ def _map_kernel(ints_ptr, bytes_ptr, program_ptr, tiles_ptr, words_ptr, rules, H
         tl.store(tiles_ptr + tile, tl.where(some == 0, EMPTY, tl.where(missing == 0, FULL, 0)))
 
 
-def masked_attention_map(ints, bytes, program, B, H, L, S):
+def masked_attention_map(ints, bytes, program, B, H, Lq, Lk):
     ints, bytes = ints.contiguous(), bytes.contiguous()
     steps = torch.tensor(list(program), dtype=torch.int64, device=ints.device)
-    tiles = torch.empty((B, H, cdiv(L, TILE.value), cdiv(S, TILE.value)), dtype=torch.int32, device=ints.device)
+    tiles = torch.empty((B, H, cdiv(Lq, TILE.value), cdiv(Lk, TILE.value)), dtype=torch.int32, device=ints.device)
 
     def run(tiles, words, write):
-        sizes = (len(steps) // WIDTH.value, H, L, S)
+        sizes = (len(steps) // WIDTH.value, H, Lq, Lk)
         launch(_map_kernel, tiles.numel(), ints, bytes, steps, tiles, words, *sizes, WRITE=write, num_warps=8)
 
     run(tiles, None, False)

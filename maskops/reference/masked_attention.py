@@ -59,11 +59,11 @@ def _rule(code: int, o: list[int], ints: Tensor, bytes: Tensor, b: Tensor, h: Te
 
 
 def masked_attention_map(
-    ints: Tensor, bytes: Tensor, program: list[int], B: int, H: int, L: int, S: int
+    ints: Tensor, bytes: Tensor, program: list[int], B: int, H: int, Lq: int, Lk: int
 ) -> tuple[Tensor, Tensor]:
-    """tiles int32 [B, H, L / TILE, S / TILE] and words int64 [P, TILE] of the tiles that are neither empty nor full."""
-    allowed = evaluate(ints, bytes, program, B, H, L, S)
-    pad = (0, -S % TILE, 0, -L % TILE)
+    """tiles int32 [B, H, Lq / TILE, Lk / TILE] and words int64 [P, TILE] of the tiles that are neither empty nor full."""
+    allowed = evaluate(ints, bytes, program, B, H, Lq, Lk)
+    pad = (0, -Lk % TILE, 0, -Lq % TILE)
     cut = "b h (q l) (k s) -> b h q k l s"
     seen = rearrange(F.pad(allowed, pad), cut, l=TILE, s=TILE)
     inside = rearrange(F.pad(torch.ones_like(allowed), pad), cut, l=TILE, s=TILE)
@@ -137,7 +137,7 @@ def masked_attention(
     lse = scores.logsumexp(3)
     weights = _weights(scores, lse, allowed)
     surprise = torch.where(weights > 0, lse[..., None] - scores, 0)
-    spread = (weights * surprise).sum(3) if entropy else lse[..., :0]
+    spread = (weights * surprise).sum(3) if entropy else lse.new_empty(*lse.shape[:2], 0)
     if seed is not None:
         weights = torch.where(_kept(seed, weights.shape, dropout_p), weights / (1 - dropout_p), 0)
     out = _sum_kept(weights, allowed, _per_head(v, q.shape[1]), "bhls,bhsd->bhld")

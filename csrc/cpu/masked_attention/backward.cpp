@@ -1,183 +1,289 @@
 // Backward: for each tile of keys the queries of all heads that read it, tile by tile. The weights are computed again from the
 // logarithm of their sum. Gradients of keys and values are finished tile by tile; that of the queries is added up over the keys.
+// The gradient of the bias is a pass of its own, because every batch entry and head that shares the bias adds to it.
 #include "cpu/masked_attention/tiles.h"
+
+#include <initializer_list>
 
 namespace maskops {
 inline namespace MASKOPS_ISA_NS {
 namespace {
 
+// What the gradient of a score needs of its query.
 template <class V>
-struct BackwardBuffers {
+struct QueryTerms {
   using S = typename V::scalar;
-  TransposedTiles<V> queries, grads;  // of each head of the group
-  S *keys, *values;                   // transposed
-  S *weights, *slopes;                // [64, 64]
-  S *query_rows, *key_rows, *grad_rows;
-  S *grad_k, *grad_v;  // of a tile
-  S *grad_q, *delta;   // of the group's queries
+  S *lse, *delta, *surprise;  // [64]: log2(e) lse, the part that is subtracted, log(2) times the gradient of the entropy
 
-  BackwardBuffers(const Attention& a, Pieces& pieces)
-      : queries(a.H / a.G * a.query_tiles(), a.D, pieces), grads(a.H / a.G * a.query_tiles(), a.D, pieces) {
-    const int64_t width = padded<V>(a.D), heads = a.H / a.G;
-    keys = pieces.take<S>(a.D * kTile), values = pieces.take<S>(a.D * kTile);
-    weights = pieces.take<S>(kTile * kTile), slopes = pieces.take<S>(kTile * kTile);
-    query_rows = pieces.take<S>(kTile * width), key_rows = pieces.take<S>(kTile * width), grad_rows = pieces.take<S>(kTile * width);
-    grad_k = pieces.take<S>(kTile * width), grad_v = pieces.take<S>(kTile * width);
-    grad_q = pieces.take<S>(heads * a.query_tiles() * kTile * width);
-    delta = pieces.take<S>(heads * a.query_tiles() * kTile);
+  static constexpr int64_t kSize = 3 * kTile;
+  explicit QueryTerms(S* data) : lse(data), delta(data + kTile), surprise(data + 2 * kTile) {}
+};
+
+// weights = dropped exp(score - lse) and slopes = the gradient of the scores, both [keys, queries], of a pair of tiles.
+//     slope = weight (dropped grad v^T - delta - grad_entropy (log weight + entropy)),  delta = sum of grad out - grad_lse
+template <class V, class T>
+struct Slopes {
+  using S = typename V::scalar;
+  const Attention& a;
+  S *weights, *slopes;
+  S* terms;  // of each query tile of each head of a group
+  uint64_t* bits;
+
+  Slopes(const Attention& args, int64_t tiles, Pieces& pieces)
+      : a(args), weights(pieces.take<S>(kTile * kTile)), slopes(pieces.take<S>(kTile * kTile)),
+        terms(pieces.take<S>(tiles * QueryTerms<V>::kSize)), bits(pieces.take<uint64_t>(2 * kTile)) {}
+
+  QueryTerms<V> terms_at(int64_t place) const { return QueryTerms<V>(terms + place * QueryTerms<V>::kSize); }
+
+  S dot(const T* x, const T* y) const {
+    V sum = V::zero();
+    for (int64_t d = 0; d < a.D; d += V::width) {
+      const int64_t some = min_of<int64_t>(V::width, a.D - d);
+      sum = fma(V::load_n(x + d, some), V::load_n(y + d, some), sum);
+    }
+    return sum.sum();
+  }
+
+  void make_terms(int64_t b, int64_t h, int64_t qt, int64_t place) const {
+    const QueryTerms<V> to = terms_at(place);
+    const int64_t first = qt * kTile, at = (b * a.H + h) * a.L + first;
+    const T* out = static_cast<const T*>(a.of_out) + at * a.D;
+    const S *grad_lse = static_cast<const S*>(a.grad_lse) + at, *lse = static_cast<const S*>(a.of_lse) + at;
+    for (int64_t i = 0; i < kTile; ++i) to.lse[i] = __builtin_inff(), to.delta[i] = 0, to.surprise[i] = 0;
+    for (int64_t i = 0; i < min_of(kTile, a.L - first); ++i) {
+      if (lse[i] == -__builtin_inff()) continue;  // sees nothing: weights 2^-inf
+      to.lse[i] = lse[i] * S(kLog2E);
+      to.delta[i] = dot(row_of<T>(a.grad, b, h, first + i), out + i * a.D) - grad_lse[i];
+      if (a.grad_entropy == nullptr) continue;
+      const S grad = static_cast<const S*>(a.grad_entropy)[at + i];
+      to.delta[i] += grad * (static_cast<const S*>(a.of_entropy)[at + i] - lse[i]);
+      to.surprise[i] = grad * S(kLn2);
+    }
+  }
+
+  template <bool kMasked, bool kMore>
+  void finish(const TilePair& at, const QueryTerms<V>& of) const {
+    for (int64_t i = 0; i < at.rows; i += V::width) {
+      const V lse = V::load(of.lse + i), delta = V::load(of.delta + i), surprise = V::load(of.surprise + i);
+      for (int64_t j = 0; j < at.keys; ++j) {
+        S *weight_at = weights + j * kTile + i, *slope_at = slopes + j * kTile + i;
+        const V score = V::load(weight_at);
+        V weight = exp2_below_zero(score - lse), slope = V::load(slope_at), dropped = weight;
+        if constexpr (kMore) {
+          if (at.kept != nullptr) {
+            const uint32_t kept = uint32_t(at.kept[j] >> i);
+            const V by = V::all(S(a.keep_scale));
+            dropped = keep_bits(weight * by, kept);
+            slope = keep_bits(slope * by, kept);
+          }
+          slope = slope - surprise * max(score, V::all(S(-1e30)));
+        }
+        slope = weight * (slope - delta);
+        if constexpr (kMasked) {
+          const uint32_t seen = uint32_t(at.seen[j] >> i);
+          dropped = keep_bits(dropped, seen), slope = keep_bits(slope, seen);
+        }
+        dropped.store(weight_at);
+        slope.store(slope_at);
+      }
+    }
+  }
+
+  // queries, grads: transposed, the queries scaled for make_scores.
+  void make(const TilePair& at, const QueryTerms<V>& of, const S* queries, const S* grads, const Rows<S>& keys, const Rows<S>& values) const {
+    make_scores<V, T>(a, at, queries, keys, weights);
+    const int64_t columns = round_up(at.rows, V::width);
+    multiply_strided<V>(at.keys, columns, a.D, {values.data, values.stride, 1}, grads, kTile, {slopes, kTile, false});
+    const bool masked = at.seen != nullptr, more = at.kept != nullptr || a.grad_entropy != nullptr;
+    if (more) masked ? finish<true, true>(at, of) : finish<false, true>(at, of);
+    else masked ? finish<true, false>(at, of) : finish<false, false>(at, of);
   }
 };
+
+template <class V, class T>
+Rows<typename V::scalar> whole_rows(const T* from, int64_t stride, int64_t count, int64_t channels, typename V::scalar* buffer) {
+  if constexpr (sizeof(T) == sizeof(typename V::scalar)) {
+    if (in_place<V, T>(stride, channels)) return {from, stride};
+  }
+  copy_rows<V, T>(from, stride, count, channels, buffer);
+  return {buffer, padded<V>(channels)};
+}
+
+// ---------------------------------------------------------------- gradients of q, k and v
 
 template <class V, class T>
 struct Work {
   using S = typename V::scalar;
   const Attention& a;
-  const AttentionItem& item;
-  const BackwardBuffers<V>& use;
-  const int64_t width = padded<V>(a.D), heads = a.H / a.G;
+  const int64_t width, heads;
+  Slopes<V, T> pair;
+  TileCache<V> queries, grads;  // transposed, of each head of the group
+  TileCache<V> query_rows, grad_rows;
+  S *key_rows, *value_rows;
+  S *grad_k, *grad_v;  // of a tile
+  S* grad_q;           // of the group's queries
 
+  Work(const Attention& args, Pieces& pieces)
+      : a(args), width(padded<V>(args.D)), heads(args.H / args.G), pair(args, tiles(), pieces), queries(tiles(), a.D * kTile, pieces),
+        grads(tiles(), a.D * kTile, pieces), query_rows(tiles(), width * kTile, pieces), grad_rows(tiles(), width * kTile, pieces),
+        key_rows(pieces.take<S>(kTile * width)), value_rows(pieces.take<S>(kTile * width)), grad_k(pieces.take<S>(kTile * width)),
+        grad_v(pieces.take<S>(kTile * width)), grad_q(pieces.take<S>(tiles() * kTile * width)) {}
+
+  inline int64_t tiles() const { return heads * a.query_tiles(); }
   inline int64_t rows_in(int64_t qt) const { return min_of<int64_t>(kTile, a.L - qt * kTile); }
-  inline int64_t place(int64_t head, int64_t qt) const { return head * a.query_tiles() + qt; }
-  inline int64_t head_of(int64_t head) const { return item.head * heads + head; }
 
-  // delta = sum over channels of grad * out, less the gradient of lse
-  void make_delta(int64_t head, int64_t qt) const {
-    const int64_t first = qt * kTile, at = (item.b * a.H + head_of(head)) * a.L + first;
-    const T* out = static_cast<const T*>(a.of_out) + at * a.D;
-    const S* grad_lse = static_cast<const S*>(a.grad_lse) + at;
-    for (int64_t i = 0; i < rows_in(qt); ++i) {
-      const T* grad = row_of<T>(a.grad, item.b, head_of(head), first + i);
-      V sum = V::zero();
-      for (int64_t d = 0; d < a.D; d += V::width) {
-        const int64_t some = min_of<int64_t>(V::width, a.D - d);
-        sum = fma(V::load_n(grad + d, some), V::load_n(out + i * a.D + d, some), sum);
-      }
-      use.delta[place(head, qt) * kTile + i] = sum.sum() - grad_lse[i];
-    }
-  }
-
-  // weights = exp(scores - lse) and slopes = weights * (grad v^T - delta) * scale, both 0 where a query does not see a key.
-  void make_slopes(int64_t head, int64_t qt, const TileMask& mask, int64_t keys) const {
-    const int64_t rows = rows_in(qt);
-    const bool plain = mask.full && keys % V::width == 0;
-    const S* lse = static_cast<const S*>(a.of_lse) + (item.b * a.H + head_of(head)) * a.L + qt * kTile;
-    const V scale = V::all(S(a.scale));
-    for (int64_t i = 0; i < rows; ++i) {
-      const uint64_t word = mask.word(i, keys);
-      const V base = V::all(lse[i]), delta = V::all(use.delta[place(head, qt) * kTile + i]);
-      for (int64_t j = 0; j < keys; j += V::width) {
-        S *weights = use.weights + i * kTile + j, *slopes = use.slopes + i * kTile + j;
-        V weight = exp_below_zero(V::load(weights) - base);
-        V slope = weight * (V::load(slopes) - delta) * scale;
-        if (!plain) weight = keep_bits(weight, uint32_t(word >> j)), slope = keep_bits(slope, uint32_t(word >> j));
-        weight.store(weights);
-        slope.store(slopes);
-      }
-    }
-  }
-
-  // Pair by pair, where a row that somebody must not see is not finite: to[j] += left[i, j] right[i], or to[i] += left[i, j] right[j].
-  void add_seen(const TileMask& mask, int64_t rows, int64_t keys, const S* left, const Rows<S>& right, bool by_key, S* to) const {
-    for (int64_t i = 0; i < rows; ++i) {
-      for (uint64_t word = mask.word(i, keys); word != 0; word &= word - 1) {
-        const int64_t j = __builtin_ctzll(word), from = by_key ? i : j, onto = by_key ? j : i;
-        for (int64_t d = 0; d < width; ++d) to[onto * width + d] += left[i * kTile + j] * right.data[from * right.stride + d];
-      }
-    }
-  }
-
-  void add_by_key(const TileMask& mask, int64_t rows, int64_t keys, const S* left, const Rows<S>& right, S* to) const {
-    if (!mask.full && !all_finite<V>(right, rows, width)) return add_seen(mask, rows, keys, left, right, true, to);
-    multiply_strided<V, 1, kTile>(keys, width, rows, left, kTileRows, right.data, right.stride, {to, width, true});
-  }
-  void add_by_query(const TileMask& mask, int64_t rows, int64_t keys, const S* left, const Rows<S>& right, S* to) const {
-    if (!mask.full && !all_finite<V>(right, keys, width)) return add_seen(mask, rows, keys, left, right, false, to);
-    multiply_strided<V, kTile, 1>(rows, width, keys, left, kTileRows * kTile, right.data, right.stride, {to, width, true});
-  }
-
-  void pair(int64_t head, int64_t qt, int64_t keys, const TileMask& mask, const Rows<S>& key_rows) const {
-    const int64_t rows = rows_in(qt), first = qt * kTile, h = head_of(head), at = place(head, qt);
-    const T *query = row_of<T>(a.q, item.b, h, first), *grad = row_of<T>(a.grad, item.b, h, first);
-    const S* query_tile = use.queries.template get<T>(at, query, a.q.row, rows, a.D, S(a.scale));
-    const S* grad_tile = use.grads.template get<T>(at, grad, a.grad.row, rows, a.D, S(1));
-    const int64_t columns = round_up(keys, V::width);
-    multiply_strided<V, 1, kTile>(rows, columns, a.D, query_tile, kTileRows, use.keys, kTile, {use.weights, kTile, false});
-    multiply_strided<V, 1, kTile>(rows, columns, a.D, grad_tile, kTileRows, use.values, kTile, {use.slopes, kTile, false});
-    make_slopes(head, qt, mask, keys);
+  void add_pair(const AttentionItem& item, const TilePair& at, int64_t place, const Rows<S>& keys, const Rows<S>& values) const {
+    const T *query = row_of<T>(a.q, at.b, at.h, at.q0), *grad = row_of<T>(a.grad, at.b, at.h, at.q0);
+    const S* query_tile = queries.template transposed<T>(place, query, a.q.row, at.rows, a.D, S(a.scale * kLog2E));
+    const S* grad_tile = grads.template transposed<T>(place, grad, a.grad.row, at.rows, a.D, S(1));
+    pair.make(at, pair.terms_at(place), query_tile, grad_tile, keys, values);
     if (item.grad_kv) {
-      const Rows<S> grad_rows = whole_rows<V, T>(grad, a.grad.row, rows, a.D, use.grad_rows);
-      add_by_key(mask, rows, keys, use.weights, grad_rows, use.grad_v);
-      const Rows<S> query_rows = whole_rows<V, T>(query, a.q.row, rows, a.D, use.query_rows);
-      add_by_key(mask, rows, keys, use.slopes, query_rows, use.grad_k);
+      add_by_key<V>(at, pair.weights, grad_rows.template rows<T>(place, grad, a.grad.row, at.rows, a.D), width, grad_v);
+      add_by_key<V>(at, pair.slopes, query_rows.template rows<T>(place, query, a.q.row, at.rows, a.D), width, grad_k);
     }
-    if (item.grad_q) add_by_query(mask, rows, keys, use.slopes, key_rows, use.grad_q + at * kTile * width);
+    if (item.grad_q) add_by_query<V>(at, pair.slopes, keys, width, grad_q + place * kTile * width);
   }
 
-  void write(const S* from, int64_t rows, T* to) const {
+  void write(const S* from, int64_t rows, double scale, T* to) const {
     for (int64_t i = 0; i < rows; ++i) {
-      for (int64_t d = 0; d < a.D; d += V::width) V::load(from + i * width + d).store_n(to + i * a.D + d, min_of<int64_t>(V::width, a.D - d));
+      for (int64_t d = 0; d < a.D; d += V::width) {
+        (V::load(from + i * width + d) * V::all(S(scale))).store_n(to + i * a.D + d, min_of<int64_t>(V::width, a.D - d));
+      }
     }
   }
 
-  void key_tile(int64_t kt) const {
+  void key_tile(const AttentionItem& item, int64_t kt) const {
     const int64_t k0 = kt * kTile, keys = min_of<int64_t>(kTile, a.S - k0);
     const T *key = row_of<T>(a.k, item.b, item.head, k0), *value = row_of<T>(a.v, item.b, item.head, k0);
-    transpose_rows<V, T>(key, a.k.row, keys, a.D, S(1), use.keys);
-    transpose_rows<V, T>(value, a.v.row, keys, a.D, S(1), use.values);
-    const Rows<S> key_rows = whole_rows<V, T>(key, a.k.row, keys, a.D, use.key_rows);
-    memset(use.grad_k, 0, size_t(kTile * width) * sizeof(S));
-    memset(use.grad_v, 0, size_t(kTile * width) * sizeof(S));
+    const Rows<S> all_keys = whole_rows<V, T>(key, a.k.row, keys, a.D, key_rows);
+    const Rows<S> all_values = whole_rows<V, T>(value, a.v.row, keys, a.D, value_rows);
+    memset(grad_k, 0, size_t(kTile * width) * sizeof(S));
+    memset(grad_v, 0, size_t(kTile * width) * sizeof(S));
     for (int64_t head = 0; head < heads; ++head) {
       for (int64_t qt = item.queries.begin; qt < item.queries.end; ++qt) {
-        const TileMask mask = mask_of(a, item.b, head_of(head), qt, kt);
-        if (!mask.empty) pair(head, qt, keys, mask, key_rows);
+        const int64_t h = item.head * heads + head;
+        const TileMask mask = mask_of(a, item.b, h, qt, kt);
+        if (mask.empty) continue;
+        add_pair(item, TilePair(a, item.b, h, qt, kt, mask, pair.bits), head * a.query_tiles() + qt, all_keys, all_values);
       }
     }
     if (!item.grad_kv) return;
     const int64_t at = ((item.b * a.G + item.head) * a.S + k0) * a.D;
-    write(use.grad_k, keys, static_cast<T*>(a.grad_k) + at);
-    write(use.grad_v, keys, static_cast<T*>(a.grad_v) + at);
+    write(grad_k, keys, a.scale, static_cast<T*>(a.grad_k) + at);
+    write(grad_v, keys, 1, static_cast<T*>(a.grad_v) + at);
   }
 
-  void run() const {
-    use.queries.forget(heads * a.query_tiles());
-    use.grads.forget(heads * a.query_tiles());
+  template <class Do>
+  void each_query_tile(const AttentionItem& item, const Do& run) const {
     for (int64_t head = 0; head < heads; ++head) {
-      for (int64_t qt = item.queries.begin; qt < item.queries.end; ++qt) {
-        make_delta(head, qt);
-        if (item.grad_q) memset(use.grad_q + place(head, qt) * kTile * width, 0, size_t(kTile * width) * sizeof(S));
+      for (int64_t qt = item.queries.begin; qt < item.queries.end; ++qt) run(item.head * heads + head, qt, head * a.query_tiles() + qt);
+    }
+  }
+
+  void run(const AttentionItem& item) const {
+    for (const TileCache<V>* cache : {&queries, &grads, &query_rows, &grad_rows}) cache->forget(tiles());
+    each_query_tile(item, [&](int64_t h, int64_t qt, int64_t place) {
+      pair.make_terms(item.b, h, qt, place);
+      if (item.grad_q) memset(grad_q + place * kTile * width, 0, size_t(kTile * width) * sizeof(S));
+    });
+    for (int64_t kt = item.keys.begin; kt < item.keys.end; ++kt) key_tile(item, kt);
+    if (!item.grad_q) return;
+    each_query_tile(item, [&](int64_t h, int64_t qt, int64_t place) {
+      write(grad_q + place * kTile * width, rows_in(qt), a.scale, static_cast<T*>(a.grad_q) + ((item.b * a.H + h) * a.L + qt * kTile) * a.D);
+    });
+  }
+};
+
+// ---------------------------------------------------------------- gradient of the bias
+
+// An item is a batch entry and a head of the bias, and ranges of tiles; all that share its entries are added up.
+template <class V, class T>
+struct BiasWork {
+  using S = typename V::scalar;
+  const Attention& a;
+  const int64_t width;
+  Slopes<V, T> pair;
+  S *queries, *grads, *key_rows, *value_rows;
+  S* sums;  // [keys, queries] of a pair of tiles, or of all tiles of queries where those share the bias
+
+  BiasWork(const Attention& args, Pieces& pieces)
+      : a(args), width(padded<V>(args.D)), pair(args, 1, pieces), queries(pieces.take<S>(a.D * kTile)), grads(pieces.take<S>(a.D * kTile)),
+        key_rows(pieces.take<S>(kTile * width)), value_rows(pieces.take<S>(kTile * width)), sums(pieces.take<S>(kTile * kTile)) {}
+
+  void add_pair(int64_t b, int64_t h, int64_t qt, int64_t kt) const {
+    const TileMask mask = mask_of(a, b, h, qt, kt);
+    if (mask.empty) return;
+    const TilePair at(a, b, h, qt, kt, mask, pair.bits);
+    const int64_t group = h / (a.H / a.G);
+    transpose_rows<V, T>(row_of<T>(a.q, b, h, at.q0), a.q.row, at.rows, a.D, S(a.scale * kLog2E), queries);
+    transpose_rows<V, T>(row_of<T>(a.grad, b, h, at.q0), a.grad.row, at.rows, a.D, S(1), grads);
+    pair.make_terms(b, h, qt, 0);
+    pair.make(at, pair.terms_at(0), queries, grads, whole_rows<V, T>(row_of<T>(a.k, b, group, at.k0), a.k.row, at.keys, a.D, key_rows),
+              whole_rows<V, T>(row_of<T>(a.v, b, group, at.k0), a.v.row, at.keys, a.D, value_rows));
+    for (int64_t j = 0; j < at.keys; ++j) {
+      for (int64_t i = 0; i < at.rows; i += V::width) {
+        (V::load(sums + j * kTile + i) + V::load(pair.slopes + j * kTile + i)).store(sums + j * kTile + i);
       }
     }
-    for (int64_t kt = item.keys.begin; kt < item.keys.end; ++kt) key_tile(kt);
-    if (!item.grad_q) return;
-    for (int64_t head = 0; head < heads; ++head) {
-      for (int64_t qt = item.queries.begin; qt < item.queries.end; ++qt) {
-        T* to = static_cast<T*>(a.grad_q) + ((item.b * a.H + head_of(head)) * a.L + qt * kTile) * a.D;
-        write(use.grad_q + place(head, qt) * kTile * width, rows_in(qt), to);
+  }
+
+  void add_shared(const AttentionItem& item, int64_t qt, int64_t kt) const {
+    for (int64_t b = a.bias_B == 1 ? 0 : item.b; b < (a.bias_B == 1 ? a.B : item.b + 1); ++b) {
+      for (int64_t h = a.bias_H == 1 ? 0 : item.head; h < (a.bias_H == 1 ? a.H : item.head + 1); ++h) add_pair(b, h, qt, kt);
+    }
+  }
+
+  void write(const AttentionItem& item, int64_t qt, int64_t kt) const {
+    const int64_t k0 = kt * kTile, keys = min_of(kTile, a.S - k0), q0 = qt * kTile, rows = min_of(kTile, a.L - q0);
+    T* to = static_cast<T*>(a.grad_bias) + (item.b * a.bias_H + item.head) * a.bias_L * a.S + k0;
+    if (a.bias_L == 1) {
+      for (int64_t j = 0; j < keys; ++j) {
+        V sum = V::zero();
+        for (int64_t i = 0; i < kTile; i += V::width) sum = sum + V::load(sums + j * kTile + i);
+        from_float(sum.sum(), to + j);
       }
+      return;
+    }
+    for (int64_t i = 0; i < rows; ++i) {
+      for (int64_t j = 0; j < keys; ++j) from_float(sums[j * kTile + i], to + (q0 + i) * a.S + j);
+    }
+  }
+
+  void run(const AttentionItem& item) const {
+    const size_t bytes = size_t(kTile * kTile) * sizeof(S);
+    for (int64_t kt = item.keys.begin; kt < item.keys.end; ++kt) {
+      memset(sums, 0, bytes);
+      for (int64_t qt = 0; qt < a.query_tiles(); ++qt) {
+        add_shared(item, qt, kt);
+        if (a.bias_L == 1) continue;
+        write(item, qt, kt);
+        memset(sums, 0, bytes);
+      }
+      if (a.bias_L == 1) write(item, 0, kt);
     }
   }
 };
 
-int64_t bytes(const Attention& a) {
+template <template <class, class> class Kind>
+int64_t bytes_of(const Attention& a) {
   return with_vectors(a.dtype, [&]<class V, class T>() {
     Pieces pieces(nullptr);
-    BackwardBuffers<V>(a, pieces);
+    Kind<V, T>(a, pieces);
     return pieces.bytes;
   });
 }
 
-void run(const Attention& a, const AttentionItem& item, void* buffer) {
+template <template <class, class> class Kind>
+void run_item(const Attention& a, const AttentionItem& item, void* buffer) {
   with_vectors(a.dtype, [&]<class V, class T>() {
     Pieces pieces(buffer);
-    const BackwardBuffers<V> use(a, pieces);
-    Work<V, T>{a, item, use}.run();
+    Kind<V, T>(a, pieces).run(item);
   });
 }
 
 }  // namespace
 
-extern const BackwardKernels BackwardKernels_table{&bytes, &run};
+extern const BackwardKernels BackwardKernels_table{&bytes_of<Work>, &run_item<Work>, &bytes_of<BiasWork>, &run_item<BiasWork>};
 
 }  // namespace MASKOPS_ISA_NS
 }  // namespace maskops

@@ -5,125 +5,192 @@ namespace maskops {
 inline namespace MASKOPS_ISA_NS {
 namespace {
 
+// What is known of each query of a tile after some keys. Scores are logarithms to base 2.
 template <class V>
-struct ForwardBuffers {
+struct Sums {
   using S = typename V::scalar;
-  TransposedTiles<V> keys;
-  S *queries, *scores, *sums, *values;
-  S *top, *total, *decay, *added;  // of each query
+  S* values;                        // [64, whole vectors of channels], weights times values
+  S *top, *total, *spread, *decay;  // [64]: highest score, sum of weights 2^(score - top), of weights times score - top
 
-  ForwardBuffers(const Attention& a, Pieces& pieces) : keys(a.key_tiles(), a.D, pieces) {
-    const int64_t width = padded<V>(a.D);
-    queries = pieces.take<S>(a.D * kTile);
-    scores = pieces.take<S>(kTile * kTile);
-    sums = pieces.take<S>(kTile * width);
-    values = pieces.take<S>(kTile * width);
-    top = pieces.take<S>(4 * kTile);
-    total = top + kTile, decay = total + kTile, added = decay + kTile;
+  static int64_t size(int64_t channels) { return kTile * (padded<V>(channels) + 4); }
+  Sums(S* data, int64_t channels)
+      : values(data), top(data + kTile * padded<V>(channels)), total(top + kTile), spread(total + kTile), decay(spread + kTile) {}
+
+  void clear(int64_t rows, int64_t width) const {
+    for (int64_t i = 0; i < kTile; ++i) top[i] = -__builtin_inff(), total[i] = 0, spread[i] = 0, decay[i] = 1;
+    memset(values, 0, size_t(rows * width) * sizeof(S));
+  }
+  void shrink(int64_t rows, int64_t width) const {
+    for (int64_t i = 0; i < rows; ++i) {
+      if (decay[i] == 1) continue;
+      const V by = V::all(decay[i]);
+      for (int64_t d = 0; d < width; d += V::width) (V::load(values + i * width + d) * by).store(values + i * width + d);
+    }
   }
 };
 
-// Scores to weights exp(score - top), with a new top where one is higher.
-template <class V, bool kMasked>
-void soften(const ForwardBuffers<V>& use, const TileMask& mask, int64_t rows, int64_t keys) {
+template <class V>
+struct ForwardBuffers {
   using S = typename V::scalar;
-  const V lowest = V::all(-__builtin_inff());
-  for (int64_t i = 0; i < rows; ++i) {
-    S* row = use.scores + i * kTile;
-    V high = lowest;
-    const uint64_t word = kMasked ? mask.word(i, keys) : 0;
-    for (int64_t j = 0; j < keys; j += V::width) {
-      V x = V::load(row + j);
+  TileCache<V> keys, values;
+  S *queries, *scores;
+  Sums<V> sums;
+  uint64_t* bits;  // of mask and dropout
+
+  ForwardBuffers(const Attention& a, Pieces& pieces)
+      : keys(a.key_tiles(), kTile * padded<V>(a.D), pieces), values(a.key_tiles(), kTile * padded<V>(a.D), pieces),
+        queries(pieces.take<S>(a.D * kTile)), scores(pieces.take<S>(kTile * kTile)),
+        sums(pieces.take<S>(Sums<V>::size(a.D)), a.D), bits(pieces.take<uint64_t>(2 * kTile)) {}
+};
+
+template <class V>
+V highest_base(V top) {  // what scores are taken relative to: no infinity minus infinity
+  return where_less(V::all(-__builtin_inff()), top, top, V::zero());
+}
+
+// The highest score of kTogether vectors of queries, with what hidden pairs hold overwritten.
+template <class V, int kTogether, bool kMasked>
+void raise_top(const TilePair& at, int64_t i, typename V::scalar* scores, V (&top)[kTogether]) {
+  for (int64_t j = 0; j < at.keys; ++j) {
+#pragma GCC unroll 4
+    for (int c = 0; c < kTogether; ++c) {
+      typename V::scalar* score = scores + j * kTile + i + c * V::width;
+      V x = V::load(score);
       if constexpr (kMasked) {
-        x = choose_bits(x, lowest, uint32_t(word >> j));
-        x.store(row + j);
+        x = choose_bits(x, V::all(-__builtin_inff()), uint32_t(at.seen[j] >> (i + c * V::width)));
+        x.store(score);
       }
-      high = max(high, x);
+      top[c] = max(x, top[c]);
     }
-    const S found = high.highest(), before = use.top[i];
-    const S now = found > before ? found : before;
-    const S base = now == -__builtin_inff() ? S(0) : now;
-    use.top[i] = now;
-    use.decay[i] = before - base;
-    V sum = V::zero();
-    for (int64_t j = 0; j < keys; j += V::width) {
-      const V weight = exp_below_zero(V::load(row + j) - V::all(base));
-      weight.store(row + j);
-      sum = sum + weight;
-    }
-    use.added[i] = sum.sum();
-  }
-  for (int64_t i = 0; i < rows; i += V::width) {
-    const V decay = exp_below_zero(V::load(use.decay + i));
-    decay.store(use.decay + i);
-    fma(V::load(use.total + i), decay, V::load(use.added + i)).store(use.total + i);
   }
 }
 
-template <class V>
-void decay_sums(const ForwardBuffers<V>& use, int64_t rows, int64_t width) {
-  for (int64_t i = 0; i < rows; ++i) {
-    if (use.decay[i] == 1) continue;
-    const V decay = V::all(use.decay[i]);
-    for (int64_t d = 0; d < width; d += V::width) (V::load(use.sums + i * width + d) * decay).store(use.sums + i * width + d);
+// Scores of kTogether vectors of queries to weights 2^(score - top), with a new top where one is higher.
+template <class V, int kTogether, bool kMasked, bool kMore>
+void soften_some(const TilePair& at, const Sums<V>& sums, int64_t first, typename V::scalar* scores) {
+  V top[kTogether], base[kTogether], total[kTogether], spread[kTogether];
+  for (int c = 0; c < kTogether; ++c) top[c] = V::load(sums.top + first + c * V::width);
+  raise_top<V, kTogether, kMasked>(at, first, scores, top);
+  for (int c = 0; c < kTogether; ++c) {
+    const int64_t i = first + c * V::width;
+    base[c] = highest_base(top[c]);
+    const V fall = V::load(sums.top + i) - base[c], decay = exp2_below_zero(fall), before = V::load(sums.total + i);
+    top[c].store(sums.top + i);
+    decay.store(sums.decay + i);
+    total[c] = before * decay;
+    if constexpr (kMore) spread[c] = (V::load(sums.spread + i) + before * max(fall, V::all(-1000))) * decay;
+  }
+  for (int64_t j = 0; j < at.keys; ++j) {
+#pragma GCC unroll 4
+    for (int c = 0; c < kTogether; ++c) {
+      typename V::scalar* score = scores + j * kTile + first + c * V::width;
+      const V x = V::load(score) - base[c];
+      V weight = exp2_below_zero(x);
+      total[c] = total[c] + weight;
+      if constexpr (kMore) {
+        spread[c] = fma(weight, max(x, V::all(-1000)), spread[c]);
+        if (at.kept != nullptr) weight = keep_bits(weight, uint32_t(at.kept[j] >> (first + c * V::width)));
+      }
+      weight.store(score);
+    }
+  }
+  for (int c = 0; c < kTogether; ++c) {
+    const int64_t i = first + c * V::width;
+    total[c].store(sums.total + i);
+    if constexpr (kMore) spread[c].store(sums.spread + i);
   }
 }
 
-// Where values that some queries must not see are not finite: pair by pair.
-template <class V>
-void add_seen(const ForwardBuffers<V>& use, const TileMask& mask, const Rows<typename V::scalar>& values, int64_t rows, int64_t width,
-              int64_t keys) {
-  for (int64_t i = 0; i < rows; ++i) {
-    for (uint64_t word = mask.word(i, keys); word != 0; word &= word - 1) {
-      const int64_t j = __builtin_ctzll(word);
-      for (int64_t d = 0; d < width; ++d) use.sums[i * width + d] += use.scores[i * kTile + j] * values.data[j * values.stride + d];
-    }
+template <class V, bool kMasked, bool kMore>
+void soften(const TilePair& at, const Sums<V>& sums, typename V::scalar* scores) {
+  constexpr int kTogether = 4;
+  int64_t i = 0;
+  for (; i + (kTogether - 1) * V::width < at.rows; i += kTogether * V::width) {
+    soften_some<V, kTogether, kMasked, kMore>(at, sums, i, scores);
   }
+  for (; i < at.rows; i += V::width) soften_some<V, 1, kMasked, kMore>(at, sums, i, scores);
+}
+
+template <class V, bool kMore>
+void soften_more(const TilePair& at, const Sums<V>& sums, typename V::scalar* scores) {
+  if (at.seen != nullptr) soften<V, true, kMore>(at, sums, scores);
+  else soften<V, false, kMore>(at, sums, scores);
 }
 
 template <class V, class T>
-void write_rows(const Attention& a, const ForwardBuffers<V>& use, int64_t b, int64_t h, int64_t first, int64_t rows) {
+void write_rows(const Attention& a, const Sums<V>& sums, int64_t b, int64_t h, int64_t first, int64_t rows) {
   using S = typename V::scalar;
   const int64_t width = padded<V>(a.D), at = (b * a.H + h) * a.L + first;
   T* out = static_cast<T*>(a.out) + at * a.D;
-  S* lse = static_cast<S*>(a.lse) + at;
+  S *lse = static_cast<S*>(a.lse) + at, *entropy = a.entropy == nullptr ? nullptr : static_cast<S*>(a.entropy) + at;
+  const V lowest = V::all(-__builtin_inff());
+  for (int64_t i = 0; i < rows; i += V::width) {
+    const int64_t some = min_of<int64_t>(V::width, rows - i);
+    const V total = V::load(sums.total + i), none = where_less(lowest, V::load(sums.top + i), V::zero(), V::all(1));
+    const V divisor = total + none, log_total = log_of_positive(divisor) + (divisor - divisor);  // of a query that sees nothing 1, and its result is 0
+    fma(V::load(sums.top + i), V::all(S(kLn2)), log_total).store_n(lse + i, some);
+    (V::all(S(a.keep_scale)) / divisor).store(sums.decay + i);
+    if (entropy != nullptr) (log_total - V::load(sums.spread + i) / divisor * V::all(S(kLn2))).store_n(entropy + i, some);
+  }
   for (int64_t i = 0; i < rows; ++i, out += a.D) {
-    const S total = use.total[i];
-    lse[i] = total == 0 ? -__builtin_inff() : use.top[i] + S(__builtin_log(double(total)));
-    const V inverse = V::all(total == 0 ? S(0) : 1 / total);
+    const V inverse = V::all(sums.decay[i]);
     for (int64_t d = 0; d < a.D; d += V::width) {
-      const V value = total == 0 ? V::zero() : V::load(use.sums + i * width + d) * inverse;
-      value.store_n(out + d, min_of<int64_t>(V::width, a.D - d));
+      (V::load(sums.values + i * width + d) * inverse).store_n(out + d, min_of<int64_t>(V::width, a.D - d));
     }
   }
 }
 
 template <class V, class T>
-void query_tile(const Attention& a, const ForwardBuffers<V>& use, int64_t b, int64_t h, int64_t qt) {
+void query_tile(const Attention& a, const AttentionItem& item, const ForwardBuffers<V>& use, const Sums<V>& sums, int64_t qt) {
   using S = typename V::scalar;
-  const int64_t first = qt * kTile, rows = min_of<int64_t>(kTile, a.L - first), width = padded<V>(a.D), group = h / (a.H / a.G);
-  transpose_rows<V, T>(row_of<T>(a.q, b, h, first), a.q.row, rows, a.D, S(a.scale), use.queries);
-  for (int64_t i = 0; i < kTile; ++i) use.top[i] = -__builtin_inff(), use.total[i] = 0, use.decay[i] = 0, use.added[i] = 0;
-  bool some = false;
-  for (int64_t kt = 0; kt < a.key_tiles(); ++kt) {
+  const int64_t b = item.b, h = item.head, first = qt * kTile, rows = min_of<int64_t>(kTile, a.L - first), width = padded<V>(a.D);
+  const int64_t group = h / (a.H / a.G);
+  transpose_rows<V, T>(row_of<T>(a.q, b, h, first), a.q.row, rows, a.D, S(a.scale * kLog2E), use.queries);
+  sums.clear(rows, width);
+  for (int64_t kt = item.keys.begin; kt < item.keys.end; ++kt) {
     const TileMask mask = mask_of(a, b, h, qt, kt);
     if (mask.empty) continue;
-    const int64_t k0 = kt * kTile, keys = min_of<int64_t>(kTile, a.S - k0);
-    const S* key_tile = use.keys.template get<T>(kt, row_of<T>(a.k, b, group, k0), a.k.row, keys, a.D, S(1));
-    multiply_strided<V, 1, kTile>(rows, round_up(keys, V::width), a.D, use.queries, kTileRows, key_tile, kTile, {use.scores, kTile, false});
-    if (mask.full && keys % V::width == 0) soften<V, false>(use, mask, rows, keys);
-    else soften<V, true>(use, mask, rows, keys);
-    const Rows<S> values = whole_rows<V, T>(row_of<T>(a.v, b, group, k0), a.v.row, keys, a.D, use.values);
-    if (!some) memset(use.sums, 0, size_t(rows * width) * sizeof(S));
-    else decay_sums(use, rows, width);
-    if (mask.full || all_finite<V>(values, keys, width)) {
-      multiply_strided<V, kTile, 1>(rows, width, keys, use.scores, kTileRows * kTile, values.data, values.stride, {use.sums, width, true});
-    } else {
-      add_seen(use, mask, values, rows, width, keys);
-    }
-    some = true;
+    const TilePair at(a, b, h, qt, kt, mask, use.bits);
+    const Rows<S> keys = use.keys.template rows<T>(kt, row_of<T>(a.k, b, group, at.k0), a.k.row, at.keys, a.D);
+    make_scores<V, T>(a, at, use.queries, keys, use.scores);
+    if (a.entropy != nullptr || at.kept != nullptr) soften_more<V, true>(at, sums, use.scores);
+    else soften_more<V, false>(at, sums, use.scores);
+    sums.shrink(rows, width);
+    const Rows<S> values = use.values.template rows<T>(kt, row_of<T>(a.v, b, group, at.k0), a.v.row, at.keys, a.D);
+    add_by_query<V>(at, use.scores, values, width, sums.values);
   }
-  write_rows<V, T>(a, use, b, h, first, rows);
+}
+
+template <class V, class S = typename V::scalar>
+Sums<V> partial_sums(const Attention& a, int64_t b, int64_t h, int64_t part) {
+  return {static_cast<S*>(a.partial) + ((b * a.H + h) * a.parts + part) * Sums<V>::size(a.D), a.D};
+}
+
+// Adds the parts of a head's keys in their order.
+template <class V, class T>
+void merge_parts(const Attention& a, int64_t b, int64_t h, const Sums<V>& sums) {
+  using S = typename V::scalar;
+  const int64_t width = padded<V>(a.D);
+  sums.clear(a.L, width);
+  for (int64_t part = 0; part < a.parts; ++part) {
+    const Sums<V> some = partial_sums<V>(a, b, h, part);
+    for (int64_t i = 0; i < a.L; ++i) {
+      if (some.total[i] == 0) continue;
+      const S top = max_of(sums.top[i], some.top[i]), own = S(__builtin_exp2(double(sums.top[i] - top)));
+      const S other = S(__builtin_exp2(double(some.top[i] - top)));
+      if (a.entropy != nullptr) {
+        const S before = sums.total[i] == 0 ? S(0) : sums.spread[i] + sums.total[i] * (sums.top[i] - top);
+        sums.spread[i] = own * before + other * (some.spread[i] + some.total[i] * (some.top[i] - top));
+      }
+      sums.total[i] = own * sums.total[i] + other * some.total[i];
+      sums.top[i] = top;
+      for (int64_t d = 0; d < width; d += V::width) {
+        const V added = V::load(some.values + i * width + d) * V::all(other);
+        fma(V::load(sums.values + i * width + d), V::all(own), added).store(sums.values + i * width + d);
+      }
+    }
+  }
+  write_rows<V, T>(a, sums, b, h, 0, a.L);
 }
 
 int64_t bytes(const Attention& a) {
@@ -134,18 +201,34 @@ int64_t bytes(const Attention& a) {
   });
 }
 
+int64_t partial_bytes(const Attention& a) {
+  return with_vectors(a.dtype, [&]<class V, class T>() { return Sums<V>::size(a.D) * int64_t(sizeof(typename V::scalar)); });
+}
+
 void run(const Attention& a, const AttentionItem& item, void* buffer) {
   with_vectors(a.dtype, [&]<class V, class T>() {
     Pieces pieces(buffer);
     const ForwardBuffers<V> use(a, pieces);
     use.keys.forget(a.key_tiles());
-    for (int64_t qt = item.queries.begin; qt < item.queries.end; ++qt) query_tile<V, T>(a, use, item.b, item.head, qt);
+    use.values.forget(a.key_tiles());
+    if (a.parts > 1) return query_tile<V, T>(a, item, use, partial_sums<V>(a, item.b, item.head, item.part), 0);
+    for (int64_t qt = item.queries.begin; qt < item.queries.end; ++qt) {
+      query_tile<V, T>(a, item, use, use.sums, qt);
+      write_rows<V, T>(a, use.sums, item.b, item.head, qt * kTile, min_of<int64_t>(kTile, a.L - qt * kTile));
+    }
+  });
+}
+
+void merge(const Attention& a, int64_t b, int64_t head, void* buffer) {
+  with_vectors(a.dtype, [&]<class V, class T>() {
+    Pieces pieces(buffer);
+    merge_parts<V, T>(a, b, head, ForwardBuffers<V>(a, pieces).sums);
   });
 }
 
 }  // namespace
 
-extern const ForwardKernels ForwardKernels_table{&bytes, &run};
+extern const ForwardKernels ForwardKernels_table{&bytes, &partial_bytes, &run, &merge};
 
 }  // namespace MASKOPS_ISA_NS
 }  // namespace maskops

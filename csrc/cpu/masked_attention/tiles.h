@@ -1,8 +1,9 @@
-// What forward and backward share: rows and transposed tiles of q, k, v, and what the mask says about a tile.
+// What forward and backward share: rows and transposed tiles of q, k, v, scores of a tile, what mask and dropout say about it.
 #pragma once
 
 #include "common/gemm_strided.h"
 #include "common/simd_math.h"
+#include "common/simd_philox.h"
 #include "common/simd_shuffle.h"
 #include "cpu/masked_attention/attention.h"
 
@@ -10,7 +11,8 @@ namespace maskops {
 inline namespace MASKOPS_ISA_NS {
 
 constexpr int64_t kTile = kMaskTile;
-constexpr int64_t kKeptBytes = int64_t{3} << 19;  // of transposed tiles that a thread keeps instead of making them again
+constexpr int64_t kCacheBytes = int64_t{3} << 18;  // of tiles that a thread keeps instead of making them again
+constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
 
 template <class V>
 static inline int64_t padded(int64_t channels) {
@@ -41,25 +43,22 @@ static inline const T* row_of(const HeadRows& rows, int64_t b, int64_t h, int64_
   return static_cast<const T*>(rows.data) + b * rows.batch + h * rows.head + i * rows.row;
 }
 
-// Rows of whole vectors, in the type of the sums: in place where they are so already, else copied to the buffer.
+// Whether rows can be read where they are: whole vectors in the type of the sums. Rows far from each other would meet in few sets of
+// the cache.
 template <class V, class T>
-static inline Rows<typename V::scalar> whole_rows(const T* from, int64_t stride, int64_t count, int64_t channels, typename V::scalar* buffer) {
-  if constexpr (sizeof(T) == sizeof(typename V::scalar)) {
-    if (channels % V::width == 0) return {from, stride};
-  }
+static inline bool in_place(int64_t stride, int64_t channels) {
+  return sizeof(T) == sizeof(typename V::scalar) && channels % V::width == 0 && stride == channels;
+}
+
+template <class V, class T>
+static inline void copy_rows(const T* from, int64_t stride, int64_t count, int64_t channels, typename V::scalar* to) {
   const int64_t width = padded<V>(channels);
   for (int64_t i = 0; i < count; ++i) {
     for (int64_t d = 0; d < width; d += V::width) {
       const int64_t some = min_of<int64_t>(V::width, channels - d);
-      (some == V::width ? V::load(from + i * stride + d) : V::load_n(from + i * stride + d, some)).store(buffer + i * width + d);
+      (some == V::width ? V::load(from + i * stride + d) : V::load_n(from + i * stride + d, some)).store(to + i * width + d);
     }
   }
-  return {buffer, width};
-}
-
-template <class S>
-static inline S zero_if_finite(S x) {
-  return x * S(0);
 }
 
 // Whether no value is infinite or NaN.
@@ -91,44 +90,148 @@ static inline void transpose_rows(const T* from, int64_t stride, int64_t count, 
   }
 }
 
-// Transposed tiles of a head: all of them where they fit, else the last one.
+// Tiles of a head made from others: all of them where they fit, else the last one.
 template <class V>
-struct TransposedTiles {
+struct TileCache {
   using S = typename V::scalar;
   S* data;
   uint8_t* made;
   int64_t size;  // of a tile
   bool kept;
 
-  TransposedTiles(int64_t tiles, int64_t channels, Pieces& pieces)
-      : size(channels * kTile), kept(tiles * size * int64_t(sizeof(S)) <= kKeptBytes) {
+  TileCache(int64_t tiles, int64_t tile_size, Pieces& pieces) : size(tile_size), kept(tiles * size * int64_t(sizeof(S)) <= kCacheBytes) {
     data = pieces.take<S>(kept ? tiles * size : size);
     made = pieces.take<uint8_t>(tiles);
   }
   inline void forget(int64_t tiles) const { memset(made, 0, size_t(tiles)); }
 
-  template <class T>
-  inline const S* get(int64_t tile, const T* from, int64_t stride, int64_t count, int64_t channels, S scale) const {
+  template <class Make>
+  inline const S* get(int64_t tile, const Make& make) const {
     S* to = kept ? data + tile * size : data;
-    if (!kept || !made[tile]) transpose_rows<V, T>(from, stride, count, channels, scale, to);
+    if (!kept || !made[tile]) make(to);
     made[tile] = 1;
     return to;
+  }
+
+  template <class T>
+  inline const S* transposed(int64_t tile, const T* from, int64_t stride, int64_t count, int64_t channels, S scale) const {
+    return get(tile, [&](S* to) { transpose_rows<V, T>(from, stride, count, channels, scale, to); });
+  }
+  template <class T>
+  inline Rows<S> rows(int64_t tile, const T* from, int64_t stride, int64_t count, int64_t channels) const {
+    if constexpr (sizeof(T) == sizeof(S)) {
+      if (in_place<V, T>(stride, channels)) return {from, stride};
+    }
+    return {get(tile, [&](S* to) { copy_rows<V, T>(from, stride, count, channels, to); }), padded<V>(channels)};
   }
 };
 
 // ---- the mask
 
+// Bit i of by_key[j] tells of query i and key j; null where everything is kept.
+using KeyBits = const uint64_t*;
+
+// The other way round: bit j of words[i] becomes bit i of by_key[j].
+static inline void transpose_bits(const uint64_t* words, uint64_t* by_key) {
+  if (by_key != words) memcpy(by_key, words, kTile * sizeof(uint64_t));
+  uint64_t mask = 0x00000000ffffffff;
+  for (int half = 32; half > 0; half /= 2, mask ^= mask << half) {
+    for (int i = 0; i < kTile; i += 2 * half) {
+      for (int j = i; j < i + half; ++j) {
+        const uint64_t moved = ((by_key[j] >> half) ^ by_key[j + half]) & mask;
+        by_key[j] ^= moved << half;
+        by_key[j + half] ^= moved;
+      }
+    }
+  }
+}
+
 struct TileMask {
   bool empty, full;
   const uint64_t* words;  // of the queries, where not full
-
-  inline uint64_t word(int64_t i, int64_t keys) const { return full ? bits_between(0, keys) : words[i]; }
 };
 
 static inline TileMask mask_of(const Attention& a, int64_t b, int64_t h, int64_t qt, int64_t kt) {
   if (a.tiles == nullptr) return {false, true, nullptr};
   const int32_t state = a.tiles[b * a.tiles_batch + h * a.tiles_head + qt * a.key_tiles() + kt];
   return {state == kMaskEmpty, state == kMaskFull, state < 0 ? nullptr : a.words + int64_t(state) * kTile};
+}
+
+// A pair of tiles: where it is, how large, and who sees whom.
+struct TilePair {
+  int64_t b, h, q0, k0, rows, keys;
+  KeyBits seen, kept;  // kept: what dropout leaves
+
+  TilePair(const Attention& a, int64_t batch, int64_t head, int64_t qt, int64_t kt, const TileMask& mask, uint64_t* bits)
+      : b(batch), h(head), q0(qt * kTile), k0(kt * kTile), rows(min_of(kTile, a.L - q0)), keys(min_of(kTile, a.S - k0)), seen(nullptr),
+        kept(nullptr) {
+    if (!mask.full) transpose_bits(mask.words, bits), seen = bits;
+    if (a.drop_below > 0) draw(a, bits + kTile), kept = bits + kTile;
+  }
+
+ private:
+  // Each query has the words of whole tiles of keys to itself.
+  void draw(const Attention& a, uint64_t* bits) const {
+    uint32_t words[kTile];
+    const uint64_t counters = uint64_t(a.key_tiles()) * kTile / 4;
+    for (int64_t i = 0; i < kTile; ++i) bits[i] = 0;
+    for (int64_t i = 0; i < rows; ++i) {
+      const uint64_t first = uint64_t((b * a.H + h) * a.L + q0 + i) * counters + uint64_t(k0) / 4;
+      for (int64_t c = 0; c < kTile / 4; c += kPhiloxCounters) philox_words(a.key, first + uint64_t(c), words + 4 * c);
+      for (int64_t j = 0; j < kTile; ++j) bits[i] |= uint64_t(words[j] >= a.drop_below) << j;
+    }
+    transpose_bits(bits, bits);
+  }
+};
+
+// ---- scores
+
+// scores[j * kTile + i] = log2(e) (scale q k + bias), a row per key; queries: transposed and scaled by log2(e) scale.
+template <class V, class T>
+static inline void make_scores(const Attention& a, const TilePair& at, const typename V::scalar* queries, const Rows<typename V::scalar>& keys,
+                               typename V::scalar* scores) {
+  using S = typename V::scalar;
+  const int64_t columns = round_up(at.rows, V::width);
+  if (a.bias.data != nullptr) {
+    const T* bias = row_of<T>(a.bias, at.b, at.h, at.q0) + at.k0;
+    if (a.bias.row != 0) {
+      transpose_rows<V, T>(bias, a.bias.row, at.rows, at.keys, S(kLog2E), scores);
+    } else {
+      for (int64_t j = 0; j < at.keys; ++j) {
+        const V value = V::all(S(to_float(bias[j])) * S(kLog2E));
+        for (int64_t i = 0; i < columns; i += V::width) value.store(scores + j * kTile + i);
+      }
+    }
+  }
+  multiply_strided<V>(at.keys, columns, a.D, {keys.data, keys.stride, 1}, queries, kTile, {scores, kTile, a.bias.data != nullptr});
+}
+
+// Pair by pair, where a row that somebody must not see is not finite: to[onto] += left[j, i] right[from].
+template <class V>
+static inline void add_seen(const TilePair& at, const typename V::scalar* left, const Rows<typename V::scalar>& right, int64_t width,
+                            bool by_key, typename V::scalar* to) {
+  for (int64_t j = 0; j < at.keys; ++j) {
+    for (uint64_t bits = at.seen[j]; bits != 0; bits &= bits - 1) {
+      const int64_t i = __builtin_ctzll(bits), from = by_key ? i : j, onto = by_key ? j : i;
+      for (int64_t d = 0; d < width; ++d) to[onto * width + d] += left[j * kTile + i] * right.data[from * right.stride + d];
+    }
+  }
+}
+
+// to[query] += sum over keys of left[key, query] right[key]
+template <class V>
+static inline void add_by_query(const TilePair& at, const typename V::scalar* left, const Rows<typename V::scalar>& right, int64_t width,
+                                typename V::scalar* to) {
+  if (at.seen != nullptr && !all_finite<V>(right, at.keys, width)) return add_seen<V>(at, left, right, width, false, to);
+  multiply_strided<V>(at.rows, width, at.keys, {left, 1, kTile}, right.data, right.stride, {to, width, true});
+}
+
+// to[key] += sum over queries of left[key, query] right[query]
+template <class V>
+static inline void add_by_key(const TilePair& at, const typename V::scalar* left, const Rows<typename V::scalar>& right, int64_t width,
+                              typename V::scalar* to) {
+  if (at.seen != nullptr && !all_finite<V>(right, at.rows, width)) return add_seen<V>(at, left, right, width, true, to);
+  multiply_strided<V>(at.keys, width, at.rows, {left, kTile, 1}, right.data, right.stride, {to, width, true});
 }
 
 }  // namespace MASKOPS_ISA_NS

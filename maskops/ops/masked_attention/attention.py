@@ -26,7 +26,7 @@ MOST_CHANNELS = 256
 )
 def masked_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask | BlockMap | None = None, *, scale: float | None = None,
-    bias: Tensor | None = None, dropout_p: float = 0.0, seed: Seed = None, generator: torch.Generator | None = None,
+    bias: Tensor | None = None, dropout_p: float = 0, seed: Seed = None, generator: torch.Generator | None = None,
     return_lse: bool = False, return_entropy: bool = False, enable_gqa: bool = False, backend: str = "auto",
 ) -> Tensor | tuple[Tensor, ...]:  # fmt: skip
     """Attend to the keys that a mask lets each query see, computing only tiles in which somebody sees somebody.
@@ -80,8 +80,9 @@ def masked_attention(
         compiled = _compiled(mask, q, k, backend)
         tiles, words = compiled.tiles, compiled.words
     scale = 1 / math.sqrt(max(q.shape[-1], 1)) if scale is None else number(FUNCTION, "scale", scale)
-    dropout_p = number(FUNCTION, "dropout_p", dropout_p)
-    draw = seed_tensor(seed, generator, q.device, FUNCTION) if dropout_p != 0 else None
+    draw = None
+    if dropout_p != 0:  # the default is an int: torch.compile would make a float an input, and compile twice
+        dropout_p, draw = number(FUNCTION, "dropout_p", dropout_p), seed_tensor(seed, generator, q.device, FUNCTION)
     op = find_op("masked_attention", q.device.type, backend)
     out, *rows = op(q, k, v, tiles, words, bias, draw, scale, dropout_p, return_entropy)
     if packed:
@@ -178,9 +179,10 @@ def _check(
         check_tensor(FUNCTION, "bias", bias, "[B, H, Lq, Lk]", (q.dtype,), (None, None, None, S), q)
         _check_shared("bias", bias, (B, H, L))
     if not 0 <= dropout_p < 1:
-        fail(FUNCTION, "dropout_p", "be in [0, 1)", dropout_p)
+        fail(FUNCTION, "dropout_p", "be in [0, 1)", f"{dropout_p:g}")
     if (dropout_p > 0) != (seed is not None):
-        fail(FUNCTION, "seed", "be given with dropout_p > 0, and only then", f"dropout_p {dropout_p} and seed {seed}")
+        got = None if seed is None else describe(seed)
+        fail(FUNCTION, "seed", "be given with dropout_p > 0, and only then", got)
     if seed is not None:
         check_tensor(FUNCTION, "seed", seed, "[2]", INT64, (2,), q)
 
@@ -239,7 +241,8 @@ def _check_backward(
 
 def _check_grad_bias(*args: Any) -> None:
     _check_backward(*args)
-    check_is_tensor(FUNCTION, "bias", args[11])
+    if args[11] is None:
+        fail(FUNCTION, "bias", "be given", None)
 
 
 define_op(

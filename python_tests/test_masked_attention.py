@@ -230,3 +230,48 @@ def test_module_self_cross_and_grouped() -> None:
     assert layer(x, context, AttentionMask.key_padding(torch.tensor([14, 3]))).shape == x.shape
     with pytest.raises(ValueError, match="heads must divide dim"):
         MaskedAttention(30, 4)
+
+
+def test_few_queries_of_many_keys_are_done_in_parts() -> None:
+    """As in generation: the parts of the keys are merged, whatever is switched on, and a part may see nothing."""
+    q, k, v, bias = tensors((2, 2, 3, 24), (2, 2, 1500, 24), (2, 2, 1500, 24), (1, 2, 1, 1500), grad=True)
+    lengths = torch.tensor([1500, 600])
+    mask = AttentionMask.key_padding(lengths) & ~AttentionMask.keys(torch.arange(1500)[None] // 300 == 1)
+    options = dict(bias=bias, dropout_p=0.2, seed=3, return_lse=True, return_entropy=True)
+    found = {b: maskops.masked_attention(q, k, v, mask, **options, backend=b) for b in ("native", "reference")}
+    for ours, theirs in zip(*found.values(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    grads = [torch.autograd.grad(sum(x.sin().sum() for x in out), (q, k, v, bias)) for out in found.values()]
+    for ours, theirs in zip(*grads, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_dropout_keeps_the_mean_and_its_share() -> None:
+    q, k = tensors((4, 4, 64, 16), (4, 4, 64, 16))
+    ones = torch.ones(4, 4, 64, 16)
+    out = maskops.masked_attention(q, k, ones, dropout_p=0.25, seed=5)
+    assert abs(out.mean().item() - 1) < 0.01 and out.std() > 0.05
+    assert torch.equal(out, maskops.masked_attention(q, k, ones, dropout_p=0.25, seed=5))
+    assert not torch.equal(out, maskops.masked_attention(q, k, ones, dropout_p=0.25, seed=6))
+    flat = maskops.masked_attention(torch.zeros_like(q), k, torch.eye(64).expand(4, 4, 64, 64), dropout_p=0.25, seed=5)
+    assert abs((flat == 0).float().mean().item() - 0.25) < 0.005
+
+
+def test_bias_is_that_of_sdpa() -> None:
+    q, k, v, slopes = tensors((2, 4, 90, 16), (2, 4, 90, 16), (2, 4, 90, 16), (1, 4, 1, 1), grad=True)
+    distance = -(torch.arange(90)[:, None] - torch.arange(90)).abs()
+    ours = maskops.masked_attention(q, k, v, AttentionMask.causal(), bias=slopes * distance)
+    seen = torch.where(AttentionMask.causal().to_dense(90, 90), 0.0, -math.inf)
+    theirs = F.scaled_dot_product_attention(q, k, v, attn_mask=slopes * distance + seen)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    grad = tensors(ours.shape, seed=4)[0]
+    pairs = zip(*(torch.autograd.grad(x, (q, k, v, slopes), grad) for x in (ours, theirs)), strict=True)
+    for a, b in pairs:
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_entropy_of_uniform_and_of_single_weights() -> None:
+    q, k = torch.zeros(1, 1, 3, 8), torch.zeros(1, 1, 5, 8)
+    mask = AttentionMask.dense(torch.tensor([[True] * 5, [True] + [False] * 4, [False] * 5]))
+    _, entropy = maskops.masked_attention(q, k, k, mask, return_entropy=True)
+    torch.testing.assert_close(entropy[0, 0], torch.tensor([math.log(5), 0.0, 0.0]))

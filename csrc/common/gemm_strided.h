@@ -9,10 +9,14 @@
 namespace maskops {
 inline namespace MASKOPS_ISA_NS {
 
+// Vectors of columns and rows of a tile: on AVX-512 24 of 32 registers hold sums, which needs 10 loads for 24 multiply-adds, else 12
+// of 16. Narrow tiles are as high, or each sum would wait for its own last multiply-add.
 #if MASKOPS_ISA_LEVEL == 2
-constexpr int kStridedRows = 6, kStridedVectors = 4;  // 24 of 32 registers hold sums: 10 loads for 24 multiply-adds
+constexpr int kStridedVectors = 4;
+constexpr int strided_rows(int vectors) { return vectors <= 2 ? 12 : 24 / vectors; }
 #else
-constexpr int kStridedRows = 6, kStridedVectors = 2;  // 12 of 16
+constexpr int kStridedVectors = 2;
+constexpr int strided_rows(int vectors) { return 12 / vectors; }
 #endif
 
 template <class S>
@@ -25,31 +29,39 @@ template <class S>
 struct StridedC {
   S* to;
   int64_t stride;
-  bool add;
+  bool add;                  // to what is there
+  const S* times = nullptr;  // by which, row by row, it is multiplied before
 };
 
 template <class V, int R, int C>
 static void strided_tile(int64_t steps, const StridedA<typename V::scalar>& a, const typename V::scalar* b, int64_t b_stride,
                          const StridedC<typename V::scalar>& c) {
   V sum[R][C];
-#pragma GCC unroll 8
+#pragma GCC unroll 12
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
     for (int v = 0; v < C; ++v) sum[r][v] = c.add ? V::load(c.to + r * c.stride + v * V::width) : V::zero();
+  }
+  if (c.times != nullptr) {
+#pragma GCC unroll 12
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+      for (int v = 0; v < C; ++v) sum[r][v] = sum[r][v] * V::all(c.times[r]);
+    }
   }
   const typename V::scalar* at = a.at;
   for (int64_t s = 0; s < steps; ++s, at += a.step, b += b_stride) {
     V column[C];
 #pragma GCC unroll 4
     for (int v = 0; v < C; ++v) column[v] = V::load(b + v * V::width);
-#pragma GCC unroll 8
+#pragma GCC unroll 12
     for (int r = 0; r < R; ++r) {
       const V row = V::all(at[r * a.row]);
 #pragma GCC unroll 4
       for (int v = 0; v < C; ++v) sum[r][v] = fma(row, column[v], sum[r][v]);
     }
   }
-#pragma GCC unroll 8
+#pragma GCC unroll 12
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
     for (int v = 0; v < C; ++v) sum[r][v].store(c.to + r * c.stride + v * V::width);
@@ -60,7 +72,7 @@ template <class V>
 using StridedTile = void (*)(int64_t, const StridedA<typename V::scalar>&, const typename V::scalar*, int64_t,
                              const StridedC<typename V::scalar>&);
 
-template <class V, int C, int R = kStridedRows>
+template <class V, int C, int R = strided_rows(C)>
 static inline StridedTile<V> strided_kernel(int64_t rows) {
   if constexpr (R > 1) {
     if (rows < R) return strided_kernel<V, C, R - 1>(rows);
@@ -81,12 +93,12 @@ static void multiply_strided(int64_t rows, int64_t columns, int64_t steps, const
                              const typename V::scalar* b, int64_t b_stride, const StridedC<typename V::scalar>& c) {
   constexpr int64_t kWide = kStridedVectors * V::width;
   for (int64_t j = 0; j < columns; j += kWide) {
-    const int64_t vectors = min_of<int64_t>(columns - j, kWide) / V::width;
-    const StridedTile<V> whole = strided_kernel<V>(kStridedRows, vectors);
-    for (int64_t i = 0; i < rows; i += kStridedRows) {
-      const int64_t count = min_of<int64_t>(rows - i, kStridedRows);
-      const StridedTile<V> kernel = count == kStridedRows ? whole : strided_kernel<V>(count, vectors);
-      kernel(steps, {a.at + i * a.row, a.row, a.step}, b + j, b_stride, {c.to + i * c.stride + j, c.stride, c.add});
+    const int64_t vectors = min_of<int64_t>(columns - j, kWide) / V::width, most = strided_rows(int(vectors));
+    const StridedTile<V> whole = strided_kernel<V>(most, vectors);
+    for (int64_t i = 0; i < rows; i += most) {
+      const StridedTile<V> kernel = rows - i >= most ? whole : strided_kernel<V>(rows - i, vectors);
+      const auto* times = c.times == nullptr ? nullptr : c.times + i;
+      kernel(steps, {a.at + i * a.row, a.row, a.step}, b + j, b_stride, {c.to + i * c.stride + j, c.stride, c.add, times});
     }
   }
 }

@@ -24,7 +24,7 @@ enum MaskRule : int64_t {
   kRuleBlockCausal,  // block
   kRuleSame,         // q_at, k_at, q_stride_b, k_stride_b
   kRuleGroups,       // q_at, k_at, q_stride_b, k_stride_b, matrix, groups
-  kRuleBytes,        // at, stride_b, stride_h, stride_q, q_block, k_block
+  kRuleBits,         // at, stride_b, stride_h, stride_q, q_block, k_block
   kRuleCount
 };
 
@@ -70,7 +70,10 @@ MASKOPS_HOST_DEVICE inline bool sees(const int64_t* rule, const MaskData& data, 
       if (of_q < 0 || of_q >= groups || of_k < 0 || of_k >= groups) return false;
       return data.bytes[rule[5] + of_q * groups + of_k] != 0;
     }
-    default: return data.bytes[rule[1] + b * rule[2] + h * rule[3] + q / rule[5] * rule[4] + k / rule[6]] != 0;
+    default: {
+      const int64_t bit = k / rule[6];
+      return (data.bytes[rule[1] + b * rule[2] + h * rule[3] + q / rule[5] * rule[4] + bit / 8] >> (bit % 8) & 1) != 0;
+    }
   }
 }
 
@@ -78,6 +81,11 @@ MASKOPS_HOST_DEVICE inline uint64_t word_of_rule(const int64_t* rule, const Mask
                                                  int64_t keys) {
   if (is_range_rule(rule[0])) return word_of_range(rule, data, b, h, q, k0);
   uint64_t word = 0;
+  if (rule[0] == kRuleBits && rule[6] == 1) {  // k0 begins a byte
+    const uint8_t* at = data.bytes + rule[1] + b * rule[2] + h * rule[3] + q / rule[5] * rule[4] + k0 / 8;
+    for (int64_t i = 0; 8 * i < keys; ++i) word |= static_cast<uint64_t>(at[i]) << (8 * i);
+    return word;
+  }
   for (int64_t j = 0; j < keys; ++j) word |= static_cast<uint64_t>(sees(rule, data, b, h, q, k0 + j)) << j;
   return word;
 }

@@ -51,8 +51,8 @@ inline void check_rule(const int64_t* rule, int64_t ints, int64_t bytes, int64_t
       check_reach("k_at", rule[2], b * rule[4] + k, ints, "ints");
       if (rule[0] == kRuleGroups) check_reach("matrix", rule[5], rule[6] * rule[6] - 1, bytes, "bytes");
       return;
-    case kRuleBytes:
-      return check_reach("at", rule[1], b * rule[2] + h * rule[3] + q / rule[5] * rule[4] + k / rule[6], bytes, "bytes");
+    case kRuleBits:
+      return check_reach("at", rule[1], b * rule[2] + h * rule[3] + q / rule[5] * rule[4] + k / rule[6] / 8, bytes, "bytes");
     default: return;
   }
 }
@@ -73,8 +73,8 @@ inline void check_mask_map(const Tensor& ints, const Tensor& bytes, const std::v
   }
   for (size_t at = 0; at < program.size(); at += kRuleWidth) {
     const int64_t* rule = &program[at];
-    const bool divides = rule[0] == kRuleBlockCausal || rule[0] == kRuleBytes;
-    if (divides && (rule[0] == kRuleBytes ? rule[5] < 1 || rule[6] < 1 : rule[1] < 1)) {
+    const bool divides = rule[0] == kRuleBlockCausal || rule[0] == kRuleBits;
+    if (divides && (rule[0] == kRuleBits ? rule[5] < 1 || rule[6] < 1 : rule[1] < 1)) {
       fail(op, "program", "have positive blocks", join_sizes(program));
     }
     if (B * H > 0 && L > 0 && S > 0) check_rule(rule, ints.size(0), bytes.size(0), B - 1, H - 1, L - 1, S - 1);

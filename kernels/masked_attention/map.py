@@ -48,8 +48,9 @@ def _pairs_of_rule(rule_ptr, code, ints_ptr, bytes_ptr, b, h, q, k, L, S):
             inside = (of_q >= 0) & (of_q < o5) & (of_k >= 0) & (of_k < o5)
             seen = tl.load(bytes_ptr + o4 + of_q * o5 + of_k, mask=inside, other=0) != 0
     else:
-        at = b * o1 + h * o2 + (q1 // o4) * o3 + k1 // o5
-        seen = tl.load(bytes_ptr + o0 + at, mask=(q1 < L) & (k1 < S), other=0) != 0
+        bit = k1 // o5
+        at = b * o1 + h * o2 + (q1 // o4) * o3 + bit // 8
+        seen = (tl.load(bytes_ptr + o0 + at, mask=(q1 < L) & (k1 < S), other=0) >> (bit % 8).to(tl.uint8)) & 1 != 0
     return seen
 
 

@@ -17,7 +17,7 @@ from maskops.reference.visible_tokens import accumulation_dtype
 
 TILE, EMPTY, FULL = 64, -1, -2
 WIDTH = 8
-AND, OR, NOT, ROW_RANGE, KEY_RANGE, LENGTH, BAND, BLOCK_CAUSAL, SAME, GROUPS, BYTES = range(11)
+AND, OR, NOT, ROW_RANGE, KEY_RANGE, LENGTH, BAND, BLOCK_CAUSAL, SAME, GROUPS, BITS = range(11)
 
 
 # ---------------------------------------------------------------- masks
@@ -50,8 +50,9 @@ def _rule(code: int, o: list[int], ints: Tensor, bytes: Tensor, b: Tensor, h: Te
         return (k - q >= o[0]) & (k - q <= o[1])
     if code == BLOCK_CAUSAL:
         return k // o[0] <= q // o[0]
-    if code == BYTES:
-        return bytes[o[0] + b * o[1] + h * o[2] + q // o[4] * o[3] + k // o[5]] != 0
+    if code == BITS:
+        bit = k // o[5]
+        return (bytes[o[0] + b * o[1] + h * o[2] + q // o[4] * o[3] + bit // 8] >> bit % 8) & 1 != 0
     ids_q, ids_k = ints[o[0] + b * o[2] + q], ints[o[1] + b * o[3] + k]
     if code == SAME:
         return ids_q == ids_k

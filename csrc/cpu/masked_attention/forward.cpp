@@ -1,9 +1,13 @@
 // Forward: for each tile of queries the keys tile by tile, with the maximum and the sum of the weights so far (online softmax).
 #include "cpu/masked_attention/tiles.h"
 
+#include <initializer_list>
+
 namespace maskops {
 inline namespace MASKOPS_ISA_NS {
 namespace {
+
+constexpr int64_t kFetchedRows = 4096;  // of keys that the L2 cache holds besides what is in use
 
 // What is known of each query of a tile after some keys. Scores are logarithms to base 2.
 template <class V>
@@ -19,13 +23,6 @@ struct Sums {
   void clear(int64_t rows, int64_t width) const {
     for (int64_t i = 0; i < kTile; ++i) top[i] = -__builtin_inff(), total[i] = 0, spread[i] = 0, decay[i] = 1;
     memset(values, 0, size_t(rows * width) * sizeof(S));
-  }
-  void shrink(int64_t rows, int64_t width) const {
-    for (int64_t i = 0; i < rows; ++i) {
-      if (decay[i] == 1) continue;
-      const V by = V::all(decay[i]);
-      for (int64_t d = 0; d < width; d += V::width) (V::load(values + i * width + d) * by).store(values + i * width + d);
-    }
   }
 };
 
@@ -140,6 +137,21 @@ void write_rows(const Attention& a, const Sums<V>& sums, int64_t b, int64_t h, i
   }
 }
 
+// What comes next: the following tile of queries, and a part of the next head's keys and values.
+template <class V, class T>
+void fetch_next(const Attention& a, const AttentionItem& item, int64_t qt) {
+  const int64_t first = (qt + 1) * kTile;
+  if (qt + 1 < item.queries.end) {
+    fetch_rows(row_of<T>(a.q, item.b, item.head, first), a.q.row, min_of<int64_t>(kTile, a.L - first), a.D);
+  }
+  const int64_t next = item.b * a.H + item.head + 1, tiles = item.queries.end - item.queries.begin;
+  if (next >= a.B * a.H || next % (a.H / a.G) != 0 || tiles * a.S > kFetchedRows) return;
+  const int64_t begin = (qt - item.queries.begin) * a.S / tiles, end = (qt + 1 - item.queries.begin) * a.S / tiles;
+  for (const HeadRows& rows : {a.k, a.v}) {
+    fetch_rows(row_of<T>(rows, next / a.H, next % a.H / (a.H / a.G), begin), rows.row, end - begin, a.D);
+  }
+}
+
 template <class V, class T>
 void query_tile(const Attention& a, const AttentionItem& item, const ForwardBuffers<V>& use, const Sums<V>& sums, int64_t qt) {
   using S = typename V::scalar;
@@ -155,9 +167,8 @@ void query_tile(const Attention& a, const AttentionItem& item, const ForwardBuff
     make_scores<V, T>(a, at, use.queries, keys, use.scores);
     if (a.entropy != nullptr || at.kept != nullptr) soften_more<V, true>(at, sums, use.scores);
     else soften_more<V, false>(at, sums, use.scores);
-    sums.shrink(rows, width);
     const Rows<S> values = use.values.template rows<T>(kt, row_of<T>(a.v, b, group, at.k0), a.v.row, at.keys, a.D);
-    add_by_query<V>(at, use.scores, values, width, sums.values);
+    add_by_query<V>(at, use.scores, values, width, sums.values, sums.decay);
   }
 }
 
@@ -213,6 +224,7 @@ void run(const Attention& a, const AttentionItem& item, void* buffer) {
     use.values.forget(a.key_tiles());
     if (a.parts > 1) return query_tile<V, T>(a, item, use, partial_sums<V>(a, item.b, item.head, item.part), 0);
     for (int64_t qt = item.queries.begin; qt < item.queries.end; ++qt) {
+      fetch_next<V, T>(a, item, qt);
       query_tile<V, T>(a, item, use, use.sums, qt);
       write_rows<V, T>(a, use.sums, item.b, item.head, qt * kTile, min_of<int64_t>(kTile, a.L - qt * kTile));
     }

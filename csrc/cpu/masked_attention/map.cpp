@@ -57,12 +57,12 @@ inline uint64_t word_of(const int64_t* rule, const MaskData& data, int64_t b, in
     const uint64_t after = compare_words(at + rule[1], some, [&](__m512i start) { return _mm512_cmple_epi32_mask(start, own); });
     return after & compare_words(at + rule[2], some, [&](__m512i end) { return _mm512_cmpgt_epi32_mask(end, own); });
   }
-  if (rule[0] == kRuleBytes && rule[6] == 1) {
-    const uint8_t* at = data.bytes + rule[1] + b * rule[2] + h * rule[3] + q / rule[5] * rule[4] + k0;
-    const __m512i seen = _mm512_maskz_loadu_epi8(some, at);
-    return _mm512_test_epi8_mask(seen, seen);
-  }
 #endif
+  if (rule[0] == kRuleBits && rule[6] == 1 && keys == kMaskTile) {
+    uint64_t word;
+    memcpy(&word, data.bytes + rule[1] + b * rule[2] + h * rule[3] + q / rule[5] * rule[4] + k0 / 8, sizeof(word));
+    return word;
+  }
   return word_of_rule(rule, data, b, h, q, k0, keys);
 }
 

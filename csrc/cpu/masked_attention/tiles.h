@@ -61,6 +61,15 @@ static inline void copy_rows(const T* from, int64_t stride, int64_t count, int64
   }
 }
 
+// Rows for a later tile on their way to the L2 cache.
+template <class T>
+static inline void fetch_rows(const T* from, int64_t stride, int64_t count, int64_t channels) {
+  constexpr int64_t kLine = 64 / int64_t(sizeof(T));
+  for (int64_t i = 0; i < count; ++i) {
+    for (int64_t d = 0; d < channels; d += kLine) __builtin_prefetch(from + i * stride + d, 0, 2);
+  }
+}
+
 // Whether no value is infinite or NaN.
 template <class V>
 static inline bool all_finite(const Rows<typename V::scalar>& rows, int64_t count, int64_t channels) {
@@ -218,12 +227,17 @@ static inline void add_seen(const TilePair& at, const typename V::scalar* left, 
   }
 }
 
-// to[query] += sum over keys of left[key, query] right[key]
+// to[query] = times[query] to[query] + sum over keys of left[key, query] right[key]; times null: 1
 template <class V>
 static inline void add_by_query(const TilePair& at, const typename V::scalar* left, const Rows<typename V::scalar>& right, int64_t width,
-                                typename V::scalar* to) {
-  if (at.seen != nullptr && !all_finite<V>(right, at.keys, width)) return add_seen<V>(at, left, right, width, false, to);
-  multiply_strided<V>(at.rows, width, at.keys, {left, 1, kTile}, right.data, right.stride, {to, width, true});
+                                typename V::scalar* to, const typename V::scalar* times = nullptr) {
+  if (at.seen == nullptr || all_finite<V>(right, at.keys, width)) {
+    return multiply_strided<V>(at.rows, width, at.keys, {left, 1, kTile}, right.data, right.stride, {to, width, true, times});
+  }
+  for (int64_t i = 0; i < at.rows && times != nullptr; ++i) {
+    for (int64_t d = 0; d < width; ++d) to[i * width + d] *= times[i];
+  }
+  add_seen<V>(at, left, right, width, false, to);
 }
 
 // to[key] += sum over queries of left[key, query] right[query]

@@ -16,13 +16,6 @@ namespace {
 
 // ---- pack
 
-// Eight bools, any nonzero byte true, as the bits of a byte.
-uint8_t pack_eight(uint64_t bytes) {
-  constexpr uint64_t kLow = 0x7f7f7f7f7f7f7f7full;
-  const uint64_t top = (((bytes & kLow) + kLow) | bytes) & ~kLow;  // the top bit of every nonzero byte
-  return static_cast<uint8_t>(((top >> 7) * 0x0102040810204080ull) >> 56);
-}
-
 Tensor nm_matmul_pack(const Tensor& mask_any) {
   check_nm_pack(mask_any);
   const Tensor mask = with_contiguous_rows(mask_any);
@@ -30,13 +23,10 @@ Tensor nm_matmul_pack(const Tensor& mask_any) {
   Tensor bits = empty_like_device(mask, {mask.size(0), row_bytes}, ScalarType::Byte);
   uint8_t* to = static_cast<uint8_t*>(bits.mutable_data_ptr());
   const uint8_t* from = static_cast<const uint8_t*>(mask.const_data_ptr());
-  parallel_for(mask.size(0), columns, [&](int64_t begin, int64_t end) {
+  const BitmaskKernels& kernels = pick_BitmaskKernels();
+  parallel_for(mask.size(0), columns / 8, [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
-      for (int64_t b = 0; b < row_bytes; ++b) {
-        uint64_t bytes = 0;  // of a little endian machine, as all of csrc/cpu assumes
-        std::memcpy(&bytes, from + r * mask.stride(0) + 8 * b, static_cast<size_t>(std::min<int64_t>(8, columns - 8 * b)));
-        to[r * row_bytes + b] = pack_eight(bytes);
-      }
+      kernels.pack_bits(from + r * mask.stride(0), columns, to + r * row_bytes);
     }
   });
   return bits;

@@ -29,6 +29,7 @@ struct BitmaskPlan {
 };
 
 struct BitmaskKernels {
+  void (*pack_bits)(const uint8_t* bools, int64_t count, uint8_t* bits);
   bool has_pairs;
   BitmaskPlan (*plan_forward)(const Bitmask&);
   void (*pack_weight)(const Bitmask&, Range panels, void* packed);

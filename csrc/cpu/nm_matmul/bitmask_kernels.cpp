@@ -339,10 +339,41 @@ void grad_weight(const Bitmask& args, Range items, void* buffer) {
   });
 }
 
+// ---------------------------------------------------------------- packing
+
+// Eight bools, any nonzero byte true, as the bits of a byte.
+inline uint8_t pack_eight(uint64_t bytes) {
+  constexpr uint64_t kLow = 0x7f7f7f7f7f7f7f7full;
+  const uint64_t top = (((bytes & kLow) + kLow) | bytes) & ~kLow;  // the top bit of every nonzero byte
+  return static_cast<uint8_t>(((top >> 7) * 0x0102040810204080ull) >> 56);
+}
+
+void pack_bits(const uint8_t* bools, int64_t count, uint8_t* bits) {
+  int64_t i = 0;
+#if MASKOPS_ISA_LEVEL == 2
+  for (; i + 64 <= count; i += 64) {
+    const __m512i some = _mm512_loadu_si512(bools + i);
+    const uint64_t word = _mm512_test_epi8_mask(some, some);
+    memcpy(bits + i / 8, &word, sizeof(word));
+  }
+#elif MASKOPS_ISA_LEVEL == 1
+  for (; i + 32 <= count; i += 32) {
+    const __m256i none = _mm256_cmpeq_epi8(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(bools + i)), _mm256_setzero_si256());
+    const uint32_t word = ~uint32_t(_mm256_movemask_epi8(none));
+    memcpy(bits + i / 8, &word, sizeof(word));
+  }
+#endif
+  for (; i < count; i += 8) {
+    uint64_t bytes = 0;  // of a little endian machine, as all of csrc/cpu assumes
+    memcpy(&bytes, bools + i, size_t(min_of<int64_t>(8, count - i)));
+    bits[i / 8] = pack_eight(bytes);
+  }
+}
+
 }  // namespace
 
-extern const BitmaskKernels BitmaskKernels_table{MASKOPS_ISA_LEVEL == 2, &plan_forward, &pack_weight,      &forward,
-                                                 &plan_grad_x,           &grad_x,       &plan_grad_weight, &grad_weight};
+extern const BitmaskKernels BitmaskKernels_table{&pack_bits,   MASKOPS_ISA_LEVEL == 2, &plan_forward, &pack_weight,      &forward,
+                                                 &plan_grad_x, &grad_x,                &plan_grad_weight, &grad_weight};
 
 }  // namespace MASKOPS_ISA_NS
 }  // namespace maskops

@@ -25,7 +25,7 @@ def _check_map(ints: Tensor, bytes: Tensor, program: list[int], B: int, H: int, 
         if size < 0 or size >= rules.FAR:
             fail(MAP, name, f"be in [0, {rules.FAR})", size)
     for code, operands in rules.instructions(program):
-        blocks = {rules.BLOCK_CAUSAL: ("block",), rules.BYTES: ("q_block", "k_block")}.get(code, ())
+        blocks = {rules.BLOCK_CAUSAL: ("block",), rules.BITS: ("q_block", "k_block")}.get(code, ())
         if any(operands[name] < 1 for name in blocks):
             fail(MAP, "program", "have positive blocks", list(program))
         if B and H and L and S:

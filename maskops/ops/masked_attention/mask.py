@@ -11,6 +11,7 @@ from torch.utils import _pytree
 from maskops._backends import find_op
 from maskops._checks import check_is_tensor, describe, fail, integer
 from maskops.ops.masked_attention import program as rules
+from maskops.ops.nm_matmul.bitmask import pack_bitmask
 from maskops.reference.masked_attention import EMPTY, FULL, TILE, dense_mask
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ class AttentionMask:
         """True where a query sees a key.  mask: bool [Lq, Lk] or [B or 1, H or 1, Lq, Lk]."""
         _check(mask, "dense", "mask", (torch.bool,), "bool [Lq, Lk] or [B, H, Lq, Lk]", (2, 4))
         mask = mask[None, None] if mask.dim() == 2 else mask
-        return _of_bytes(mask, 1, 1, mask.shape[2], mask.shape[3])
+        return _of_bits(mask, 1, 1, mask.shape[2], mask.shape[3])
 
     @classmethod
     def key_padding(cls, keys: Tensor) -> AttentionMask:
@@ -160,7 +161,7 @@ class AttentionMask:
                 fail(f"{CLASS}.keys", "Lk", "be given with ids", None)
             seen = torch.zeros(keys.shape[0], Lk + 1, dtype=torch.bool, device=keys.device)
             keys = seen.scatter(1, torch.where(keys < 0, Lk, keys.long()), True)[:, :Lk]
-        return _of_bytes(keys[:, None, None], 1, 1, None, keys.shape[1])
+        return _of_bits(keys[:, None, None], 1, 1, None, keys.shape[1])
 
     @classmethod
     def hide_self(cls) -> AttentionMask:
@@ -175,7 +176,7 @@ class AttentionMask:
             if integer(f"{CLASS}.from_block_map", name, size) < 1:
                 fail(f"{CLASS}.from_block_map", name, "be positive", size)
         blocks = blocks[None, None] if blocks.dim() == 2 else blocks
-        return _of_bytes(blocks, q_block, k_block, None, None)
+        return _of_bits(blocks, q_block, k_block, None, None)
 
     # ---- combinations
 
@@ -306,13 +307,14 @@ def _of_rule(code: int, **operands: int) -> AttentionMask:
     return AttentionMask(_none(cpu, torch.int32), _none(cpu, torch.uint8), rules.instruction(code, **operands))
 
 
-def _of_bytes(values: Tensor, q_block: int, k_block: int, Lq: int | None, Lk: int | None) -> AttentionMask:
+def _of_bits(values: Tensor, q_block: int, k_block: int, Lq: int | None, Lk: int | None) -> AttentionMask:
     """values: bool [B, H, queries or 1, keys], one per block."""
-    B, H, rows, columns = values.shape
-    data = values.contiguous().view(torch.uint8).reshape(-1)
-    strides = (H * rows * columns * (B > 1), rows * columns * (H > 1), columns * (rows > 1))
+    B, H, rows = values.shape[:3]
+    packed = pack_bitmask(values)
+    width = packed.shape[3]
+    strides = (H * rows * width * (B > 1), rows * width * (H > 1), width * (rows > 1))
     rule = rules.instruction(
-        rules.BYTES,
+        rules.BITS,
         at=0,
         stride_b=strides[0],
         stride_h=strides[1],
@@ -320,7 +322,7 @@ def _of_bytes(values: Tensor, q_block: int, k_block: int, Lq: int | None, Lk: in
         q_block=q_block,
         k_block=k_block,
     )
-    return AttentionMask(_none(values.device, torch.int32), data, rule, B, H, Lq, Lk)
+    return AttentionMask(_none(values.device, torch.int32), packed.view(-1), rule, B, H, Lq, Lk)
 
 
 def _of_lengths(lengths: Tensor) -> AttentionMask:

@@ -1,14 +1,14 @@
 """The rules of an attention mask as data: a postfix program that one kernel evaluates, tile by tile, on every device.
 
 An instruction is WIDTH integers, its code first.  q and k are positions of query and key, b and h batch and head. Offsets point
-into the tensor of integers, for BYTES and the matrix of GROUPS into the tensor of bytes.
+into the tensor of integers, for BITS and the matrix of GROUPS into the tensor of bytes.
 """
 
 from maskops.reference.masked_attention import (
     AND,
     BAND,
+    BITS,
     BLOCK_CAUSAL,
-    BYTES,
     GROUPS,
     KEY_RANGE,
     LENGTH,
@@ -22,7 +22,7 @@ from maskops.reference.masked_attention import (
 DEPTH = 4  # values on the stack at most: the kernels keep them in registers
 FAR = 1 << 30  # further than any position
 
-NAMES = ("AND", "OR", "NOT", "ROW_RANGE", "KEY_RANGE", "LENGTH", "BAND", "BLOCK_CAUSAL", "SAME", "GROUPS", "BYTES")
+NAMES = ("AND", "OR", "NOT", "ROW_RANGE", "KEY_RANGE", "LENGTH", "BAND", "BLOCK_CAUSAL", "SAME", "GROUPS", "BITS")
 # What the numbers after the code mean.
 OPERANDS = {
     AND: (), OR: (), NOT: (),
@@ -33,12 +33,12 @@ OPERANDS = {
     BLOCK_CAUSAL: ("block",),                             # k / block <= q / block
     SAME: ("q_at", "k_at", "q_stride_b", "k_stride_b"),   # ids_q[b, q] == ids_k[b, k]
     GROUPS: ("q_at", "k_at", "q_stride_b", "k_stride_b", "matrix", "groups"),  # matrix[ids_q[b, q], ids_k[b, k]]
-    BYTES: ("at", "stride_b", "stride_h", "stride_q", "q_block", "k_block"),   # byte[b, h, q / q_block, k / k_block] != 0
+    BITS: ("at", "stride_b", "stride_h", "stride_q", "q_block", "k_block"),  # bit[b, h, q / q_block, k / k_block], rows of bytes
 }  # fmt: skip
 _ON_INTS = {
     ROW_RANGE: ("start", "end"), KEY_RANGE: ("start", "end"), LENGTH: ("at",), SAME: ("q_at", "k_at"), GROUPS: ("q_at", "k_at"),
 }  # fmt: skip
-_ON_BYTES = {GROUPS: ("matrix",), BYTES: ("at",)}
+_ON_BYTES = {GROUPS: ("matrix",), BITS: ("at",)}
 
 
 def instruction(code: int, **operands: int) -> tuple[int, ...]:
@@ -102,7 +102,7 @@ def reach(code: int, o: dict[str, int], last: tuple[int, int, int, int]) -> list
         return found + (
             [("matrix", o["matrix"], o["matrix"] + o["groups"] ** 2 - 1, "bytes")] if code == GROUPS else []
         )
-    if code == BYTES:
-        step = b * o["stride_b"] + h * o["stride_h"] + q // o["q_block"] * o["stride_q"] + k // o["k_block"]
+    if code == BITS:
+        step = b * o["stride_b"] + h * o["stride_h"] + q // o["q_block"] * o["stride_q"] + k // o["k_block"] // 8
         return [("at", min(o["at"], o["at"] + step), max(o["at"], o["at"] + step), "bytes")]
     return []

@@ -253,13 +253,14 @@ def test_dropout_keeps_the_mean_and_its_share() -> None:
     assert abs(out.mean().item() - 1) < 0.01 and out.std() > 0.05
     assert torch.equal(out, maskops.masked_attention(q, k, ones, dropout_p=0.25, seed=5))
     assert not torch.equal(out, maskops.masked_attention(q, k, ones, dropout_p=0.25, seed=6))
-    flat = maskops.masked_attention(torch.zeros_like(q), k, torch.eye(64).expand(4, 4, 64, 64), dropout_p=0.25, seed=5)
+    same, each = torch.zeros(4, 4, 64, 64), torch.eye(64).expand(4, 4, 64, 64)
+    flat = maskops.masked_attention(same, same, each, dropout_p=0.25, seed=5)
     assert abs((flat == 0).float().mean().item() - 0.25) < 0.005
 
 
 def test_bias_is_that_of_sdpa() -> None:
     q, k, v, slopes = tensors((2, 4, 90, 16), (2, 4, 90, 16), (2, 4, 90, 16), (1, 4, 1, 1), grad=True)
-    distance = -(torch.arange(90)[:, None] - torch.arange(90)).abs()
+    distance = (torch.arange(90)[:, None] - torch.arange(90)).abs() * -0.1
     ours = maskops.masked_attention(q, k, v, AttentionMask.causal(), bias=slopes * distance)
     seen = torch.where(AttentionMask.causal().to_dense(90, 90), 0.0, -math.inf)
     theirs = F.scaled_dot_product_attention(q, k, v, attn_mask=slopes * distance + seen)

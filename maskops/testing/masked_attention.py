@@ -182,6 +182,10 @@ def _all(change: Callable, first: int = 0) -> Callable:
     return lambda *args: (*args[:first], *(change(x) for x in args[first:3]), *args[3:])
 
 
+def _three_heads(*args: object) -> tuple:
+    return *args[:5], torch.zeros(1, 3, 1, args[1].shape[2]), *args[6:]
+
+
 NO_BLOCK = list(rules.instruction(rules.BLOCK_CAUSAL, block=0))
 BAND = list(rules.instruction(rules.BAND, low=0, high=1))
 ERRORS = [
@@ -196,7 +200,7 @@ ERRORS = [
     ErrorSample(ATTENTION, "words", _at(4, lambda w: w[:, 1:]), ValueError, "words must have shape"),
     ErrorSample(ATTENTION, "tile", _at(3, lambda t: t + 1000), IndexError, r"tiles\[0, 0, 0, 0\] must be in \[-2, "),
     ErrorSample(ATTENTION, "bias", _at(5, lambda b: torch.zeros(2, 2, 1, 9)), ValueError, "bias must have shape"),
-    ErrorSample(ATTENTION, "bias_heads", lambda *a: (*a[:5], torch.zeros(1, 3, 1, a[1].shape[2]), *a[6:]), ValueError, "bias must have 1 or 2 entries"),
+    ErrorSample(ATTENTION, "bias_heads", _three_heads, ValueError, "bias must have 1 or 2 entries along axis 1"),
     ErrorSample(ATTENTION, "no_seed", _at(8, lambda p: 0.5), ValueError, "seed must be given with dropout_p > 0"),
     ErrorSample(ATTENTION, "dropout", _at(8, lambda p: 1.0), ValueError, r"dropout_p must be in \[0, 1\)"),
     ErrorSample(MAP, "code", _at(2, lambda p: [99, *p[1:]]), ValueError, "program must be a postfix program"),

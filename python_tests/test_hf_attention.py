@@ -76,8 +76,44 @@ def test_vit_mae() -> None:
     check(both(config, transformers.ViTMAEModel), {"pixel_values": images, "noise": noise})
 
 
+def test_t5_with_its_position_bias() -> None:
+    config = transformers.T5Config(
+        vocab_size=50, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, dropout_rate=0.0, decoder_start_token_id=0
+    )
+    inputs = padded()
+    check(both(config, transformers.T5Model), inputs | {"decoder_input_ids": inputs["input_ids"][:, :33]})
+
+
+def test_dropout_of_the_weights() -> None:
+    config = transformers.BertConfig(
+        vocab_size=50, **TINY, attention_probs_dropout_prob=0.3, hidden_dropout_prob=0.0, use_cache=False
+    )
+    model, inputs = both(config, transformers.BertModel)[1], padded()
+    calm = model(**inputs).last_hidden_state
+    model.train()
+    outs = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        outs.append(model(**inputs).last_hidden_state)
+    assert torch.equal(outs[0], outs[1]) and not torch.equal(outs[0], outs[2]) and not torch.equal(outs[0], calm)
+
+
+def test_additive_masks_and_position_biases() -> None:
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    maskops.register_hf_attention()
+    ours = transformers.AttentionInterface()["maskops"]
+    module = nn.Module()
+    module.is_causal = False
+    q, k, v = (torch.randn(2, 4, n, 8) for n in (10, 12, 12))
+    added = torch.randn(2, 1, 10, 12).masked_fill(torch.rand(2, 1, 10, 12) < 0.3, torch.finfo(torch.float32).min)
+    expected = sdpa_attention_forward(module, q, k, v, added)[0]
+    torch.testing.assert_close(ours(module, q, k, v, added)[0], expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(ours(module, q, k, v, None, position_bias=added)[0], expected, rtol=1e-5, atol=1e-6)
+
+
 def test_what_it_lacks_is_refused() -> None:
-    config = transformers.BertConfig(vocab_size=50, **TINY, attention_probs_dropout_prob=0.1)
-    model = both(config, transformers.BertModel)[1].train()
-    with pytest.raises(NotImplementedError, match="masked_attention has no dropout"):
-        model(**padded())
+    q = torch.randn(1, 1, 4, 8)
+    ours = transformers.AttentionInterface()["maskops"]
+    with pytest.raises(NotImplementedError, match="takes no softcap"):
+        ours(nn.Module(), q, q, q, None, softcap=30.0)

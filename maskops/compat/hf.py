@@ -22,8 +22,9 @@ def register_hf_attention(name: str = "maskops") -> None:
 
     Notes:
         Causal, bidirectional and padding masks are rules without a [Lq, Lk] tensor; any other mask of a model is made dense, bool
-        and batch by batch, and compiled from that. A query that sees no key gives 0. Dropout inside the attention, additive
-        masks (T5's position bias) and soft caps are refused: NotImplementedError, when the model is called.
+        and batch by batch, and compiled from that. A query that sees no key gives 0. Additive masks and position biases are
+        masked_attention's bias, dropout draws its seed from torch's generator. Soft caps and attention sinks are refused:
+        NotImplementedError, when the model is called.
 
     Raises:
         ImportError: transformers is not installed, or too old to take attention implementations.
@@ -77,19 +78,19 @@ def _attend(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: AttentionMask | Tensor | None,
     scaling: float | None = None, dropout: float = 0.0, is_causal: bool | None = None, **options: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
-    for feature in ("softcap", "position_bias", "s_aux"):
+    for feature in ("softcap", "s_aux"):
         if options.get(feature) is not None:
             raise NotImplementedError(f"{FUNCTION}: masked_attention takes no {feature}")
-    if dropout:
-        raise NotImplementedError(
-            f"{FUNCTION}: masked_attention has no dropout; set the model's attention dropout to 0"
-        )
-    if isinstance(attention_mask, Tensor):
-        if attention_mask.dtype != torch.bool:
-            raise NotImplementedError(f"{FUNCTION}: masked_attention takes bool masks only, got {attention_mask.dtype}")
+    bias = options.get("position_bias")
+    if isinstance(attention_mask, Tensor) and attention_mask.dtype == torch.bool:
         attention_mask = AttentionMask.dense(attention_mask)
+    elif isinstance(attention_mask, Tensor):  # added to the scores
+        bias = attention_mask if bias is None else bias + attention_mask
+        attention_mask, is_causal = None, False
+    if bias is not None:
+        bias = bias[..., : key.shape[2]].to(query.dtype)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if attention_mask is None and causal and query.shape[2] > 1:
         attention_mask = AttentionMask.causal()
-    out = masked_attention(query, key, value, attention_mask, scale=scaling, enable_gqa=True)
+    out = masked_attention(query, key, value, attention_mask, bias=bias, scale=scaling, dropout_p=dropout, enable_gqa=True)
     return out.transpose(1, 2).contiguous(), None

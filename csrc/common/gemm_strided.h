@@ -36,11 +36,14 @@ struct StridedC {
 template <class V, int R, int C>
 static void strided_tile(int64_t steps, const StridedA<typename V::scalar>& a, const typename V::scalar* b, int64_t b_stride,
                          const StridedC<typename V::scalar>& c) {
+  // Copied, because the compiler takes it that a store of a vector may change them.
+  typename V::scalar* const to = c.to;
+  const int64_t stride = c.stride, row_stride = a.row, step = a.step;
   V sum[R][C];
 #pragma GCC unroll 12
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
-    for (int v = 0; v < C; ++v) sum[r][v] = c.add ? V::load(c.to + r * c.stride + v * V::width) : V::zero();
+    for (int v = 0; v < C; ++v) sum[r][v] = c.add ? V::load(to + r * stride + v * V::width) : V::zero();
   }
   if (c.times != nullptr) {
 #pragma GCC unroll 12
@@ -50,13 +53,13 @@ static void strided_tile(int64_t steps, const StridedA<typename V::scalar>& a, c
     }
   }
   const typename V::scalar* at = a.at;
-  for (int64_t s = 0; s < steps; ++s, at += a.step, b += b_stride) {
+  for (int64_t s = 0; s < steps; ++s, at += step, b += b_stride) {
     V column[C];
 #pragma GCC unroll 4
     for (int v = 0; v < C; ++v) column[v] = V::load(b + v * V::width);
 #pragma GCC unroll 12
     for (int r = 0; r < R; ++r) {
-      const V row = V::all(at[r * a.row]);
+      const V row = V::all(at[r * row_stride]);
 #pragma GCC unroll 4
       for (int v = 0; v < C; ++v) sum[r][v] = fma(row, column[v], sum[r][v]);
     }
@@ -64,7 +67,7 @@ static void strided_tile(int64_t steps, const StridedA<typename V::scalar>& a, c
 #pragma GCC unroll 12
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
-    for (int v = 0; v < C; ++v) sum[r][v].store(c.to + r * c.stride + v * V::width);
+    for (int v = 0; v < C; ++v) sum[r][v].store(to + r * stride + v * V::width);
   }
 }
 

@@ -141,7 +141,7 @@ struct Work {
       add_by_key<V>(at, pair.weights, grad_rows.template rows<T>(place, grad, a.grad.row, at.rows, a.D), width, grad_v);
       add_by_key<V>(at, pair.slopes, query_rows.template rows<T>(place, query, a.q.row, at.rows, a.D), width, grad_k);
     }
-    if (item.grad_q) add_by_query<V>(at, pair.slopes, keys, width, grad_q + place * kTile * width);
+    if (item.grad_q) add_by_query<V>(at, pair.slopes, keys, width, {grad_q + place * kTile * width, width, true});
   }
 
   void write(const S* from, int64_t rows, double scale, T* to) const {

@@ -20,10 +20,10 @@ struct Sums {
   Sums(S* data, int64_t channels)
       : values(data), top(data + kTile * padded<V>(channels)), total(top + kTile), spread(total + kTile), decay(spread + kTile) {}
 
-  void clear(int64_t rows, int64_t width) const {
-    for (int64_t i = 0; i < kTile; ++i) top[i] = -__builtin_inff(), total[i] = 0, spread[i] = 0, decay[i] = 1;
-    memset(values, 0, size_t(rows * width) * sizeof(S));
+  void clear() const {
+    for (int64_t i = 0; i < kTile; ++i) top[i] = -__builtin_inff(), total[i] = 0, spread[i] = 0;
   }
+  void clear_values(int64_t rows, int64_t width) const { memset(values, 0, size_t(rows * width) * sizeof(S)); }
 };
 
 template <class V>
@@ -158,7 +158,8 @@ void query_tile(const Attention& a, const AttentionItem& item, const ForwardBuff
   const int64_t b = item.b, h = item.head, first = qt * kTile, rows = min_of<int64_t>(kTile, a.L - first), width = padded<V>(a.D);
   const int64_t group = h / (a.H / a.G);
   transpose_rows<V, T>(row_of<T>(a.q, b, h, first), a.q.row, rows, a.D, S(a.scale * kLog2E), use.queries);
-  sums.clear(rows, width);
+  sums.clear();
+  bool some = false;
   for (int64_t kt = item.keys.begin; kt < item.keys.end; ++kt) {
     const TileMask mask = mask_of(a, b, h, qt, kt);
     if (mask.empty) continue;
@@ -168,8 +169,10 @@ void query_tile(const Attention& a, const AttentionItem& item, const ForwardBuff
     if (a.entropy != nullptr || at.kept != nullptr) soften_more<V, true>(at, sums, use.scores);
     else soften_more<V, false>(at, sums, use.scores);
     const Rows<S> values = use.values.template rows<T>(kt, row_of<T>(a.v, b, group, at.k0), a.v.row, at.keys, a.D);
-    add_by_query<V>(at, use.scores, values, width, sums.values, sums.decay);
+    add_by_query<V>(at, use.scores, values, width, {sums.values, width, some, some ? sums.decay : nullptr});
+    some = true;
   }
+  if (!some) sums.clear_values(rows, width);
 }
 
 template <class V, class S = typename V::scalar>
@@ -182,7 +185,8 @@ template <class V, class T>
 void merge_parts(const Attention& a, int64_t b, int64_t h, const Sums<V>& sums) {
   using S = typename V::scalar;
   const int64_t width = padded<V>(a.D);
-  sums.clear(a.L, width);
+  sums.clear();
+  sums.clear_values(a.L, width);
   for (int64_t part = 0; part < a.parts; ++part) {
     const Sums<V> some = partial_sums<V>(a, b, h, part);
     for (int64_t i = 0; i < a.L; ++i) {

@@ -85,16 +85,24 @@ template <class V, class T>
 static inline void transpose_rows(const T* from, int64_t stride, int64_t count, int64_t channels, typename V::scalar scale,
                                   typename V::scalar* to) {
   constexpr int W = V::width;
+  const V by = V::all(scale);
   for (int64_t i = 0; i < kTile; i += W) {
+    const bool all_rows = i + W <= count;
     for (int64_t d = 0; d < channels; d += W) {
-      const int64_t some = min_of<int64_t>(W, channels - d);
+      const T* corner = from + i * stride + d;
       V block[W];
-      for (int r = 0; r < W; ++r) {
-        const T* row = from + (i + r) * stride + d;
-        block[r] = i + r >= count ? V::zero() : some == W ? V::load(row) : V::load_n(row, some);
+      if (all_rows && d + W <= channels) {
+#pragma GCC unroll 16
+        for (int r = 0; r < W; ++r) block[r] = V::load(corner + r * stride);
+        transpose(block);
+#pragma GCC unroll 16
+        for (int c = 0; c < W; ++c) (block[c] * by).store(to + (d + c) * kTile + i);
+        continue;
       }
+      const int64_t some = min_of<int64_t>(W, channels - d);
+      for (int r = 0; r < W; ++r) block[r] = i + r >= count ? V::zero() : V::load_n(corner + r * stride, some);
       transpose(block);
-      for (int64_t c = 0; c < some; ++c) (block[c] * V::all(scale)).store(to + (d + c) * kTile + i);
+      for (int64_t c = 0; c < some; ++c) (block[c] * by).store(to + (d + c) * kTile + i);
     }
   }
 }
@@ -227,17 +235,18 @@ static inline void add_seen(const TilePair& at, const typename V::scalar* left, 
   }
 }
 
-// to[query] = times[query] to[query] + sum over keys of left[key, query] right[key]; times null: 1
+// to.to[query] = or += sum over keys of left[key, query] right[key]
 template <class V>
 static inline void add_by_query(const TilePair& at, const typename V::scalar* left, const Rows<typename V::scalar>& right, int64_t width,
-                                typename V::scalar* to, const typename V::scalar* times = nullptr) {
+                                const StridedC<typename V::scalar>& to) {
   if (at.seen == nullptr || all_finite<V>(right, at.keys, width)) {
-    return multiply_strided<V>(at.rows, width, at.keys, {left, 1, kTile}, right.data, right.stride, {to, width, true, times});
+    return multiply_strided<V>(at.rows, width, at.keys, {left, 1, kTile}, right.data, right.stride, to);
   }
-  for (int64_t i = 0; i < at.rows && times != nullptr; ++i) {
-    for (int64_t d = 0; d < width; ++d) to[i * width + d] *= times[i];
+  for (int64_t i = 0; i < at.rows; ++i) {
+    const auto times = !to.add ? 0 : to.times == nullptr ? 1 : to.times[i];
+    for (int64_t d = 0; d < width; ++d) to.to[i * width + d] = times == 0 ? 0 : to.to[i * width + d] * times;
   }
-  add_seen<V>(at, left, right, width, false, to);
+  add_seen<V>(at, left, right, width, false, to.to);
 }
 
 // to[key] += sum over queries of left[key, query] right[query]

@@ -6,6 +6,7 @@ import triton.language as tl
 from maskops.kernels._common import accumulator, cdiv, dot_add, launch, rounded
 from maskops.kernels.masked_attention.tiles import (
     FULL,
+    LN2,
     LOG2E,
     TILE,
     add_kept,
@@ -13,8 +14,10 @@ from maskops.kernels.masked_attention.tiles import (
     checked,
     columns_from,
     count_if_wrong,
+    extras_of,
     float_of,
     heads_of,
+    left_by_dropout,
     lists_of,
     options_of,
     rows_from,
@@ -22,15 +25,18 @@ from maskops.kernels.masked_attention.tiles import (
     seen_by_rows,
     tile_at,
     tiles_of_line,
+    weights_and_slopes,
+    with_bias,
     words_of_tile,
     wrong_tiles,
 )
 
 
 @triton.jit
-def _delta_kernel(grad_ptr, out_ptr, lse_ptr, grad_lse_ptr, delta_ptr, H, L, D, rows, sg_b, sg_h, sg_l, ACC: tl.constexpr,
-                  BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
-    # One program owns BLOCK_R rows of delta [B, H, L] = sum(grad * out) - grad_lse; 0 for rows that saw no key.
+def _delta_kernel(grad_ptr, out_ptr, lse_ptr, grad_lse_ptr, entropy_ptr, grad_entropy_ptr, delta_ptr, H, L, D, rows, sg_b, sg_h,
+                  sg_l, ACC: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
+    # One program owns BLOCK_R rows of delta [B, H, L] = sum(grad * out) - grad_lse + grad_entropy * entropy, what is taken from
+    # the slope of each weight of a row; 0 for rows that saw no key.
     r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     d = tl.arange(0, BLOCK_D)
     mask = (r < rows)[:, None] & (d < D)[None, :]
@@ -39,13 +45,16 @@ def _delta_kernel(grad_ptr, out_ptr, lse_ptr, grad_lse_ptr, delta_ptr, H, L, D, 
     out = tl.load(out_ptr + r[:, None] * D + d[None, :], mask=mask, other=0.0).to(ACC)
     lse = tl.load(lse_ptr + r, mask=r < rows, other=0.0)
     delta = tl.sum(grad * out, 1) - tl.load(grad_lse_ptr + r, mask=r < rows, other=0.0)
+    if entropy_ptr is not None:
+        entropy = tl.load(entropy_ptr + r, mask=r < rows, other=0.0)
+        delta += tl.load(grad_entropy_ptr + r, mask=r < rows, other=0.0) * entropy
     tl.store(delta_ptr + r, tl.where(lse == float("-inf"), 0.0, delta), mask=r < rows)
 
 
 @triton.jit
-def _grad_q_kernel(grad_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, list_ptr, count_ptr, words_ptr, wrong_ptr, out_ptr, scale, H,
-                   GROUP, L, S, D, lines, length, sc_b, sc_h, sg_b, sg_h, sg_l, sq_b, sq_h, sq_l, sk_b, sk_h, sk_s, sv_b, sv_h,
-                   sv_s,
+def _grad_q_kernel(grad_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, grad_entropy_ptr, list_ptr, count_ptr, words_ptr, wrong_ptr,
+                   out_ptr, bias_ptr, se_b, se_h, se_l, seed_ptr, threshold, enlarge, scale, H, GROUP, L, S, D, lines, length, sc_b,
+                   sc_h, sg_b, sg_h, sg_l, sq_b, sq_h, sq_l, sk_b, sk_h, sk_s, sv_b, sv_h, sv_s,
                    CAREFUL: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
                    BLOCK_D: tl.constexpr, CHUNK: tl.constexpr, PARTS: tl.constexpr):  # fmt: skip
     # One program owns BLOCK_M queries of one head of grad_q [B, H, L, D] and walks over the mask tiles of their row, BLOCK_N keys
@@ -69,6 +78,9 @@ def _grad_q_kernel(grad_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, list_ptr, 
     scale2 = (float_of(scale) * LOG2E).to(ACC)
     lse = tl.load(lse_ptr + head * L + m, mask=m < L, other=float("inf")) * LOG2E
     delta = tl.load(delta_ptr + head * L + m, mask=m < L, other=0.0)
+    grad_entropy = None
+    if grad_entropy_ptr is not None:
+        grad_entropy = (tl.load(grad_entropy_ptr + head * L + m, mask=m < L, other=0.0) * LN2)[:, None]
     if CHUNK == BLOCK_D:
         q = rows_from(q_ptr, m, sq_l, L, D, 0, BLOCK_D)
         grad = rows_from(grad_ptr, m, sg_l, L, D, 0, BLOCK_D)
@@ -89,8 +101,14 @@ def _grad_q_kernel(grad_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, list_ptr, 
                 score = dot_add(some, columns_from(k_ptr, n, sk_s, S, D, d0, CHUNK), score, PRECISION)
                 some = rows_from(grad_ptr, m, sg_l, L, D, d0, CHUNK)
                 slope = dot_add(some, columns_from(v_ptr, n, sv_s, S, D, d0, CHUNK), slope, PRECISION)
-        slope = tl.exp2(score * scale2 - lse[:, None]) * (slope - delta[:, None]) * scale1
-        slope = tl.where((n < S)[None, :], slope, 0.0)
+        score = score * scale2
+        if bias_ptr is not None:
+            score = with_bias(score, bias_ptr + b * se_b + h * se_h, m[:, None], n[None, :], se_l, L, S)
+        if seed_ptr is not None:
+            left = left_by_dropout(seed_ptr, threshold, head * L + m, place * TILE + part, S, BLOCK_N)
+            slope = tl.where(left, slope * float_of(enlarge).to(ACC), 0.0)
+        _, slope = weights_and_slopes(score, slope, lse[:, None], delta[:, None], grad_entropy, bias_ptr is not None)
+        slope = tl.where((n < S)[None, :], slope * scale1, 0.0)
         if words_ptr is not None:
             word = words_of_tile(words_ptr, state, within)
             if state != FULL:
@@ -112,11 +130,11 @@ def _grad_q_kernel(grad_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, list_ptr, 
 
 
 @triton.jit
-def _grad_kv_kernel(grad_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, list_ptr, count_ptr, words_ptr, wrong_ptr, grad_k_ptr,
-                    grad_v_ptr,
-                    scale, H, GROUP, L, S, D, lines, length, sc_b, sc_h, sg_b, sg_h, sg_l, sq_b, sq_h, sq_l, sk_b, sk_h, sk_s,
-                    sv_b, sv_h, sv_s, CAREFUL: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
-                    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr, PARTS: tl.constexpr):  # fmt: skip
+def _grad_kv_kernel(grad_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, grad_entropy_ptr, list_ptr, count_ptr, words_ptr, wrong_ptr,
+                    grad_k_ptr, grad_v_ptr, bias_ptr, se_b, se_h, se_l, seed_ptr, threshold, enlarge, scale, H, GROUP, L, S, D,
+                    lines, length, sc_b, sc_h, sg_b, sg_h, sg_l, sq_b, sq_h, sq_l, sk_b, sk_h, sk_s, sv_b, sv_h, sv_s,
+                    CAREFUL: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                    BLOCK_D: tl.constexpr, CHUNK: tl.constexpr, PARTS: tl.constexpr):  # fmt: skip
     # One program owns BLOCK_N keys of one head of grad_k, grad_v [B, G, S, D]. For each query head of the group it walks over the
     # mask tiles of their column, BLOCK_M queries at a time; scores are transposed, [keys, queries]. The first keys, for which
     # causal masks leave most to do, come first.
@@ -156,6 +174,9 @@ def _grad_kv_kernel(grad_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, list_ptr,
             m = place * TILE + within
             lse = tl.load(lse_ptr + first + m, mask=m < L, other=float("inf")) * LOG2E
             delta = tl.load(delta_ptr + first + m, mask=m < L, other=0.0)
+            grad_entropy = None
+            if grad_entropy_ptr is not None:
+                grad_entropy = (tl.load(grad_entropy_ptr + first + m, mask=m < L, other=0.0) * LN2)[None, :]
             score = tl.zeros([BLOCK_N, BLOCK_M], ACC)
             slope = tl.zeros([BLOCK_N, BLOCK_M], ACC)
             if CHUNK == BLOCK_D:
@@ -169,9 +190,19 @@ def _grad_kv_kernel(grad_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, list_ptr,
                     score = dot_add(some, columns_from(q_head, m, sq_l, L, D, d0, CHUNK), score, PRECISION)
                     some = rows_from(v_ptr, n, sv_s, S, D, d0, CHUNK)
                     slope = dot_add(some, columns_from(grad_head, m, sg_l, L, D, d0, CHUNK), slope, PRECISION)
+            score = score * scale2
+            if bias_ptr is not None:
+                score = with_bias(score, bias_ptr + b * se_b + h * se_h, m[None, :], n[:, None], se_l, L, S)
+            if seed_ptr is not None:
+                left = tl.trans(left_by_dropout(seed_ptr, threshold, first + m, n0, S, BLOCK_N))
+                slope = tl.where(left, slope * float_of(enlarge).to(ACC), 0.0)
             # Past the last query lse is inf, so that p is 0.
-            p = tl.exp2(score * scale2 - lse[None, :])
-            slope = p * (slope - delta[None, :]) * scale1
+            p, slope = weights_and_slopes(
+                score, slope, lse[None, :], delta[None, :], grad_entropy, bias_ptr is not None
+            )
+            slope = slope * scale1
+            if seed_ptr is not None:
+                p = tl.where(left, p, 0.0)
             if words_ptr is not None:
                 word = words_of_tile(words_ptr, state, within)
                 if state != FULL:
@@ -198,6 +229,8 @@ def _grad_kv_kernel(grad_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, list_ptr,
                     total_k = dot_add(slope, q, total_k, PRECISION)
             else:
                 total_k = dot_add(slope, q, total_k, PRECISION)
+    if seed_ptr is not None:
+        total_v = total_v * float_of(enlarge).to(ACC)
     d = tl.arange(0, BLOCK_D)[None, :]
     at = (kv_head * S + n)[:, None] * D + d
     mask = (n < end)[:, None] & (d < D)
@@ -205,33 +238,45 @@ def _grad_kv_kernel(grad_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, list_ptr,
     tl.store(grad_v_ptr + at, checked(total_v, grad_v_ptr.dtype.element_ty), mask=mask)
 
 
-def _delta_of(grad, s_g, grad_lse, out, lse):
+def delta_of(grad, s_g, grad_lse, grad_entropy, out, lse, entropy):
+    """delta [B, H, L], see the kernel; grad_entropy, lse and entropy are contiguous."""
     B, H, L, D = out.shape
     delta = torch.empty((B, H, L), dtype=accumulator(out)[0], device=out.device)
     block_d = triton.next_power_of_2(D)
     block_r = max(1, 2048 // block_d)
     launch(
-        _delta_kernel, cdiv(B * H * L, block_r), grad, out.contiguous(), lse, grad_lse.contiguous(), delta, H, L, D, B * H * L,
-        *s_g, ACC=accumulator(out)[1], BLOCK_R=block_r, BLOCK_D=block_d, num_warps=4,
+        _delta_kernel, cdiv(B * H * L, block_r), grad, out.contiguous(), lse, grad_lse.contiguous(), entropy, grad_entropy, delta,
+        H, L, D, B * H * L, *s_g, ACC=accumulator(out)[1], BLOCK_R=block_r, BLOCK_D=block_d, num_warps=4,
     )  # fmt: skip
     return delta
 
 
-def _masked_attention_backward(grad, grad_lse, q, k, v, out, lse, tiles, words, scale):
+def entropy_of(grad_entropy, entropy):
+    """Both, contiguous, or two None if the entropy was not asked for."""
+    return (grad_entropy.contiguous(), entropy.contiguous()) if entropy.shape[2] else (None, None)
+
+
+def _masked_attention_backward(
+    grad, grad_lse, grad_entropy, q, k, v, out, lse, entropy, tiles, words, bias, seed, scale, dropout_p
+):
     (B, H, L, D), (G, S) = q.shape, k.shape[1:3]
     (grad, s_g), (q, s_q), (k, s_k), (v, s_v) = (heads_of(x) for x in (grad, q, k, v))
     lse, words = lse.contiguous(), None if words is None else words.contiguous()
-    delta = _delta_of(grad, s_g, grad_lse, out, lse)
+    grad_entropy, entropy = entropy_of(grad_entropy, entropy)
+    delta = delta_of(grad, s_g, grad_lse, grad_entropy, out, lse, entropy)
+    extras = extras_of(q, S, bias, seed, dropout_p)
+    rich = not (bias is None and seed is None and entropy is None)
     grad_q, grad_k, grad_v = (x.new_empty(x.shape) for x in (q, k, v))
     rows, columns = cdiv(L, TILE.value), cdiv(S, TILE.value)
 
     def run(kernel, kind, lists, lines, results, wrong):
-        options = options_of(kind, q, (s_g[2], s_q[2], s_k[2], s_v[2]), wrong is not None)
+        options = options_of(kind, q, (s_g[2], s_q[2], s_k[2], s_v[2], extras.se_l or 0), wrong is not None, rich)
         by_query = kind == "grad_q"
         programs = B * H * cdiv(L, options["BLOCK_M"]) if by_query else B * G * cdiv(S, options["BLOCK_N"])
         launch(
-            kernel, programs, grad, q, k, v, lse, delta, lists.list, lists.count, words, wrong, *results, bits_of(scale), H,
-            H // max(G, 1), L, S, D, lines, lists.length, lists.s_b, lists.s_h, *s_g, *s_q, *s_k, *s_v, **options,
+            kernel, programs, grad, q, k, v, lse, delta, grad_entropy, lists.list, lists.count, words, wrong, *results, *extras,
+            bits_of(scale), H, H // max(G, 1), L, S, D, lines, lists.length, lists.s_b, lists.s_h, *s_g, *s_q, *s_k, *s_v,
+            **options,
         )  # fmt: skip
 
     by_row, by_column = (lists_of(tiles, rows, columns, by_column=c) for c in (False, True))

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from maskops.kernels._common import accumulator, cdiv, dot_add, launch, rounded, rows_of
+from maskops.kernels._common import accumulator, cdiv, dot_add, launch, philox4x32, rounded, rows_of
 
 TILE = tl.constexpr(64)
 EMPTY, FULL = tl.constexpr(-1), tl.constexpr(-2)
@@ -35,6 +35,7 @@ FAST = {
         8: {32: (16, 16, 16, 4, 1), 64: (16, 16, 16, 8, 1), 128: (16, 16, 16, 8, 1), 256: (16, 16, 16, 8, 1)},
     },
 }  # fmt: skip
+RICH = FAST | {"grad_bias": FAST["grad_q"]}
 # For the careful kernels, and for rows that no 16-byte load can read: registers go to addresses and flags.
 SMALL = {
     2: {32: (32, 32, 32, 4, 1), 64: (32, 32, 64, 4, 1), 128: (16, 32, 64, 4, 1), 256: (16, 32, 64, 4, 1)},
@@ -48,12 +49,16 @@ SMALL_KV = {
 }
 
 
-def options_of(kind, q, strides, careful):
-    """Constants and launch options of a pass over q [B, H, L, D]; strides: of the rows of all operands."""
+def options_of(kind, q, strides, careful, rich):
+    """Constants and launch options of a pass over q [B, H, L, D]; strides: of the rows of all operands; rich: with any of bias,
+    dropout and entropy."""
     D = q.shape[3]
     channels = max(CHANNELS[0], triton.next_power_of_2(D))
     even = all(stride % 16 == 0 for stride in (D, *strides))
-    configs = FAST[kind] if even and not careful else SMALL_KV if kind == "grad_kv" else SMALL
+    if even and not careful:
+        configs = (RICH if rich else FAST)[kind]
+    else:
+        configs = SMALL_KV if kind == "grad_kv" else SMALL
     block_m, block_n, chunk, warps, stages = configs[q.dtype.itemsize][channels]
     exact = q.dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest"
     return {
@@ -72,6 +77,67 @@ def bits_of(value):
 def float_of(bits):
     """A float64 argument: Triton itself passes floats as float32."""
     return (tl.zeros([], tl.int64) + bits).to(tl.float64, bitcast=True)
+
+
+# ---------------------------------------------------------------- bias, dropout and entropy
+
+
+class Extras(NamedTuple):
+    """Kernel arguments of bias and dropout; all None without them, so that the kernel is compiled as if there were none."""
+
+    bias: torch.Tensor | None  # [B, H, L, S], axes that are shared have stride 0
+    se_b: int | None
+    se_h: int | None
+    se_l: int | None
+    seed: torch.Tensor | None
+    threshold: int | None  # a weight is kept if its word is at least this
+    enlarge: int | None  # bits of 1 / (1 - dropout_p)
+
+
+def extras_of(q, S, bias, seed, dropout_p):
+    added = (None,) * 4
+    if bias is not None:
+        bias = rows_of(bias)
+        added = (bias, *bias.expand(*q.shape[:3], S).stride()[:3])
+    drawn = (None,) * 3 if seed is None else (seed.contiguous(), int(dropout_p * 2**32), bits_of(1 / (1 - dropout_p)))
+    return Extras(*added, *drawn)
+
+
+@triton.jit
+def with_bias(score, bias_ptr, m, n, stride, L, S):
+    """score + bias in units of log2; m and n have the place of their axis in score, e.g. m[:, None] and n[None, :]."""
+    bias = tl.load(bias_ptr + m.to(tl.int64) * stride + n, mask=(m < L) & (n < S), other=0.0)
+    return score + bias.to(score.dtype) * LOG2E
+
+
+@triton.jit
+def left_by_dropout(seed_ptr, threshold, row, key, S, BLOCK: tl.constexpr):
+    """bool [queries, BLOCK], which weights of keys [key, key + BLOCK) dropout leaves; row: (batch * H + head) * L + query.
+    A counter has the words of four keys, and a row those of whole tiles, so that no counter is drawn twice."""
+    counter = (row * (tl.cdiv(S, TILE) * (TILE // 4)) + key // 4)[:, None] + tl.arange(0, BLOCK // 4)[None, :]
+    w0, w1, w2, w3 = philox4x32(counter, tl.load(seed_ptr + 1), tl.load(seed_ptr))
+    least = (tl.zeros([], tl.int64) + threshold).to(tl.uint32)
+    # As bytes, the flags take a quarter of the words' way through shared memory.
+    even = tl.interleave((w0 >= least).to(tl.int8), (w2 >= least).to(tl.int8))
+    odd = tl.interleave((w1 >= least).to(tl.int8), (w3 >= least).to(tl.int8))
+    return tl.interleave(even, odd) != 0
+
+
+@triton.jit
+def weights_and_slopes(score, slope, lse, delta, grad_entropy, HIDES: tl.constexpr):
+    """(p, gradient of the score) of a tile, from score and lse in units of log2 and slope = grad v^T after dropout. lse, delta and
+    grad_entropy (times ln 2, or None) are broadcast. HIDES: a bias may hide every key of a query, whose lse is then -inf."""
+    surplus = score - lse
+    if HIDES:
+        surplus = tl.where(lse == float("-inf"), float("-inf"), surplus)
+    p = tl.exp2(surplus)
+    slope = slope - delta
+    if grad_entropy is not None:
+        slope -= grad_entropy * tl.where(p > 0, surplus, 0.0)
+    slope = p * slope
+    if HIDES:
+        slope = tl.where(lse == float("-inf"), 0.0, slope)
+    return p, slope
 
 
 # ---------------------------------------------------------------- which tiles

@@ -78,7 +78,14 @@ def test_vit_mae() -> None:
 
 def test_t5_with_its_position_bias() -> None:
     config = transformers.T5Config(
-        vocab_size=50, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, dropout_rate=0.0, decoder_start_token_id=0
+        vocab_size=50,
+        d_model=32,
+        d_kv=8,
+        d_ff=48,
+        num_layers=2,
+        num_heads=4,
+        dropout_rate=0.0,
+        decoder_start_token_id=0,
     )
     inputs = padded()
     check(both(config, transformers.T5Model), inputs | {"decoder_input_ids": inputs["input_ids"][:, :33]})

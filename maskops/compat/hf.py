@@ -92,5 +92,7 @@ def _attend(
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if attention_mask is None and causal and query.shape[2] > 1:
         attention_mask = AttentionMask.causal()
-    out = masked_attention(query, key, value, attention_mask, bias=bias, scale=scaling, dropout_p=dropout, enable_gqa=True)
+    out = masked_attention(
+        query, key, value, attention_mask, bias=bias, scale=scaling, dropout_p=dropout, enable_gqa=True
+    )
     return out.transpose(1, 2).contiguous(), None

@@ -14,7 +14,7 @@ from maskops.testing import ErrorSample, Sample, randn
 G = torch.Generator
 ATTENTION, BACKWARD, GRAD_BIAS = "masked_attention", "_masked_attention_backward", "_masked_attention_grad_bias"
 MAP = "masked_attention_map"
-B, H, L, S = 2, 2, 100, 130
+B, H, L, S = 2, 2, 70, 130  # two tiles by three: interpreted, a tile takes a tenth of a second
 
 
 def ragged(g: G, heads: int = 1, queries: int = L, keys: int = S) -> AttentionMask:
@@ -46,7 +46,7 @@ MASKS: dict[str, Callable[[G], AttentionMask]] = {
         torch.randint(0, 3, (B, L), generator=g), torch.randint(0, 3, (1, S), generator=g)
     ),
     "packed": lambda g: AttentionMask.packed(
-        torch.tensor([0, 40, 40, 95]), torch.tensor([0, 64, 70, 130]), total_q=L, total_k=S
+        torch.tensor([0, 40, 40, 66]), torch.tensor([0, 64, 70, 130]), total_q=L, total_k=S
     ),
     "groups": lambda g: AttentionMask.groups(
         torch.rand(4, 4, generator=g) < 0.5, torch.randint(0, 4, (L,), generator=g), torch.randint(0, 4, (B, S), generator=g)
@@ -119,14 +119,28 @@ def _backward(*args: object, **options: object) -> Callable:
     return make
 
 
-def _hidden(g: G) -> AttentionMask:
-    seen = torch.rand(B, H, L, S, generator=g) < 0.4
-    seen[:, :, 5], seen[:, :, :, 70] = False, False
-    return AttentionMask.dense(seen)
+def _hidden(queries: int, keys: int) -> Callable[[G], AttentionMask]:
+    def make(g: G) -> AttentionMask:
+        seen = torch.rand(B, H, queries, keys, generator=g) < 0.4
+        seen[:, :, 5], seen[:, :, :, 66] = False, False
+        return AttentionMask.dense(seen)
+
+    return make
 
 
 def _small(g: G) -> AttentionMask:
     return AttentionMask.window(2, 3) | AttentionMask.keys(torch.tensor([[2]]), Lk=7)
+
+
+def _combined(g: G) -> AttentionMask:
+    documents = torch.randint(0, 2, (20,), generator=g), torch.randint(0, 2, (B, 70), generator=g)
+    return (AttentionMask.causal(40) | AttentionMask.key_padding(torch.tensor([9, 60]))) & AttentionMask.segments(
+        *documents
+    )
+
+
+def _documents(g: G) -> AttentionMask:
+    return AttentionMask.packed(torch.tensor([0, 5, 5, 18]), torch.tensor([0, 30, 34, 70]), total_q=20, total_k=70)
 
 
 SHORT = dict(queries=20, keys=70)  # an interpreted kernel takes a second for a few tiles
@@ -137,16 +151,16 @@ CASES = {
     "large_plain": _attention(None, **SHORT),
     "large_causal": _attention(MASKS["causal"], channels=8, **SHORT),
     "large_lengths": _attention(lambda g: AttentionMask.key_padding(torch.tensor([0, 66])), channels=24, **SHORT),
-    "large_combined": _attention(MASKS["combined"], channels=33),
+    "large_combined": _attention(_combined, channels=33, **SHORT),
     "large_heads": _attention(MASKS["block_causal"], groups=1, channels=8, **SHORT),
-    "large_packed": _attention(MASKS["packed"], layout="packed"),
+    "large_packed": _attention(_documents, layout="packed", **SHORT),
     "large_strided": _attention(MASKS["window"], layout="strided", **SHORT),
-    "large_hidden_nan": _attention(_hidden, hidden_nan=True),
-    "large_wide": _attention(MASKS["hide_self"], channels=128, **SHORT),
-    "large_bias": _attention(MASKS["dense"], bias=(1, H, L, S)),
+    "large_hidden_nan": _attention(_hidden(20, 70), hidden_nan=True, **SHORT),
+    "large_wide": _attention(MASKS["hide_self"], channels=128, queries=17, keys=66),
+    "large_bias": _attention(lambda g: ragged(g, H, 20, 70), bias=(1, H, 20, 70), **SHORT),
     "large_keys_bias": _attention(None, bias=(B, H, 1, 70), hide=True, **SHORT),
     "large_dropped": _attention(MASKS["block_causal"], dropout_p=0.25, **SHORT),
-    "large_entropy": _attention(_hidden, hidden_nan=True, entropy=True),
+    "large_entropy": _attention(_hidden(20, 70), hidden_nan=True, entropy=True, **SHORT),
     "large_all": _attention(
         MASKS["causal"], groups=1, bias=(1, 1, 20, 70), hide=True, dropout_p=0.3, entropy=True, **SHORT
     ),
@@ -156,7 +170,7 @@ CASES = {
     "without_keys": _attention(None, keys=0),
 }
 GRADIENTS = {
-    "dense": _backward(MASKS["dense"], bias=(1, H, L, S)),
+    "dense": _backward(lambda g: ragged(g, H, 66, 70), bias=(1, H, 66, 70), queries=66, keys=70),
     "none": _backward(None, channels=20, bias=(B, 1, 1, 70), **SHORT),
     "heads": _backward(MASKS["window"], groups=1, bias=(1, 1, 20, 70), hide=True, **SHORT),
     "all": _backward(MASKS["causal"], groups=1, bias=(B, H, 20, 70), dropout_p=0.3, entropy=True, **SHORT),

@@ -265,12 +265,11 @@ def _masked_attention_backward(
     grad_entropy, entropy = entropy_of(grad_entropy, entropy)
     delta = delta_of(grad, s_g, grad_lse, grad_entropy, out, lse, entropy)
     extras = extras_of(q, S, bias, seed, dropout_p)
-    rich = not (bias is None and seed is None and entropy is None)
     grad_q, grad_k, grad_v = (x.new_empty(x.shape) for x in (q, k, v))
     rows, columns = cdiv(L, TILE.value), cdiv(S, TILE.value)
 
     def run(kernel, kind, lists, lines, results, wrong):
-        options = options_of(kind, q, (s_g[2], s_q[2], s_k[2], s_v[2], extras.se_l or 0), wrong is not None, rich)
+        options = options_of(kind, q, (s_g[2], s_q[2], s_k[2], s_v[2], extras.se_l or 0), wrong is not None)
         by_query = kind == "grad_q"
         programs = B * H * cdiv(L, options["BLOCK_M"]) if by_query else B * G * cdiv(S, options["BLOCK_N"])
         launch(

@@ -128,8 +128,7 @@ def masked_attention(q, k, v, tiles, words, bias, seed, scale, dropout_p, entrop
     words = None if words is None else words.contiguous()
 
     def run(wrong, entropy):
-        rich = entropy or bias is not None or seed is not None
-        options = options_of("forward", q, (s_q[2], s_k[2], s_v[2], extras.se_l or 0), wrong is not None, rich)
+        options = options_of("forward", q, (s_q[2], s_k[2], s_v[2], extras.se_l or 0), wrong is not None)
         launch(
             _forward_kernel, B * H * cdiv(L, options["BLOCK_M"]), q, k, v, lists.list, lists.count, words, wrong, out, lse,
             spread if entropy else None, *extras, bits_of(scale), H, H // max(G, 1), L, S, D, lines, columns, lists.s_b, lists.s_h,

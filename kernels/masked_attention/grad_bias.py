@@ -97,7 +97,7 @@ def _masked_attention_grad_bias(
     extras = extras_of(q, S, bias, seed, dropout_p)
     batches, heads, rows = bias.shape[:3]
     one_row = rows == 1
-    options = options_of("grad_bias", q, (s_g[2], s_q[2], s_k[2], s_v[2], extras.se_l), False, True)
+    options = options_of("grad_bias", q, (s_g[2], s_q[2], s_k[2], s_v[2], extras.se_l), False)
     constants = {k: v for k, v in options.items() if k not in ("CAREFUL", "PARTS")} | {"ONE_ROW": one_row}
     block_m, block_n = options["BLOCK_M"], options["BLOCK_N"]
     s_t = (0, 0)

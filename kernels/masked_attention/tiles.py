@@ -35,7 +35,12 @@ FAST = {
         8: {32: (16, 16, 16, 4, 1), 64: (16, 16, 16, 8, 1), 128: (16, 16, 16, 8, 1), 256: (16, 16, 16, 8, 1)},
     },
 }  # fmt: skip
-RICH = FAST | {"grad_bias": FAST["grad_q"]}
+# The gradient of the bias keeps scores, slopes and their sum: three tiles of accumulators.
+GRAD_BIAS = {
+    2: {32: (32, 32, 32, 8, 1), 64: (32, 32, 32, 8, 1), 128: (32, 32, 32, 8, 1), 256: (32, 32, 32, 8, 1)},
+    4: {32: (16, 16, 16, 8, 1), 64: (16, 32, 16, 8, 1), 128: (16, 32, 16, 8, 1), 256: (16, 32, 16, 8, 1)},
+    8: {32: (16, 16, 16, 8, 1), 64: (16, 16, 16, 8, 1), 128: (16, 16, 16, 8, 1), 256: (16, 16, 16, 8, 1)},
+}  # fmt: skip
 # For the careful kernels, and for rows that no 16-byte load can read: registers go to addresses and flags.
 SMALL = {
     2: {32: (32, 32, 32, 4, 1), 64: (32, 32, 64, 4, 1), 128: (16, 32, 64, 4, 1), 256: (16, 32, 64, 4, 1)},
@@ -49,14 +54,15 @@ SMALL_KV = {
 }
 
 
-def options_of(kind, q, strides, careful, rich):
-    """Constants and launch options of a pass over q [B, H, L, D]; strides: of the rows of all operands; rich: with any of bias,
-    dropout and entropy."""
+def options_of(kind, q, strides, careful):
+    """Constants and launch options of a pass over q [B, H, L, D]; strides: of the rows of all operands."""
     D = q.shape[3]
     channels = max(CHANNELS[0], triton.next_power_of_2(D))
     even = all(stride % 16 == 0 for stride in (D, *strides))
-    if even and not careful:
-        configs = (RICH if rich else FAST)[kind]
+    if kind == "grad_bias":
+        configs = GRAD_BIAS
+    elif even and not careful:
+        configs = FAST[kind]
     else:
         configs = SMALL_KV if kind == "grad_kv" else SMALL
     block_m, block_n, chunk, warps, stages = configs[q.dtype.itemsize][channels]

@@ -62,7 +62,7 @@ def imports_of(path: Path) -> set[str]:
 
 
 ALLOWED = {
-    "maskops/reference": {"torch", "einops", "math", "itertools", "maskops.reference"},
+    "maskops/reference": {"torch", "einops", "math", "itertools", "typing", "maskops.reference"},
     "kernels": {
         "torch",
         "triton",

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from maskops import AttentionMask
 from maskops.nn.transformer import Block
 
 BYTES = 256
@@ -52,7 +53,6 @@ class ByteLM(nn.Module):
         self.blocks = nn.ModuleList(Block(c.dim, c.heads, c.mlp_dim) for _ in range(c.depth))
         self.norm = nn.LayerNorm(c.dim)
         self.head = nn.Linear(c.dim, BYTES)
-        self.register_buffer("causal", torch.ones(c.context, c.context, dtype=torch.bool).tril(), persistent=False)
         self.init_weights()
 
     def init_weights(self) -> None:
@@ -70,8 +70,9 @@ class ByteLM(nn.Module):
         if length > self.config.context:
             raise ValueError(f"ByteLM: text must have at most {self.config.context} bytes a row, got {length}")
         x = self.embed(text) + self.positions[:length]
+        causal = AttentionMask.causal().to(text.device)
         for block in self.blocks:
-            x = block(x, self.causal[:length, :length])
+            x = block(x, causal)
         return self.head(self.norm(x))
 
     def loss(self, text: Tensor) -> Tensor:

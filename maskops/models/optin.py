@@ -16,22 +16,18 @@ from torch import Tensor, nn
 
 import maskops
 from maskops.nn import BitmaskLinear, PatchEmbed
-from maskops.nn.transformer import Block
+from maskops.nn.transformer import Attention, Block, Mask
 
 
-class PrunedAttention(nn.Module):
+class PrunedAttention(Attention):
     """Self-attention whose heads need not fill the width: qkv is D -> 3 H d_h and proj H d_h -> D.  x [B, N, D] -> [B, N, D]."""
 
     def __init__(self, qkv: nn.Linear, proj: nn.Linear, heads: int) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         self.qkv, self.proj, self.heads = qkv, proj, heads
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
-        if not self.heads:
-            return self.proj.bias.expand_as(x)
-        q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.heads).unbind(0)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask)
-        return self.proj(rearrange(out, "b h n d -> b n (h d)"))
+    def forward(self, x: Tensor, mask: Mask = None) -> Tensor:
+        return super().forward(x, mask) if self.heads else self.proj.bias.expand_as(x)
 
 
 class ViT(nn.Module):
@@ -250,10 +246,8 @@ def _run_masked(block: Block, x: Tensor, kind: str | None, columns: Tensor) -> T
     """One block on all candidates, [C, B, N, D]; proj or fc2 is under each candidate's own mask if kind says so."""
     flat = x.flatten(0, 1)
     attn = block.attn
-    q, k, v = rearrange(attn.qkv(block.norm1(flat)), "b n (three h d) -> three b h n d", three=3, h=attn.heads).unbind(
-        0
-    )
-    out = rearrange(F.scaled_dot_product_attention(q, k, v), "(c b) h n d -> c b n (h d)", c=len(x))
+    out = maskops.masked_attention(*attn.split_heads(block.norm1(flat)))
+    out = rearrange(out, "(c b) h n d -> c b n (h d)", c=len(x))
     x = x + _project(attn.proj, out, columns if kind == "heads" else None)
     hidden = block.mlp.act(block.mlp.fc1(block.norm2(x)))
     return x + _project(block.mlp.fc2, hidden, columns if kind == "neurons" else None)

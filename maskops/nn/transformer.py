@@ -1,11 +1,18 @@
-"""The pre-norm transformer block of ViT, shared by the models: B batch, N tokens, D channels, H heads."""
+"""The pre-norm transformer of ViT, shared by the models: B batch, N tokens, S tokens of a context, D channels, H heads.
+
+Every mask is an AttentionMask or a BlockMap, as in masked_attention: a fact about which keys a query sees, not an added matrix.
+"""
 
 import math
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+
+from maskops.nn.masked_attention import MaskedAttention
+from maskops.ops.masked_attention import AttentionMask, BlockMap, masked_attention
+
+Mask = AttentionMask | BlockMap | None
 
 # Names as in transformers' configs.
 ACTIVATIONS: dict[str, type[nn.Module] | tuple[type[nn.Module], str]] = {
@@ -36,9 +43,12 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
-        q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.heads).unbind(0)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask)
+    def split_heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k, v of x [B, N, D], each [B, H, N, D / H]."""
+        return rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.heads).unbind(0)
+
+    def forward(self, x: Tensor, mask: Mask = None) -> Tensor:
+        out = masked_attention(*self.split_heads(x), mask)
         return self.proj(rearrange(out, "b h n d -> b n (h d)"))
 
     def extra_repr(self) -> str:
@@ -59,10 +69,7 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)).  x [B, N, D] -> [B, N, D].
-
-    attn_mask is handed to F.scaled_dot_product_attention: boolean, True = may attend, broadcast to [B, H, N, N].
-    """
+    """x + attention(norm(x)), then x + mlp(norm(x)).  x [B, N, D] -> [B, N, D]."""
 
     def __init__(
         self, dim: int, heads: int, mlp_dim: int, *, qkv_bias: bool = True, activation: str = "gelu", eps: float = 1e-6
@@ -73,9 +80,46 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=eps)
         self.mlp = Mlp(dim, mlp_dim, activation)
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
-        x = x + self.attn(self.norm1(x), attn_mask)
+    def forward(self, x: Tensor, mask: Mask = None) -> Tensor:
+        x = x + self.attn(self.norm1(x), mask)
         return x + self.mlp(self.norm2(x))
+
+
+class CrossBlock(nn.Module):
+    """x + attention(norm(x), norm(context)), then x + mlp(norm(x)).  x [B, N, D], context [B, S, D] -> [B, N, D]."""
+
+    def __init__(self, dim: int, heads: int, mlp_dim: int, *, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=eps)
+        self.norm_context = nn.LayerNorm(dim, eps=eps)
+        self.attn = MaskedAttention(dim, heads)
+        self.norm2 = nn.LayerNorm(dim, eps=eps)
+        self.mlp = Mlp(dim, mlp_dim)
+
+    def forward(self, x: Tensor, context: Tensor, mask: Mask = None) -> Tensor:
+        x = x + self.attn(self.norm1(x), self.norm_context(context), mask)
+        return x + self.mlp(self.norm2(x))
+
+
+class Transformer(nn.Module):
+    """Blocks and a last norm.  x [B, N, D] -> [B, N, D].
+
+    Example:
+        >>> Transformer(dim=32, depth=2, heads=4)(torch.rand(2, 9, 32), AttentionMask.causal()).shape
+        torch.Size([2, 9, 32])
+    """
+
+    def __init__(self, dim: int, depth: int, heads: int, mlp_dim: int | None = None, *, eps: float = 1e-6) -> None:
+        """mlp_dim: hidden units of the MLP. Default: 4 dim."""
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(dim, heads, mlp_dim or 4 * dim, eps=eps) for _ in range(depth))
+        self.norm = nn.LayerNorm(dim, eps=eps)
+        self.apply(init_linear_and_norm)
+
+    def forward(self, x: Tensor, mask: Mask = None) -> Tensor:
+        for block in self.blocks:
+            x = block(x, mask)
+        return self.norm(x)
 
 
 def sincos_positions(grid: tuple[int, int], dim: int, prefix: int = 0) -> Tensor:

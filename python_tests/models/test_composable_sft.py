@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from maskops import AttentionMask
 from maskops.models.composable_sft import SparseAdamW, SparseDelta, SparseFineTuning, largest_changes
 from maskops.nn.transformer import Block
 
@@ -200,8 +201,9 @@ class CharTransformer(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         chars = self.emb(ids) * (ids > 0)[:, :, None]
         x = chars + self.pos.weight + self.near(chars.mT).mT
+        real = AttentionMask.keys(ids > 0)
         for block in self.blocks:
-            x = block(x, (ids > 0)[:, None, None])
+            x = block(x, real)
         return self.norm(x)
 
     def pooled(self, ids: Tensor) -> Tensor:

@@ -1,0 +1,34 @@
+"""What the Works checks of the models share: a short training and pieces of real pictures."""
+
+import math
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+
+
+def train(parameters: Iterable[nn.Parameter], loss: Callable[[int], Tensor], steps: int, lr: float) -> list[float]:
+    """AdamW with a tenth of the steps to warm up, then a cosine to 0.  loss(step) is a scalar; all of them are returned."""
+    parameters = list(parameters)
+    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.95))
+    losses = []
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = lr * min(1.0, 10 * (step + 1) / steps) * math.cos(math.pi / 2 * step / steps) ** 2
+        found = loss(step)
+        found.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(found.item())
+    return losses
+
+
+def crops(pictures: list[Tensor], count: int, size: int, generator: torch.Generator) -> Tensor:
+    """Random squares of random pictures, each [C, H, W] -> [count, C, size, size]."""
+    found = []
+    for which in torch.randint(len(pictures), (count,), generator=generator).tolist():
+        height, width = pictures[which].shape[1:]
+        y, x = (int(torch.randint(n - size + 1, (), generator=generator)) for n in (height, width))
+        found.append(pictures[which][:, y : y + size, x : x + size])
+    return torch.stack(found)

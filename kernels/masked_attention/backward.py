@@ -1,5 +1,7 @@
 """masked_attention, backward: one kernel for grad_q, one for grad_k and grad_v, both on the weights exp(score - lse) made anew."""
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -9,6 +11,7 @@ from maskops.kernels.masked_attention.tiles import (
     LN2,
     LOG2E,
     TILE,
+    Extras,
     add_kept,
     bits_of,
     checked,
@@ -251,20 +254,37 @@ def delta_of(grad, s_g, grad_lse, grad_entropy, out, lse, entropy):
     return delta
 
 
-def entropy_of(grad_entropy, entropy):
-    """Both, contiguous, or two None if the entropy was not asked for."""
-    return (grad_entropy.contiguous(), entropy.contiguous()) if entropy.shape[2] else (None, None)
+class Prepared(NamedTuple):
+    """What the passes over gradients read: heads with contiguous rows and their strides, and terms of each query."""
+
+    grad: tuple  # (tensor, strides), as are q, k and v
+    q: tuple
+    k: tuple
+    v: tuple
+    terms: tuple  # lse, delta, grad_entropy or None
+    words: torch.Tensor | None
+    extras: Extras
+
+
+def prepare(grad, grad_lse, grad_entropy, q, k, v, out, lse, entropy, words, bias, seed, dropout_p):
+    heads = grad, s_g = heads_of(grad)
+    if entropy.shape[2]:
+        grad_entropy, entropy = grad_entropy.contiguous(), entropy.contiguous()
+    else:
+        grad_entropy = entropy = None
+    lse = lse.contiguous()
+    delta = delta_of(grad, s_g, grad_lse, grad_entropy, out, lse, entropy)
+    words = None if words is None else words.contiguous()
+    extras = extras_of(q, k.shape[2], bias, seed, dropout_p)
+    return Prepared(heads, *(heads_of(x) for x in (q, k, v)), (lse, delta, grad_entropy), words, extras)
 
 
 def _masked_attention_backward(
     grad, grad_lse, grad_entropy, q, k, v, out, lse, entropy, tiles, words, bias, seed, scale, dropout_p
 ):
     (B, H, L, D), (G, S) = q.shape, k.shape[1:3]
-    (grad, s_g), (q, s_q), (k, s_k), (v, s_v) = (heads_of(x) for x in (grad, q, k, v))
-    lse, words = lse.contiguous(), None if words is None else words.contiguous()
-    grad_entropy, entropy = entropy_of(grad_entropy, entropy)
-    delta = delta_of(grad, s_g, grad_lse, grad_entropy, out, lse, entropy)
-    extras = extras_of(q, S, bias, seed, dropout_p)
+    made = prepare(grad, grad_lse, grad_entropy, q, k, v, out, lse, entropy, words, bias, seed, dropout_p)
+    (grad, s_g), (q, s_q), (k, s_k), (v, s_v), terms, words, extras = made
     grad_q, grad_k, grad_v = (x.new_empty(x.shape) for x in (q, k, v))
     rows, columns = cdiv(L, TILE.value), cdiv(S, TILE.value)
 
@@ -273,7 +293,7 @@ def _masked_attention_backward(
         by_query = kind == "grad_q"
         programs = B * H * cdiv(L, options["BLOCK_M"]) if by_query else B * G * cdiv(S, options["BLOCK_N"])
         launch(
-            kernel, programs, grad, q, k, v, lse, delta, grad_entropy, lists.list, lists.count, words, wrong, *results, *extras,
+            kernel, programs, grad, q, k, v, *terms, lists.list, lists.count, words, wrong, *results, *extras,
             bits_of(scale), H, H // max(G, 1), L, S, D, lines, lists.length, lists.s_b, lists.s_h, *s_g, *s_q, *s_k, *s_v,
             **options,
         )  # fmt: skip

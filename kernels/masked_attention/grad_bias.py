@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 from maskops.kernels._common import cdiv, dot_add, launch, rounded
-from maskops.kernels.masked_attention.backward import delta_of, entropy_of
+from maskops.kernels.masked_attention.backward import prepare
 from maskops.kernels.masked_attention.tiles import (
     EMPTY,
     FULL,
@@ -12,9 +12,7 @@ from maskops.kernels.masked_attention.tiles import (
     TILE,
     bits_of,
     columns_from,
-    extras_of,
     float_of,
-    heads_of,
     left_by_dropout,
     options_of,
     rows_from,
@@ -90,11 +88,8 @@ def _masked_attention_grad_bias(
     grad, grad_lse, grad_entropy, q, k, v, out, lse, entropy, tiles, words, bias, seed, scale, dropout_p
 ):
     (B, H, L, D), (G, S) = q.shape, k.shape[1:3]
-    (grad, s_g), (q, s_q), (k, s_k), (v, s_v) = (heads_of(x) for x in (grad, q, k, v))
-    lse, words = lse.contiguous(), None if words is None else words.contiguous()
-    grad_entropy, entropy = entropy_of(grad_entropy, entropy)
-    delta = delta_of(grad, s_g, grad_lse, grad_entropy, out, lse, entropy)
-    extras = extras_of(q, S, bias, seed, dropout_p)
+    made = prepare(grad, grad_lse, grad_entropy, q, k, v, out, lse, entropy, words, bias, seed, dropout_p)
+    (grad, s_g), (q, s_q), (k, s_k), (v, s_v), terms, words, extras = made
     batches, heads, rows = bias.shape[:3]
     one_row = rows == 1
     options = options_of("grad_bias", q, (s_g[2], s_q[2], s_k[2], s_v[2], extras.se_l), False)
@@ -106,7 +101,7 @@ def _masked_attention_grad_bias(
         s_t = tiles.expand(B, H, *tiles.shape[2:]).stride()[:2]
     result = bias.new_empty(bias.shape)
     launch(
-        _grad_bias_kernel, batches * heads * cdiv(rows, block_m) * cdiv(S, block_n), grad, q, k, v, lse, delta, grad_entropy,
+        _grad_bias_kernel, batches * heads * cdiv(rows, block_m) * cdiv(S, block_n), grad, q, k, v, *terms,
         tiles, words, result, *extras, bits_of(scale), heads, rows, B // max(batches, 1), H // max(heads, 1),
         cdiv(L, block_m) if one_row else 1, H, H // max(G, 1), L, S, D, *s_t, *s_g, *s_q, *s_k, *s_v, **constants,
     )  # fmt: skip

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import maskops
 from maskops import TokenSplit
+from maskops.models.images import ImageConfig
 from maskops.nn import PatchEmbed, TokenRestore
 from maskops.nn.transformer import Attention, CrossBlock, Transformer, init_linear_and_norm, sincos_positions
 
@@ -27,36 +28,17 @@ class CroCoOutput(NamedTuple):
 
 
 @dataclass(frozen=True)
-class CroCoConfig:
+class CroCoConfig(ImageConfig):
     """Sizes of a CroCo; the defaults are the published ones.  norm_pix: paint patches normalised by their mean and deviation."""
 
-    image_size: int = 224
-    patch_size: int = 16
-    channels: int = 3
+    mask_ratio: float = 0.9
     dim: int = 768
     depth: int = 12
     heads: int = 12
     decoder_dim: int = 512
     decoder_depth: int = 8
     decoder_heads: int = 16
-    mask_ratio: float = 0.9
     norm_pix: bool = True
-
-    def __post_init__(self) -> None:
-        if self.image_size % self.patch_size:
-            raise ValueError(
-                f"CroCoConfig: image_size must be a multiple of patch_size {self.patch_size}, got {self.image_size}"
-            )
-        if not 0 <= self.mask_ratio <= 1:
-            raise ValueError(f"CroCoConfig: mask_ratio must be in [0, 1], got {self.mask_ratio}")
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        return (self.image_size // self.patch_size,) * 2
-
-    @property
-    def num_patches(self) -> int:
-        return self.grid[0] * self.grid[1]
 
     @property
     def num_keep(self) -> int:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import maskops
 from maskops import TokenSplit
+from maskops.models.images import ImageConfig
 from maskops.nn import PatchEmbed
 from maskops.nn.transformer import Block, init_linear_and_norm, sincos_positions
 
@@ -31,16 +32,12 @@ class MAEOutput(NamedTuple):
 
 
 @dataclass(frozen=True)
-class MAEConfig:
+class MAEConfig(ImageConfig):
     """Sizes of an MAE. MAEConfig.of_size("base") gives the published ones.
 
     norm_pix trains on patches normalised by their own mean and deviation, the paper's better recipe.
-    image_size: int or (height, width).
     """
 
-    image_size: int | tuple[int, int] = 224
-    patch_size: int = 16
-    channels: int = 3
     dim: int = 768
     depth: int = 12
     heads: int = 12
@@ -49,19 +46,13 @@ class MAEConfig:
     decoder_depth: int = 8
     decoder_heads: int = 16
     decoder_mlp_dim: int = 2048
-    mask_ratio: float = 0.75
     norm_pix: bool = True
     qkv_bias: bool = True
     activation: str = "gelu"
     eps: float = 1e-6
 
     def __post_init__(self) -> None:
-        if any(size % self.patch_size or size < self.patch_size for size in self.image_hw):
-            raise ValueError(
-                f"MAEConfig: image_size must be a multiple of patch_size {self.patch_size}, got {self.image_size}"
-            )
-        if not 0 <= self.mask_ratio < 1:
-            raise ValueError(f"MAEConfig: mask_ratio must be in [0, 1), got {self.mask_ratio}")
+        super().__post_init__()
         if self.num_keep == 0:
             raise ValueError(f"MAEConfig: mask_ratio {self.mask_ratio} keeps none of {self.num_patches} patches")
 
@@ -71,18 +62,6 @@ class MAEConfig:
         if size not in SIZES:
             raise ValueError(f"MAEConfig: size must be one of {list(SIZES)}, got {size!r}")
         return cls(**{**SIZES[size], **changes})  # type: ignore[arg-type]
-
-    @property
-    def image_hw(self) -> tuple[int, int]:
-        return (self.image_size, self.image_size) if isinstance(self.image_size, int) else tuple(self.image_size)
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        return self.image_hw[0] // self.patch_size, self.image_hw[1] // self.patch_size
-
-    @property
-    def num_patches(self) -> int:
-        return self.grid[0] * self.grid[1]
 
     @property
     def num_keep(self) -> int:

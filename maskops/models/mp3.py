@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import maskops
 from maskops import AttentionMask, TokenSplit
+from maskops.models.images import ImageConfig
 from maskops.nn import PatchEmbed
 from maskops.nn.transformer import Transformer
 
@@ -28,28 +29,12 @@ class MP3Output(NamedTuple):
 
 
 @dataclass(frozen=True)
-class MP3Config:
+class MP3Config(ImageConfig):
     """Sizes of an MP3; the defaults are those of ViT-B.  mask_ratio: eta, the share of patches that are no context."""
 
-    image_size: int = 224
-    patch_size: int = 16
-    channels: int = 3
     dim: int = 768
     depth: int = 12
     heads: int = 12
-    mask_ratio: float = 0.75
-
-    def __post_init__(self) -> None:
-        if self.image_size % self.patch_size:
-            raise ValueError(
-                f"MP3Config: image_size must be a multiple of patch_size {self.patch_size}, got {self.image_size}"
-            )
-        if not 0 <= self.mask_ratio < 1:
-            raise ValueError(f"MP3Config: mask_ratio must be in [0, 1), got {self.mask_ratio}")
-
-    @property
-    def num_patches(self) -> int:
-        return (self.image_size // self.patch_size) ** 2
 
 
 class MP3(nn.Module):

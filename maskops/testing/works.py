@@ -1,4 +1,4 @@
-"""What the Works checks of the models share: a short training and pieces of real pictures."""
+"""What the Works checks of the models share: a short training."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -22,13 +22,3 @@ def train(parameters: Iterable[nn.Parameter], loss: Callable[[int], Tensor], ste
         optimizer.zero_grad(set_to_none=True)
         losses.append(found.item())
     return losses
-
-
-def crops(pictures: list[Tensor], count: int, size: int, generator: torch.Generator) -> Tensor:
-    """Random squares of random pictures, each [C, H, W] -> [count, C, size, size]."""
-    found = []
-    for which in torch.randint(len(pictures), (count,), generator=generator).tolist():
-        height, width = pictures[which].shape[1:]
-        y, x = (int(torch.randint(n - size + 1, (), generator=generator)) for n in (height, width))
-        found.append(pictures[which][:, y : y + size, x : x + size])
-    return torch.stack(found)

@@ -1,4 +1,11 @@
-"""MP3 (the Works check): patches of digits find their places, the better the more context they see; places never leak."""
+"""MP3 (the Works check): patches of digits find their places, the better the more context they see; places never leak.
+
+claim, of two seeds                                     measured, one thread         broken
+accuracy with 8 context patches > 5 chance (0.31) and   0.391, 0.388                 0.336: no patch sees another
+  0.03 over patches that see no other
+it grows with the context (1, 4, 8, 14 patches)         0.22, 0.33, 0.39, 0.43       the same for all: 0.336
+fine-tuned > 0.05 over the untrained network            0.598, 0.597                 0.455, 0.447: not pre-trained
+"""
 
 import copy
 

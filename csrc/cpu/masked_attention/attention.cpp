@@ -16,7 +16,8 @@ namespace maskops {
 namespace {
 
 constexpr int64_t kItemsPerThread = 4;
-constexpr int64_t kTilesPerPart = 8, kMostParts = 64;  // 512 keys: merging costs a hundredth of reading them
+constexpr int64_t kTilesPerPart = 8;    // 512 keys at least: merging costs a hundredth of reading them
+constexpr int64_t kMostHeadParts = 256;  // parts of all heads, each with the sums of a tile of queries
 
 HeadRows rows_of(const Tensor& x) { return {x.const_data_ptr(), x.stride(0), x.stride(1), x.stride(2)}; }
 
@@ -92,7 +93,8 @@ struct Call {
 // A few queries of many keys, as in generation: the keys of a head are cut into parts whose results are merged. How many follows
 // from the sizes alone, so that results do not depend on the number of threads.
 int64_t parts_of_keys(const Attention& args) {
-  return args.query_tiles() == 1 ? std::clamp<int64_t>(args.key_tiles() / kTilesPerPart, 1, kMostParts) : 1;
+  if (args.query_tiles() != 1) return 1;
+  return std::max<int64_t>(1, std::min<int64_t>(args.key_tiles() / kTilesPerPart, kMostHeadParts / (args.B * args.H)));
 }
 
 void run_forward(Call& call) {

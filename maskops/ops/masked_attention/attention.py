@@ -57,7 +57,7 @@ def masked_attention(
         dropout depends on seed, batch, head, query and key alone, so it is the same on every backend.
 
     Raises:
-        ValueError: wrong dtype, shape, device, or a mask of other sizes.  TypeError: q, k or v is no tensor, mask is no mask.
+        ValueError: wrong dtype, shape, device, or a mask of other sizes.  TypeError: q, k, v or bias is no tensor, mask is no mask.
 
     Source:
         Tiled softmax: Dao et al., FlashAttention, 2022; masks as data: Wang et al., FlashMask, 2024 (arXiv 2410.01359).
@@ -70,6 +70,8 @@ def masked_attention(
     """
     for name, x in (("q", q), ("k", k), ("v", v)):
         check_is_tensor(FUNCTION, name, x)
+    if bias is not None:
+        check_is_tensor(FUNCTION, "bias", bias)
     packed = q.dim() == 3
     if packed:
         q, k, v = (x.transpose(0, 1)[None] if x.dim() == 3 else x for x in (q, k, v))

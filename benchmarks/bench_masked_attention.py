@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from _harness import Case, Inputs
+from _harness import Case, Inputs, peak_extra_bytes
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
@@ -118,7 +118,7 @@ def attention_cases() -> list[Case]:
     for dtype in (torch.float32, torch.bfloat16):
         full = dtype == torch.float32
         docs, padded = partial(documents, 1024), partial(padding, 8, 512)
-        rivals = {MASKED: masked, PLAIN: plain, LOOP: per_document}
+        rivals = {MASKED: masked, LOOP: per_document}
         out += [
             case("8 documents", documents_size, dtype, False, docs, rivals, {MASKED: 8.0} if full else {"best": 1.2}, document=128),
             case("8 documents", documents_size, dtype, True, docs, {MASKED: masked, LOOP: per_document},
@@ -164,24 +164,65 @@ def build_cases() -> list[Case]:
     def theirs(ids: Tensor, **_: Any) -> Tensor:
         return create_block_mask(rule, None, None, length, length, device=ids.device.type).kv_indices
 
+    def theirs_dense(seen: Tensor, **_: Any) -> Tensor:
+        def lookup(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            return seen[q, k]
+
+        return create_block_mask(lookup, None, None, length, length, device=seen.device.type).kv_indices
+
     def gate(made: Inputs) -> None:
         same = AttentionMask.segments(made["ids"]).to_dense() == made["seen"]
         assert same.all(), "the compiled mask differs from the dense one"
 
     eager = "create_block_mask, eager"
-    options = {
-        "rivals": {eager: theirs},
-        "asked": {eager: 50.0},
-        "gate": gate,
-        "sets": "one",
-        "rounds": 20,
-        "quick": False,
-    }
+    options = {"asked": {eager: 50.0}, "gate": gate, "sets": "one", "rounds": 20, "quick": False}
     return [
-        Case(f"map of segments ({length}, {length})", "build", torch.float32, inputs, segments, **options),
-        Case(f"map of a dense mask ({length}, {length})", "build", torch.float32, inputs, dense, **options),
+        Case(
+            f"map of segments ({length}, {length})",
+            "build",
+            torch.float32,
+            inputs,
+            segments,
+            {eager: theirs},
+            **options,
+        ),
+        Case(
+            f"map of a dense mask ({length}, {length})",
+            "build",
+            torch.float32,
+            inputs,
+            dense,
+            {eager: theirs_dense},
+            **options,
+        ),
     ]
 
 
+def long_cases() -> list[Case]:
+    """A long sequence of which each query sees a hundredth: time, and the most memory of a call."""
+    size = (1, 2, 16384, 64)
+    tiles = size[2] // 64
+
+    def sparse() -> AttentionMask:
+        some = torch.rand(tiles, tiles, generator=torch.Generator().manual_seed(0)) < 0.006
+        return AttentionMask.from_block_map(some | torch.eye(tiles, dtype=torch.bool), 64, 64)
+
+    def gate(made: Inputs) -> None:
+        """The first queries: all of them in float64 would take gigabytes."""
+        q, k, v, seen = (made[n].double() if n != "seen" else made[n] for n in ("q", "k", "v", "seen"))
+        exact = F.scaled_dot_product_attention(q[:, :, :256], k, v, attn_mask=seen[:, :, :256])
+        torch.testing.assert_close(ours(**made)[:, :, :256].double(), exact, rtol=1e-4, atol=1e-5)
+
+    def memory(made: Inputs) -> dict[str, Any]:
+        each = made["q"].numel() * made["q"].element_size()
+        extra = peak_extra_bytes(lambda: ours(**made))
+        return {"extra_bytes": {"ours": extra}, "peak_of_q_k_v_out": (3 * each + extra) / (4 * each)}
+
+    return [
+        Case(f"1% of the tiles {size}", "fwd", torch.float32, make(size, sparse, torch.float32), ours, {MASKED: masked}, gate=gate,
+             work=partial(flops, backward=False), kind="flops", quick=False, sets="one", rounds=10, after=memory)
+    ]  # fmt: skip
+
+
 def cases() -> list[Case]:
-    return attention_cases() + flex_cases() + build_cases()
+    return attention_cases() + flex_cases() + build_cases() + long_cases()

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from _harness import Case, Inputs, peak_extra_bytes
+from _harness import Case, Inputs, Timer, interleaved, peak_extra_bytes, quantiles
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
@@ -55,7 +55,8 @@ def make(
             found = mask().to(device).compile(size[2], size[2])
             made |= {"map": found, "seen": found.dense(), "document": document}
         if rule is not None:
-            made["blocks"] = create_block_mask(rule, None, None, size[2], size[2], device=device)
+            batch = None if mask is None or mask().batch == 1 else size[0]
+            made["blocks"] = create_block_mask(rule, batch, None, size[2], size[2], device=device)
         return made
 
     return inputs
@@ -135,67 +136,70 @@ def attention_cases() -> list[Case]:
 def flex_cases() -> list[Case]:
     """Forward only: FlexAttention has no backward pass on the CPU."""
     size, long = (2, 12, 1024, 64), (1, 12, 2048, 64)
-    by_document = {"documents": (partial(documents, 1024), lambda b, h, q, k: q // DOCUMENTS == k // DOCUMENTS)}
-    jobs = [(size, *item) for item in by_document.items()] + [(long, *item) for item in patterns(2048).items()]
+    by_document = partial(documents, 1024), lambda b, h, q, k: q // DOCUMENTS == k // DOCUMENTS
+    full, half = torch.float32, torch.bfloat16
+    jobs = [(size, full, "documents", by_document), *((long, full, *item) for item in patterns(2048).items())]
+    lengths = (LENGTHS * 512).int()
+    padded = partial(padding, 8, 512), lambda b, h, q, k: k < lengths[b]
+    everything = None, lambda b, h, q, k: q >= 0
+    jobs += [
+        (size, half, "documents", by_document),
+        (size, half, "no mask", everything),
+        ((8, 12, 512, 64), half, "padded", padded),
+    ]
     return [
-        case(f"{name}, against FlexAttention", shape, torch.float32, False, mask, {FLEX: flex, MASKED: masked}, {FLEX: 1.3},
-             quick=False, rule=rule)
-        for shape, name, (mask, rule) in jobs
+        case(f"{name}, against FlexAttention", shape, dtype, False, mask, {FLEX: flex} | ({MASKED: masked} if mask else {}),
+             {FLEX: 1.3 if dtype == full else 1.2}, quick=False, rule=rule)
+        for shape, dtype, name, (mask, rule) in jobs
     ]  # fmt: skip
 
 
 def build_cases() -> list[Case]:
-    """Masks to tiles, against create_block_mask; L = 4096."""
+    """Masks to tiles, against create_block_mask, and as a share of the attention under them; L = 4096."""
     length = 4096
     ids = torch.arange(length) // 512
-
-    def rule(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        return ids[q] == ids[k]
+    eager = "create_block_mask, eager"
 
     def inputs(device: torch.device, seed: int) -> Inputs:
         return {"ids": ids.to(device), "seen": (ids[:, None] == ids[None]).to(device)}
 
-    def segments(ids: Tensor, backend: str = "auto", **_: Any) -> Tensor:
-        return AttentionMask.segments(ids).compile(backend=backend).tiles
+    def segments(ids: Tensor, backend: str = "auto", **_: Any) -> BlockMap:
+        return AttentionMask.segments(ids).compile(backend=backend)
 
-    def dense(seen: Tensor, backend: str = "auto", **_: Any) -> Tensor:
-        return AttentionMask.dense(seen).compile(backend=backend).tiles
+    def dense(seen: Tensor, backend: str = "auto", **_: Any) -> BlockMap:
+        return AttentionMask.dense(seen).compile(backend=backend)
 
     def theirs(ids: Tensor, **_: Any) -> Tensor:
+        def rule(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            return ids[q] == ids[k]
+
         return create_block_mask(rule, None, None, length, length, device=ids.device.type).kv_indices
 
     def theirs_dense(seen: Tensor, **_: Any) -> Tensor:
-        def lookup(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        def rule(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
             return seen[q, k]
 
-        return create_block_mask(lookup, None, None, length, length, device=seen.device.type).kv_indices
+        return create_block_mask(rule, None, None, length, length, device=seen.device.type).kv_indices
 
     def gate(made: Inputs) -> None:
-        same = AttentionMask.segments(made["ids"]).to_dense() == made["seen"]
-        assert same.all(), "the compiled mask differs from the dense one"
+        for build in (segments, dense):
+            assert torch.equal(build(**made).dense()[0, 0], made["seen"]), (
+                "the compiled mask differs from the dense one"
+            )
 
-    eager = "create_block_mask, eager"
-    options = {"asked": {eager: 50.0}, "gate": gate, "sets": "one", "rounds": 20, "quick": False}
+    def share(build: Callable[..., BlockMap], made: Inputs) -> dict[str, Any]:
+        """Of the time of a forward pass of (1, 12, length, 64) under the mask, which is asked to be at most 0.05."""
+        q, k, v = torch.randn(3, 1, 12, length, 64, device=made["ids"].device)
+        calls = {"build": lambda x: build(**x), "attend": lambda x: ours(q, k, v, build(**x))}
+        times, _ = interleaved(calls, [made], Timer(q.device), 5, 5, 20)
+        of_map, of_both = (quantiles(times[name])[1] for name in calls)
+        return {"share_of_forward": of_map / (of_both - of_map)}
+
     return [
-        Case(
-            f"map of segments ({length}, {length})",
-            "build",
-            torch.float32,
-            inputs,
-            segments,
-            {eager: theirs},
-            **options,
-        ),
-        Case(
-            f"map of a dense mask ({length}, {length})",
-            "build",
-            torch.float32,
-            inputs,
-            dense,
-            {eager: theirs_dense},
-            **options,
-        ),
-    ]
+        Case(f"{name} ({length}, {length})", "build", torch.float32, inputs, lambda build=build, **made: build(**made).tiles,
+             {eager: rival}, asked={eager: 50.0}, gate=gate, sets="one", rounds=20, quick=False, after=partial(share, build))
+        for name, build, rival in (("map of segments", segments, theirs), ("map of a dense mask", dense, theirs_dense))
+    ]  # fmt: skip
 
 
 def long_cases() -> list[Case]:

@@ -51,6 +51,8 @@ def launch(kernel, programs, *args, **meta):
     if _recorded is not None:
         _recorded.append(Launch(kernel, programs, args, meta))
         return
+    if torch.version.hip:
+        meta.pop("maxnreg", None)  # an option of NVIDIA's assembler
     device = next(a.device for a in args if isinstance(a, torch.Tensor))
     # Triton launches on the current device, which need not be the tensors' device.
     guard = contextlib.nullcontext() if device.type == "cpu" else torch.accelerator.device_index(device.index)

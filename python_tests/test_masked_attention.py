@@ -232,6 +232,21 @@ def test_module_self_cross_and_grouped() -> None:
         MaskedAttention(30, 4)
 
 
+def test_module_takes_a_bias_and_drops_weights_in_training_only() -> None:
+    torch.manual_seed(0)
+    x, bias = torch.randn(2, 10, 32), torch.randn(1, 4, 10, 10)
+    layer = MaskedAttention(32, 4, dropout=0.5)
+    assert not torch.equal(layer(x, seed=0), layer(x, seed=1))
+    assert torch.equal(layer(x, seed=0), layer(x, seed=0))
+    layer.eval()
+    assert torch.equal(layer(x), layer(x))
+    assert not torch.allclose(layer(x), layer(x, bias=bias))
+    causal = torch.zeros(10, 10).masked_fill_(torch.ones(10, 10, dtype=torch.bool).triu(1), float("-inf"))
+    torch.testing.assert_close(layer(x, bias=causal[None, None]), layer(x, mask=AttentionMask.causal()))
+    with pytest.raises(ValueError, match=r"dropout must be in \[0, 1\)"):
+        MaskedAttention(32, 4, dropout=1.0)
+
+
 def test_few_queries_of_many_keys_are_done_in_parts() -> None:
     """As in generation: the parts of the keys are merged, whatever is switched on, and a part may see nothing."""
     q, k, v, bias = tensors((2, 2, 3, 24), (2, 2, 1500, 24), (2, 2, 1500, 24), (1, 2, 1, 1500), grad=True)

@@ -56,8 +56,8 @@ def _delta_kernel(grad_ptr, out_ptr, lse_ptr, grad_lse_ptr, entropy_ptr, grad_en
 
 @triton.jit
 def _grad_q_kernel(grad_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, grad_entropy_ptr, list_ptr, count_ptr, words_ptr, wrong_ptr,
-                   out_ptr, bias_ptr, se_b, se_h, se_l, seed_ptr, threshold, enlarge, scale, H, GROUP, L, S, D, lines, length, sc_b,
-                   sc_h, sg_b, sg_h, sg_l, sq_b, sq_h, sq_l, sk_b, sk_h, sk_s, sv_b, sv_h, sv_s,
+                   out_ptr, bias_ptr, se_b, se_h, se_l, seed_ptr, threshold, enlarge, scale, H, GROUP, L, S, D, D16, lines, length,
+                   sc_b, sc_h, sg_b, sg_h, sg_l, sq_b, sq_h, sq_l, sk_b, sk_h, sk_s, sv_b, sv_h, sv_s,
                    CAREFUL: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
                    BLOCK_D: tl.constexpr, CHUNK: tl.constexpr, PARTS: tl.constexpr):  # fmt: skip
     # One program owns BLOCK_M queries of one head of grad_q [B, H, L, D] and walks over the mask tiles of their row, BLOCK_N keys
@@ -85,8 +85,8 @@ def _grad_q_kernel(grad_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, grad_entro
     if grad_entropy_ptr is not None:
         grad_entropy = (tl.load(grad_entropy_ptr + head * L + m, mask=m < L, other=0.0) * LN2)[:, None]
     if CHUNK == BLOCK_D:
-        q = rows_from(q_ptr, m, sq_l, L, D, 0, BLOCK_D)
-        grad = rows_from(grad_ptr, m, sg_l, L, D, 0, BLOCK_D)
+        q = rows_from(q_ptr, m, sq_l, L, D16, 0, BLOCK_D)
+        grad = rows_from(grad_ptr, m, sg_l, L, D16, 0, BLOCK_D)
     total = tl.zeros([BLOCK_M, BLOCK_D], ACC)
     for i in range(0, count * PARTS):
         place, state = tile_at(entries, i // PARTS)
@@ -95,15 +95,15 @@ def _grad_q_kernel(grad_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, grad_entro
         score = tl.zeros([BLOCK_M, BLOCK_N], ACC)
         slope = tl.zeros([BLOCK_M, BLOCK_N], ACC)
         if CHUNK == BLOCK_D:
-            k = rows_from(k_ptr, n, sk_s, S, D, 0, BLOCK_D)
+            k = rows_from(k_ptr, n, sk_s, S, D16, 0, BLOCK_D)
             score = dot_add(q, tl.trans(k), score, PRECISION)
-            slope = dot_add(grad, columns_from(v_ptr, n, sv_s, S, D, 0, BLOCK_D), slope, PRECISION)
+            slope = dot_add(grad, columns_from(v_ptr, n, sv_s, S, D16, 0, BLOCK_D), slope, PRECISION)
         else:
             for d0 in range(0, BLOCK_D, CHUNK):
-                some = rows_from(q_ptr, m, sq_l, L, D, d0, CHUNK)
-                score = dot_add(some, columns_from(k_ptr, n, sk_s, S, D, d0, CHUNK), score, PRECISION)
-                some = rows_from(grad_ptr, m, sg_l, L, D, d0, CHUNK)
-                slope = dot_add(some, columns_from(v_ptr, n, sv_s, S, D, d0, CHUNK), slope, PRECISION)
+                some = rows_from(q_ptr, m, sq_l, L, D16, d0, CHUNK)
+                score = dot_add(some, columns_from(k_ptr, n, sk_s, S, D16, d0, CHUNK), score, PRECISION)
+                some = rows_from(grad_ptr, m, sg_l, L, D16, d0, CHUNK)
+                slope = dot_add(some, columns_from(v_ptr, n, sv_s, S, D16, d0, CHUNK), slope, PRECISION)
         score = score * scale2
         if bias_ptr is not None:
             score = with_bias(score, bias_ptr + b * se_b + h * se_h, m[:, None], n[None, :], se_l, L, S)
@@ -117,7 +117,7 @@ def _grad_q_kernel(grad_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, grad_entro
             if state != FULL:
                 slope = tl.where(seen_by_rows(word, part, BLOCK_N), slope, 0.0)
         if CHUNK != BLOCK_D:
-            k = rows_from(k_ptr, n, sk_s, S, D, 0, BLOCK_D)
+            k = rows_from(k_ptr, n, sk_s, S, D16, 0, BLOCK_D)
         slope = rounded(slope, k.dtype)
         if CAREFUL:
             if state != FULL:
@@ -135,7 +135,7 @@ def _grad_q_kernel(grad_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, grad_entro
 @triton.jit
 def _grad_kv_kernel(grad_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, grad_entropy_ptr, list_ptr, count_ptr, words_ptr, wrong_ptr,
                     grad_k_ptr, grad_v_ptr, bias_ptr, se_b, se_h, se_l, seed_ptr, threshold, enlarge, scale, H, GROUP, L, S, D,
-                    lines, length, sc_b, sc_h, sg_b, sg_h, sg_l, sq_b, sq_h, sq_l, sk_b, sk_h, sk_s, sv_b, sv_h, sv_s,
+                    D16, lines, length, sc_b, sc_h, sg_b, sg_h, sg_l, sq_b, sq_h, sq_l, sk_b, sk_h, sk_s, sv_b, sv_h, sv_s,
                     CAREFUL: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
                     BLOCK_D: tl.constexpr, CHUNK: tl.constexpr, PARTS: tl.constexpr):  # fmt: skip
     # One program owns BLOCK_N keys of one head of grad_k, grad_v [B, G, S, D]. For each query head of the group it walks over the
@@ -153,8 +153,8 @@ def _grad_kv_kernel(grad_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, grad_entr
     scale1 = float_of(scale).to(ACC)
     scale2 = (float_of(scale) * LOG2E).to(ACC)
     if CHUNK == BLOCK_D:
-        k = rows_from(k_ptr, n, sk_s, S, D, 0, BLOCK_D)
-        v = rows_from(v_ptr, n, sv_s, S, D, 0, BLOCK_D)
+        k = rows_from(k_ptr, n, sk_s, S, D16, 0, BLOCK_D)
+        v = rows_from(v_ptr, n, sv_s, S, D16, 0, BLOCK_D)
     total_k = tl.zeros([BLOCK_N, BLOCK_D], ACC)
     total_v = tl.zeros([BLOCK_N, BLOCK_D], ACC)
     end = S
@@ -183,16 +183,16 @@ def _grad_kv_kernel(grad_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, grad_entr
             score = tl.zeros([BLOCK_N, BLOCK_M], ACC)
             slope = tl.zeros([BLOCK_N, BLOCK_M], ACC)
             if CHUNK == BLOCK_D:
-                q = rows_from(q_head, m, sq_l, L, D, 0, BLOCK_D)
-                grad = rows_from(grad_head, m, sg_l, L, D, 0, BLOCK_D)
+                q = rows_from(q_head, m, sq_l, L, D16, 0, BLOCK_D)
+                grad = rows_from(grad_head, m, sg_l, L, D16, 0, BLOCK_D)
                 score = dot_add(k, tl.trans(q), score, PRECISION)
                 slope = dot_add(v, tl.trans(grad), slope, PRECISION)
             else:
                 for d0 in range(0, BLOCK_D, CHUNK):
-                    some = rows_from(k_ptr, n, sk_s, S, D, d0, CHUNK)
-                    score = dot_add(some, columns_from(q_head, m, sq_l, L, D, d0, CHUNK), score, PRECISION)
-                    some = rows_from(v_ptr, n, sv_s, S, D, d0, CHUNK)
-                    slope = dot_add(some, columns_from(grad_head, m, sg_l, L, D, d0, CHUNK), slope, PRECISION)
+                    some = rows_from(k_ptr, n, sk_s, S, D16, d0, CHUNK)
+                    score = dot_add(some, columns_from(q_head, m, sq_l, L, D16, d0, CHUNK), score, PRECISION)
+                    some = rows_from(v_ptr, n, sv_s, S, D16, d0, CHUNK)
+                    slope = dot_add(some, columns_from(grad_head, m, sg_l, L, D16, d0, CHUNK), slope, PRECISION)
             score = score * scale2
             if bias_ptr is not None:
                 score = with_bias(score, bias_ptr + b * se_b + h * se_h, m[None, :], n[:, None], se_l, L, S)
@@ -213,7 +213,7 @@ def _grad_kv_kernel(grad_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, grad_entr
                     p = tl.where(seen, p, 0.0)
                     slope = tl.where(seen, slope, 0.0)
             if CHUNK != BLOCK_D:
-                grad = rows_from(grad_head, m, sg_l, L, D, 0, BLOCK_D)
+                grad = rows_from(grad_head, m, sg_l, L, D16, 0, BLOCK_D)
             p = rounded(p, grad.dtype)
             if CAREFUL:
                 if state != FULL:
@@ -223,7 +223,7 @@ def _grad_kv_kernel(grad_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, grad_entr
             else:
                 total_v = dot_add(p, grad, total_v, PRECISION)
             if CHUNK != BLOCK_D:
-                q = rows_from(q_head, m, sq_l, L, D, 0, BLOCK_D)
+                q = rows_from(q_head, m, sq_l, L, D16, 0, BLOCK_D)
             slope = rounded(slope, q.dtype)
             if CAREFUL:
                 if state != FULL:
@@ -283,19 +283,19 @@ def _masked_attention_backward(
     grad, grad_lse, grad_entropy, q, k, v, out, lse, entropy, tiles, words, bias, seed, scale, dropout_p
 ):
     (B, H, L, D), (G, S) = q.shape, k.shape[1:3]
+    grad_q, grad_k, grad_v = (x.new_empty(x.shape) for x in (q, k, v))
     made = prepare(grad, grad_lse, grad_entropy, q, k, v, out, lse, entropy, words, bias, seed, dropout_p)
     (grad, s_g), (q, s_q), (k, s_k), (v, s_v), terms, words, extras = made
-    grad_q, grad_k, grad_v = (x.new_empty(x.shape) for x in (q, k, v))
     rows, columns = cdiv(L, TILE.value), cdiv(S, TILE.value)
 
     def run(kernel, kind, lists, lines, results, wrong):
-        options = options_of(kind, q, (s_g[2], s_q[2], s_k[2], s_v[2], extras.se_l or 0), wrong is not None)
+        options = options_of(kind, q, wrong is not None, extras, terms[2] is not None)
         by_query = kind == "grad_q"
         programs = B * H * cdiv(L, options["BLOCK_M"]) if by_query else B * G * cdiv(S, options["BLOCK_N"])
         launch(
             kernel, programs, grad, q, k, v, *terms, lists.list, lists.count, words, wrong, *results, *extras,
-            bits_of(scale), H, H // max(G, 1), L, S, D, lines, lists.length, lists.s_b, lists.s_h, *s_g, *s_q, *s_k, *s_v,
-            **options,
+            bits_of(scale), H, H // max(G, 1), L, S, D, q.shape[3], lines, lists.length, lists.s_b, lists.s_h, *s_g, *s_q, *s_k,
+            *s_v, **options,
         )  # fmt: skip
 
     by_row, by_column = (lists_of(tiles, rows, columns, by_column=c) for c in (False, True))

@@ -31,10 +31,10 @@ from maskops.kernels.masked_attention.tiles import (
 
 @triton.jit
 def _forward_kernel(q_ptr, k_ptr, v_ptr, list_ptr, count_ptr, words_ptr, wrong_ptr, out_ptr, lse_ptr, entropy_ptr, bias_ptr,
-                    se_b, se_h, se_l, seed_ptr, threshold, enlarge, scale, H, GROUP, L, S, D, lines, length, sc_b, sc_h, sq_b, sq_h,
-                    sq_l, sk_b, sk_h, sk_s, sv_b, sv_h, sv_s, CAREFUL: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
-                    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr,
-                    PARTS: tl.constexpr):  # fmt: skip
+                    se_b, se_h, se_l, seed_ptr, threshold, enlarge, scale, H, GROUP, L, S, D, D16, lines, length, sc_b, sc_h, sq_b,
+                    sq_h, sq_l, sk_b, sk_h, sk_s, sv_b, sv_h, sv_s, CAREFUL: tl.constexpr, ACC: tl.constexpr,
+                    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+                    CHUNK: tl.constexpr, PARTS: tl.constexpr):  # fmt: skip
     # One program owns BLOCK_M queries of one head of out [B, H, L, D] and walks over the mask tiles of their row, BLOCK_N keys at
     # a time, with the running maximum and sum of the softmax, so no score is stored. The last queries, for which causal masks
     # leave most to do, start first.
@@ -55,7 +55,7 @@ def _forward_kernel(q_ptr, k_ptr, v_ptr, list_ptr, count_ptr, words_ptr, wrong_p
     within = m % TILE
     scale2 = (float_of(scale) * LOG2E).to(ACC)
     if CHUNK == BLOCK_D:
-        q = rows_from(q_ptr, m, sq_l, L, D, 0, BLOCK_D)
+        q = rows_from(q_ptr, m, sq_l, L, D16, 0, BLOCK_D)
     most = tl.full([BLOCK_M], float("-inf"), ACC)
     weight = tl.zeros([BLOCK_M], ACC)
     spread = tl.zeros([BLOCK_M], ACC)  # sum of p * (score - level), for the entropy
@@ -66,12 +66,12 @@ def _forward_kernel(q_ptr, k_ptr, v_ptr, list_ptr, count_ptr, words_ptr, wrong_p
         n = place * TILE + part + tl.arange(0, BLOCK_N)
         score = tl.zeros([BLOCK_M, BLOCK_N], ACC)
         if CHUNK == BLOCK_D:
-            score = dot_add(q, columns_from(k_ptr, n, sk_s, S, D, 0, BLOCK_D), score, PRECISION)
+            score = dot_add(q, columns_from(k_ptr, n, sk_s, S, D16, 0, BLOCK_D), score, PRECISION)
         else:
             for d0 in range(0, BLOCK_D, CHUNK):
-                some = rows_from(q_ptr, m, sq_l, L, D, d0, CHUNK)
-                score = dot_add(some, columns_from(k_ptr, n, sk_s, S, D, d0, CHUNK), score, PRECISION)
-        v = rows_from(v_ptr, n, sv_s, S, D, 0, BLOCK_D)
+                some = rows_from(q_ptr, m, sq_l, L, D16, d0, CHUNK)
+                score = dot_add(some, columns_from(k_ptr, n, sk_s, S, D16, d0, CHUNK), score, PRECISION)
+        v = rows_from(v_ptr, n, sv_s, S, D16, 0, BLOCK_D)
         score = score * scale2
         if bias_ptr is not None:
             score = with_bias(score, bias_ptr + b * se_b + h * se_h, m[:, None], n[None, :], se_l, L, S)
@@ -128,11 +128,11 @@ def masked_attention(q, k, v, tiles, words, bias, seed, scale, dropout_p, entrop
     words = None if words is None else words.contiguous()
 
     def run(wrong, entropy):
-        options = options_of("forward", q, (s_q[2], s_k[2], s_v[2], extras.se_l or 0), wrong is not None)
+        options = options_of("forward", q, wrong is not None, extras, entropy)
         launch(
             _forward_kernel, B * H * cdiv(L, options["BLOCK_M"]), q, k, v, lists.list, lists.count, words, wrong, out, lse,
-            spread if entropy else None, *extras, bits_of(scale), H, H // max(G, 1), L, S, D, lines, columns, lists.s_b, lists.s_h,
-            *s_q, *s_k, *s_v, **options,
+            spread if entropy else None, *extras, bits_of(scale), H, H // max(G, 1), L, S, D, q.shape[3], lines, columns, lists.s_b,
+            lists.s_h, *s_q, *s_k, *s_v, **options,
         )  # fmt: skip
 
     run(None, entropy)

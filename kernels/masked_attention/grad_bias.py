@@ -26,7 +26,7 @@ from maskops.kernels.masked_attention.tiles import (
 @triton.jit
 def _grad_bias_kernel(grad_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, grad_entropy_ptr, tiles_ptr, words_ptr, out_ptr, bias_ptr,
                       se_b, se_h, se_l, seed_ptr, threshold, enlarge, scale, heads, rows, batches_each, heads_each, steps, H, GROUP,
-                      L, S, D, st_b, st_h, sg_b, sg_h, sg_l, sq_b, sq_h, sq_l, sk_b, sk_h, sk_s, sv_b, sv_h, sv_s,
+                      L, S, D16, st_b, st_h, sg_b, sg_h, sg_l, sq_b, sq_h, sq_l, sk_b, sk_h, sk_s, sv_b, sv_h, sv_s,
                       ONE_ROW: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
                       BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr):  # fmt: skip
     # One program owns BLOCK_M queries (or the one row that all share) x BLOCK_N keys of out [B or 1, heads, rows, S], and walks
@@ -55,10 +55,10 @@ def _grad_bias_kernel(grad_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, grad_en
             score = tl.zeros([BLOCK_M, BLOCK_N], ACC)
             slope = tl.zeros([BLOCK_M, BLOCK_N], ACC)
             for d0 in range(0, BLOCK_D, CHUNK):
-                some = rows_from(q, m, sq_l, L, D, d0, CHUNK)
-                score = dot_add(some, columns_from(k, n, sk_s, S, D, d0, CHUNK), score, PRECISION)
-                some = rows_from(grad_ptr + b * sg_b + h * sg_h, m, sg_l, L, D, d0, CHUNK)
-                slope = dot_add(some, columns_from(v, n, sv_s, S, D, d0, CHUNK), slope, PRECISION)
+                some = rows_from(q, m, sq_l, L, D16, d0, CHUNK)
+                score = dot_add(some, columns_from(k, n, sk_s, S, D16, d0, CHUNK), score, PRECISION)
+                some = rows_from(grad_ptr + b * sg_b + h * sg_h, m, sg_l, L, D16, d0, CHUNK)
+                slope = dot_add(some, columns_from(v, n, sv_s, S, D16, d0, CHUNK), slope, PRECISION)
             score = with_bias(score * scale2, bias_ptr + b * se_b + h * se_h, m[:, None], n[None, :], se_l, L, S)
             row = (b * H + h) * L + m
             if seed_ptr is not None:
@@ -87,12 +87,12 @@ def _grad_bias_kernel(grad_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, grad_en
 def _masked_attention_grad_bias(
     grad, grad_lse, grad_entropy, q, k, v, out, lse, entropy, tiles, words, bias, seed, scale, dropout_p
 ):
-    (B, H, L, D), (G, S) = q.shape, k.shape[1:3]
+    (B, H, L), (G, S) = q.shape[:3], k.shape[1:3]
     made = prepare(grad, grad_lse, grad_entropy, q, k, v, out, lse, entropy, words, bias, seed, dropout_p)
     (grad, s_g), (q, s_q), (k, s_k), (v, s_v), terms, words, extras = made
     batches, heads, rows = bias.shape[:3]
     one_row = rows == 1
-    options = options_of("grad_bias", q, (s_g[2], s_q[2], s_k[2], s_v[2], extras.se_l), False)
+    options = options_of("grad_bias", q, False, extras, terms[2] is not None)
     constants = {k: v for k, v in options.items() if k not in ("CAREFUL", "PARTS")} | {"ONE_ROW": one_row}
     block_m, block_n = options["BLOCK_M"], options["BLOCK_N"]
     s_t = (0, 0)
@@ -103,6 +103,6 @@ def _masked_attention_grad_bias(
     launch(
         _grad_bias_kernel, batches * heads * cdiv(rows, block_m) * cdiv(S, block_n), grad, q, k, v, *terms,
         tiles, words, result, *extras, bits_of(scale), heads, rows, B // max(batches, 1), H // max(heads, 1),
-        cdiv(L, block_m) if one_row else 1, H, H // max(G, 1), L, S, D, *s_t, *s_g, *s_q, *s_k, *s_v, **constants,
+        cdiv(L, block_m) if one_row else 1, H, H // max(G, 1), L, S, q.shape[3], *s_t, *s_g, *s_q, *s_k, *s_v, **constants,
     )  # fmt: skip
     return result

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from maskops.kernels._common import accumulator, cdiv, dot_add, launch, philox4x32, rounded, rows_of
+from maskops.kernels._common import INTERPRETED, accumulator, cdiv, dot_add, launch, philox4x32, rounded, rows_of
 
 TILE = tl.constexpr(64)
 EMPTY, FULL = tl.constexpr(-1), tl.constexpr(-2)
@@ -41,9 +41,9 @@ GRAD_BIAS = {
     4: {32: (16, 16, 16, 8, 1), 64: (16, 32, 16, 8, 1), 128: (16, 32, 16, 8, 1), 256: (16, 32, 16, 8, 1)},
     8: {32: (16, 16, 16, 8, 1), 64: (16, 16, 16, 8, 1), 128: (16, 16, 16, 8, 1), 256: (16, 16, 16, 8, 1)},
 }  # fmt: skip
-# For the careful kernels, and for rows that no 16-byte load can read: registers go to addresses and flags.
+# For the careful kernels, and for a bias whose rows no 16-byte load can read: registers go to flags and addresses.
 SMALL = {
-    2: {32: (32, 32, 32, 4, 1), 64: (32, 32, 64, 4, 1), 128: (16, 32, 64, 4, 1), 256: (16, 32, 64, 4, 1)},
+    2: {32: (32, 32, 32, 4, 1), 64: (32, 32, 64, 4, 1), 128: (16, 32, 64, 4, 1), 256: (16, 32, 64, 8, 1)},
     4: {32: (16, 32, 16, 4, 1), 64: (16, 32, 16, 4, 1), 128: (16, 16, 16, 4, 1), 256: (16, 16, 16, 8, 1)},
     8: {32: (16, 16, 16, 4, 1), 64: (16, 16, 16, 4, 1), 128: (16, 16, 16, 8, 1), 256: (16, 16, 16, 8, 1)},
 }
@@ -54,23 +54,28 @@ SMALL_KV = {
 }
 
 
-def options_of(kind, q, strides, careful):
-    """Constants and launch options of a pass over q [B, H, L, D]; strides: of the rows of all operands."""
-    D = q.shape[3]
-    channels = max(CHANNELS[0], triton.next_power_of_2(D))
-    even = all(stride % 16 == 0 for stride in (D, *strides))
+def options_of(kind, q, careful, extras, entropy):
+    """Constants and launch options of a pass over q as heads_of made it; entropy: whether it is computed, or its gradient is."""
+    channels = max(CHANNELS[0], triton.next_power_of_2(q.shape[3]))
     if kind == "grad_bias":
         configs = GRAD_BIAS
-    elif even and not careful:
-        configs = FAST[kind]
-    else:
+    elif careful or (extras.se_l or 0) % 16:
         configs = SMALL_KV if kind == "grad_kv" else SMALL
-    block_m, block_n, chunk, warps, stages = configs[q.dtype.itemsize][channels]
+    else:
+        configs = FAST[kind]
+    # Interpreted, a small tile takes as long as a large one: float64 has those of float32.
+    size = min(q.dtype.itemsize, 4) if INTERPRETED.value else q.dtype.itemsize
+    block_m, block_n, chunk, warps, stages = configs[size][channels]
+    rich = entropy or extras.bias is not None or extras.seed is not None
+    if (rich and not careful) or (size > 2 and (rich or careful)):
+        warps = 8  # a thread has fewer scores, and more registers for each
     exact = q.dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest"
     return {
         "CAREFUL": careful, "ACC": accumulator(q)[1], "PRECISION": "ieee" if exact else "tf32", "BLOCK_M": block_m,
         "BLOCK_N": block_n, "BLOCK_D": channels, "CHUNK": chunk,
         "PARTS": TILE.value // (block_m if kind == "grad_kv" else block_n), "num_warps": warps, "num_stages": stages,
+        # Left to itself, the assembler spills a few registers to keep one more block on a multiprocessor.
+        "maxnreg": 255,
     }  # fmt: skip
 
 
@@ -232,14 +237,14 @@ def _wrong_kernel(x_ptr, y_ptr, wrong_ptr, heads, rows, D, tiles, sx_b, sx_h, sx
 
 
 def wrong_tiles(x, y=None):
-    """int32 [B, heads, rows / TILE]: whether a tile of x, or of y, has NaN or inf.  Both with contiguous rows."""
+    """int32 [B, heads, rows / TILE]: whether a tile of x, or of y, has NaN or inf; both as heads_of made them."""
     B, heads, rows, D = x.shape
     tiles = cdiv(rows, TILE.value)
     wrong = torch.empty((B, heads, tiles), dtype=torch.int32, device=x.device)
     block_d = max(16, triton.next_power_of_2(D))
-    s_y = (0, 0, 0) if y is None else y.stride()[:3]
+    s_y = (0, 0, 0) if y is None else strides_of(y)
     launch(
-        _wrong_kernel, B * heads * tiles, x, y, wrong, heads, rows, D, tiles, *x.stride()[:3], *s_y,
+        _wrong_kernel, B * heads * tiles, x, y, wrong, heads, rows, D, tiles, *strides_of(x), *s_y,
         BLOCK_R=min(64, 8192 // x.element_size() // block_d), BLOCK_D=block_d, num_warps=4,
     )  # fmt: skip
     return wrong
@@ -320,6 +325,18 @@ def checked(total, dtype: tl.constexpr):
 
 
 def heads_of(x):
-    """(x with contiguous rows, its strides of batch, head, row)"""
-    x = rows_of(x)
-    return x, x.stride()[:3]
+    """(x, its strides of batch, head and row), copied unless 16-byte loads can read every row: channels side by side, their number
+    and the strides multiples of 16. Channels that a copy adds are zeros."""
+    D = x.shape[3]
+    if D % 16:
+        padded = x.new_zeros((*x.shape[:3], cdiv(D, 16) * 16))
+        padded[..., :D] = x
+        x = padded
+    elif x.stride(3) != 1 or any(stride % 16 for stride in strides_of(x)):
+        x = x.contiguous()
+    return x, strides_of(x)
+
+
+def strides_of(x):
+    """Of the first three axes, 0 where there is but one."""
+    return tuple(0 if size == 1 else stride for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True))

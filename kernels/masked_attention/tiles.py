@@ -67,7 +67,7 @@ def options_of(kind, q, careful, extras, entropy):
     size = min(q.dtype.itemsize, 4) if INTERPRETED.value else q.dtype.itemsize
     block_m, block_n, chunk, warps, stages = configs[size][channels]
     rich = entropy or extras.bias is not None or extras.seed is not None
-    if (rich and not careful) or (size > 2 and (rich or careful)):
+    if size == 4 if careful else rich:
         warps = 8  # a thread has fewer scores, and more registers for each
     exact = q.dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest"
     return {

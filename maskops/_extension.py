@@ -47,6 +47,12 @@ def isa_in_use() -> str:
     return ("portable", "avx2", "avx512")[ctypes.CDLL(str(path_of("_C"))).maskops_isa_in_use()]
 
 
+def cpu_facts() -> dict[str, object]:
+    """What torch knows of the CPU: cpu_name, amx_bf16 and more; {} where it cannot tell."""
+    ask = getattr(torch.cpu, "get_capabilities", None)  # not in every torch that maskops runs on
+    return {} if ask is None else ask()
+
+
 def cuda_archs() -> str:
     """The architectures that _C_cuda was built for, "75 80 90"; "none built" without it."""
     if _STATUS.get("_C_cuda") != "loaded":

@@ -210,6 +210,7 @@ def _facts() -> dict[str, str]:
         "torch": torch.__version__,
         "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
     }
+    facts["cpu"] = str(_extension.cpu_facts().get("cpu_name", "unknown"))
     status = _extension.status()
     if status.get("_host") == "loaded":
         from maskops import _host

@@ -11,7 +11,7 @@ from maskops._checks import fail
 from maskops.nn import NMLinear, SoftNMLinear
 from maskops.one_shot import InputStatistics, magnitude_mask, sparsegpt, wanda_mask
 from maskops.ops.nm_matmul import nm_patterns
-from maskops.ops.nm_matmul.cost import linear_path
+from maskops.ops.nm_matmul.cost import Estimate, against_dense
 from maskops.ops.nm_matmul.sizes import pattern
 from maskops.ops.nm_matmul.soft import MOST_PATTERNS
 
@@ -33,6 +33,7 @@ class LayerReport(NamedTuple):
         kept_norm: sum((W * mask)^2) / sum(W^2) of the weight before, 1 for a layer that stayed dense.
         path: "sparse", "learning" (a SoftNMLinear) or "dense".
         reason: why.
+        speedup: expected time of the dense layer / that of the sparse one on this machine; None where nothing is known.
     """
 
     name: str
@@ -41,6 +42,7 @@ class LayerReport(NamedTuple):
     kept_norm: float
     path: str
     reason: str
+    speedup: float | None = None
 
 
 class SparsifyReport(list[LayerReport]):
@@ -54,7 +56,11 @@ class SparsifyReport(list[LayerReport]):
         ]
         widths = [max(map(len, column)) for column in zip(head, *cells, strict=True)]
         lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in (head, *cells)]
-        return "\n".join([*lines, f"{sum(r.path != 'dense' for r in self)} of {len(self)} layers converted"])
+        lines.append(f"{sum(r.path != 'dense' for r in self)} of {len(self)} layers converted")
+        slower = sum(r.path != "dense" and r.speedup is not None and r.speedup < 1 for r in self)
+        if slower:
+            lines.append(f"{slower} of them are expected to be slower on this machine than the dense layers were")
+        return "\n".join(lines)
 
 
 def sparsify_(
@@ -81,7 +87,8 @@ def sparsify_(
             calibration, else "magnitude". The weights stay what they were.
         prior_strength: how many standard deviations of the initial logits the prior is worth; 0: no prior.
         rows: rows of x in a call of a layer, for judging whether sparse is faster. Default: the mean in calibration, else 256.
-        only_if_faster: leave a layer dense where maskops expects the sparse product to be slower.
+        only_if_faster: leave a layer dense where maskops expects the sparse product to be slower: on this machine, with these rows
+            and torch's number of threads. The report has the estimate in any case; on a CPU it is off by a fifth or so.
 
     Returns:
         SparsifyReport: a list of LayerReport, one per layer; str() is a table.
@@ -101,7 +108,8 @@ def sparsify_(
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.GELU(), torch.nn.Linear(64, 8))
-        >>> report = maskops.sparsify_(model, 2, 4, "wanda", lambda name, layer: name != "2", [torch.randn(32, 64)])
+        >>> inner, batches = lambda name, layer: name != "2", [torch.randn(32, 64)]
+        >>> report = maskops.sparsify_(model, 2, 4, "wanda", inner, batches, only_if_faster=False)
         >>> model[0], [row.name for row in report]
         (NMLinear(in_features=64, out_features=64, pattern=2:4, bias=True), ['0'])
     """
@@ -112,21 +120,33 @@ def sparsify_(
     chosen = _linears(model, filter)
     dense = {name: why for name in chosen if (why := _refusal(model, name, m, learned))}
     before = {name: layer.weight.detach().clone() for name, layer in chosen.items() if name not in dense}
-    masks: dict[str, Tensor] = {}
-    for stage in _stages(before):
-        layers = {name: chosen[name] for name in stage}
-        seen = collect(model, layers, batches, gram=one_shot == "sparsegpt") if batches else dict.fromkeys(stage)
-        dense |= {
-            name: why for name in stage if (why := _left_dense(layers[name], n, m, seen[name], rows, only_if_faster))
-        }
-        masks |= {name: prune_(layers[name], n, m, one_shot, seen[name]) for name in stage if name not in dense}
+    masks, estimates = _prune_in_stages(model, chosen, dense, n, m, one_shot, batches, rows, only_if_faster)
     for name, mask in masks.items():
         if learned:
             chosen[name].weight.data.copy_(before[name])
         model.set_submodule(name, _converted(chosen[name], n, m, mask, learned, prior_strength))
-    report = {name: _row(name, before[name], mask, method, one_shot) for name, mask in masks.items()}
+    report = {name: _row(name, before[name], mask, method, one_shot, estimates[name]) for name, mask in masks.items()}
     report |= {name: _dense_row(name, chosen[name], why) for name, why in dense.items()}
     return SparsifyReport(report[name] for name in chosen)
+
+
+def _prune_in_stages(
+    model: nn.Module, chosen: dict[str, nn.Linear], dense: dict[str, str], n: int, m: int, method: str, batches: list | None,
+    rows: int | None, only_if_faster: bool,
+) -> tuple[dict[str, Tensor], dict[str, Estimate]]:  # fmt: skip
+    """Prune block after block, each on the inputs that the pruned ones before give: masks and expectations of the pruned layers.
+
+    dense: why a layer is left alone; layers that turn out to be better left dense are added.
+    """
+    masks: dict[str, Tensor] = {}
+    estimates: dict[str, Estimate] = {}
+    for stage in _stages(name for name in chosen if name not in dense):
+        layers = {name: chosen[name] for name in stage}
+        seen = collect(model, layers, batches, gram=method == "sparsegpt") if batches else dict.fromkeys(stage)
+        estimates |= {name: _estimate(layers[name], n, m, seen[name], rows) for name in stage}
+        dense |= {name: why for name in stage if (why := _left_dense(seen[name], estimates[name], only_if_faster))}
+        masks |= {name: prune_(layers[name], n, m, method, seen[name]) for name in stage if name not in dense}
+    return masks, estimates
 
 
 def add_prior_(layer: SoftNMLinear, mask: Tensor, strength: float) -> None:
@@ -251,31 +271,32 @@ def _refusal(model: nn.Module, name: str, m: int, learned: bool) -> str:
     return ""
 
 
-def _left_dense(
-    layer: nn.Linear, n: int, m: int, seen: InputStatistics | None, rows: int | None, only_if_faster: bool
-) -> str:
-    """Why this layer stays dense, now that its inputs are known; empty if it does not."""
+def _estimate(layer: nn.Linear, n: int, m: int, seen: InputStatistics | None, rows: int | None) -> Estimate:
+    """What this layer would gain, now that its inputs are known."""
+    if rows is None:
+        rows = USUAL_ROWS if seen is None else max(1, seen.rows // max(1, seen.calls))
+    weight = layer.weight
+    return against_dense(rows, *weight.shape, n, m, weight.dtype, weight.device.type)
+
+
+def _left_dense(seen: InputStatistics | None, estimate: Estimate, only_if_faster: bool) -> str:
+    """Why this layer stays dense; empty if it does not."""
     if seen is not None and not seen.calls:
         return "calibration never called it"
-    if rows is None:
-        rows = USUAL_ROWS if seen is None else max(1, seen.rows // seen.calls)
-    weight = layer.weight
-    path, reason = linear_path(rows, *weight.shape, n, m, weight.dtype, weight.device.type)
-    return reason if only_if_faster and path == "dense" else ""
+    return estimate.reason if only_if_faster and estimate.path == "dense" else ""
 
 
 def _dense_row(name: str, layer: nn.Linear, why: str) -> LayerReport:
     return LayerReport(name, tuple(layer.weight.shape), "", 1.0, "dense", why)
 
 
-def _row(name: str, before: Tensor, mask: Tensor, method: str, one_shot: str) -> LayerReport:
+def _row(name: str, before: Tensor, mask: Tensor, method: str, one_shot: str, estimate: Estimate) -> LayerReport:
     squares = before.double().square()
     kept = (squares * mask).sum() / squares.sum() if squares.any() else torch.ones(())
+    path, reason = "sparse", estimate.reason
     if method == "learned":
-        return LayerReport(
-            name, tuple(before.shape), method, kept.item(), "learning", f"starts from the mask of {one_shot}"
-        )
-    return LayerReport(name, tuple(before.shape), method, kept.item(), "sparse", "")
+        path, reason = "learning", f"starts from the mask of {one_shot}; once hardened {reason}"
+    return LayerReport(name, tuple(before.shape), method, kept.item(), path, reason, estimate.speedup)
 
 
 def _converted(layer: nn.Linear, n: int, m: int, mask: Tensor, learned: bool, strength: float) -> nn.Module:

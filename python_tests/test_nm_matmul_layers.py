@@ -15,7 +15,6 @@ from torch import Tensor, nn
 import maskops
 from maskops._backends import has_kernel
 from maskops.nn import BitmaskLinear, NMLinear, SoftNMLinear
-from maskops.ops.nm_matmul.cost import linear_path
 from maskops.reference import nm_matmul as reference
 
 
@@ -46,23 +45,6 @@ def test_a_weight_goes_through_a_compiled_function_as_one_argument() -> None:
     weight, x = maskops.nm_compress(pruned(6, 20, 2, 4), 2, 4), torch.randn(3, 20)
     compiled = torch.compile(maskops.nm_linear, fullgraph=True, dynamic=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x, weight), maskops.nm_linear(x, weight))
-
-
-def test_auto_takes_the_dense_path_where_little_is_pruned() -> None:
-    sparse, dense = (maskops.nm_compress(pruned(6, 32, n, m), n, m) for n, m in ((3, 4), (7, 8)))
-    x = torch.randn(3, 32, requires_grad=True)
-    assert "auto takes the sparse path" in maskops.explain("nm_linear", x, sparse)
-    assert "auto takes the dense path (decompress, then torch's dense linear): " in maskops.explain(
-        "nm_linear", x, dense
-    )
-    assert "path" not in maskops.explain("nm_linear") and "path" not in maskops.explain("nm_compress", x)
-    assert linear_path(1, 1, 1, 25, 32, torch.float32, "cpu")[0] == "dense"
-    dense.requires_grad_()
-    auto, named = maskops.nm_linear(x, dense), maskops.nm_linear(x, dense, backend="reference")
-    torch.testing.assert_close(auto, named)
-    grads = [torch.autograd.grad(y.square().sum(), (x, dense.values)) for y in (auto, named)]
-    for a, b in zip(*grads, strict=True):
-        torch.testing.assert_close(a, b)
 
 
 # ---------------------------------------------------------------- bit-packed masks

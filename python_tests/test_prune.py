@@ -14,6 +14,7 @@ from torch import nn
 import maskops
 from maskops.nn import NMLinear, SoftNMLinear
 from maskops.one_shot import sparsegpt
+from maskops.ops.nm_matmul.cost import Estimate
 from maskops.sparsify import METHODS
 
 pytest.importorskip("safetensors")
@@ -127,15 +128,18 @@ def test_only_if_faster_follows_the_cost_model(monkeypatch: pytest.MonkeyPatch) 
 
     seen = []
 
-    def path(rows: int, outputs: int, *rest: object) -> tuple[str, str]:
+    def estimate(rows: int, outputs: int, *rest: object) -> Estimate:
         seen.append(rows)
-        return ("dense", "too narrow") if outputs == 8 else ("sparse", "fast")
+        return Estimate("dense", "too narrow", 0.5) if outputs == 8 else Estimate("sparse", "fast", 2.0)
 
-    monkeypatch.setattr(module, "linear_path", path)
+    monkeypatch.setattr(module, "against_dense", estimate)
     model = make_mlp()
     report = maskops.sparsify_(model, 2, 4, calibration=[correlated(100, 1), correlated(60, 2)])
     assert [(row.path, row.reason) for row in report][2] == ("dense", "too narrow") and type(model[4]) is nn.Linear
-    assert set(seen) == {80}
+    assert set(seen) == {80} and "slower" not in str(report)
+    forced = maskops.sparsify_(make_mlp(), 2, 4, only_if_faster=False)
+    assert [row.speedup for row in forced] == [2.0, 2.0, 0.5] and forced[2].reason == "too narrow"
+    assert "1 of them are expected to be slower on this machine than the dense layers were" in str(forced)
 
 
 def test_training_flags_hooks_and_frozen_parameters_stay() -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from maskops._backends import find_op, public
 from maskops._checks import check_tensor
 from maskops._registry import OpSpec, define_op
-from maskops.ops.nm_matmul.cost import linear_path
+from maskops.ops.nm_matmul.cost import against_dense, linear_path
 from maskops.ops.nm_matmul.sizes import (
     as_rows,
     check_bias,
@@ -24,16 +24,14 @@ from maskops.reference import nm_matmul as reference
 FUNCTION = "nm_linear"
 
 
-def _path(x: Tensor, weight: NMWeight) -> tuple[str, str]:
-    return linear_path(as_rows(x).shape[0], *weight.shape, weight.n, weight.m, x.dtype, x.device.type)
-
-
 def _explain_path(x: Tensor, weight: NMWeight, *rest: Any) -> str:
-    """For maskops.explain: what backend="auto" does with these arguments."""
+    """For maskops.explain: what backend="auto" does with these arguments, and what a dense layer would make of them."""
     _check_arguments(x, weight)
-    path, reason = _path(x, weight)
+    path, reason = linear_path(weight.n, weight.m)
     ways = {"sparse": "the sparse kernel", "dense": "decompress, then torch's dense linear"}
-    return f"auto takes the {path} path ({ways[path]}): {reason}"
+    rows = as_rows(x).shape[0]
+    estimate = against_dense(rows, *weight.shape, weight.n, weight.m, x.dtype, x.device.type)
+    return f"auto takes the {path} path ({ways[path]}): {reason}\n  {estimate.reason}"
 
 
 @public("nm_matmul_linear", path=_explain_path)
@@ -69,7 +67,7 @@ def nm_linear(x: Tensor, weight: NMWeight, bias: Tensor | None = None, *, backen
         [[11.5, 5.0]]
     """
     _check_arguments(x, weight)
-    if backend == "auto" and _path(x, weight)[0] == "dense":
+    if backend == "auto" and linear_path(weight.n, weight.m)[0] == "dense":
         if not torch.is_autocast_enabled(x.device.type):  # which casts before anything is checked
             _check(as_rows(x), weight.values, weight.indices, bias, weight.n, weight.m)
         return F.linear(x, weight.to_dense(), bias)

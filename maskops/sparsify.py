@@ -2,12 +2,13 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from maskops._checks import fail
+from maskops._checks import FLOATS, fail
 from maskops.nn import NMLinear, SoftNMLinear
 from maskops.one_shot import InputStatistics, magnitude_mask, sparsegpt, wanda_mask
 from maskops.ops.nm_matmul import nm_patterns
@@ -95,12 +96,13 @@ def sparsify_(
 
     Notes:
         These stay dense, with the reason in the report: layers with a shared weight, layers whose weight a module of PyTorch reads
-        around their forward (nn.MultiheadAttention, nn.TransformerEncoderLayer), layers that calibration never called, and for
-        "learned" layers with K not divisible by m. Optimisers must be made anew: the parameters are other ones. Deterministic but
-        for the initial logits of "learned", which PyTorch's generator draws.
+        around their forward (nn.MultiheadAttention, nn.TransformerEncoderLayer), layers that calibration never called, weights
+        without values of a floating dtype, and for "learned" layers with K not divisible by m. Optimisers must be made anew: the
+        parameters are other ones. Deterministic but for the initial logits of "learned", which PyTorch's generator draws.
 
     Raises:
-        ValueError: unknown method or prior, n and m out of range, calibration missing, empty or not finite.
+        ValueError: unknown method or prior, n and m out of range, calibration missing, empty or not finite. After an error of any
+        kind, one of the model's own among them, the model is what it was.
 
     Source:
         Zhu and Gupta, 2017, arXiv 1710.01878; Wanda: Sun et al., 2023, arXiv 2306.11695; SparseGPT: Frantar and Alistarh, 2023,
@@ -120,14 +122,30 @@ def sparsify_(
     chosen = _linears(model, filter)
     dense = {name: why for name in chosen if (why := _refusal(model, name, m, learned))}
     before = {name: layer.weight.detach().clone() for name, layer in chosen.items() if name not in dense}
-    masks, estimates = _prune_in_stages(model, chosen, dense, n, m, one_shot, batches, rows, only_if_faster)
-    for name, mask in masks.items():
+    with _restored_on_error(chosen, before):
+        masks, estimates = _prune_in_stages(model, chosen, dense, n, m, one_shot, batches, rows, only_if_faster)
         if learned:
-            chosen[name].weight.data.copy_(before[name])
-        model.set_submodule(name, _converted(chosen[name], n, m, mask, learned, prior_strength))
-    report = {name: _row(name, before[name], mask, method, one_shot, estimates[name]) for name, mask in masks.items()}
+            _restore(chosen, before)
+        new = {name: _converted(chosen[name], n, m, mask, learned, prior_strength) for name, mask in masks.items()}
+        report = {name: _row(name, before[name], masks[name], method, one_shot, estimates[name]) for name in masks}
+    for name, layer in new.items():
+        model.set_submodule(name, layer)
     report |= {name: _dense_row(name, chosen[name], why) for name, why in dense.items()}
     return SparsifyReport(report[name] for name in chosen)
+
+
+@contextmanager
+def _restored_on_error(chosen: dict[str, nn.Linear], before: dict[str, Tensor]) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:  # an interrupt, too, must not leave half a model
+        _restore(chosen, before)
+        raise
+
+
+def _restore(chosen: dict[str, nn.Linear], before: dict[str, Tensor]) -> None:
+    for name, weight in before.items():
+        chosen[name].weight.data.copy_(weight)
 
 
 def _prune_in_stages(
@@ -256,6 +274,8 @@ def _refusal(model: nn.Module, name: str, m: int, learned: bool) -> str:
         return "it is the model itself"
     if type(layer) is not nn.Linear:
         return f"its type is {type(layer).__name__}, whose weight may be read around its forward"
+    if layer.weight.dtype not in FLOATS or layer.weight.is_meta:
+        return f"its weight is {'on the meta device' if layer.weight.is_meta else str(layer.weight.dtype)[6:]}"
     if isinstance(parent, (nn.TransformerEncoderLayer, nn.MultiheadAttention)):
         return f"{type(parent).__name__} reads its weight around its forward"
     owners = [
@@ -287,7 +307,7 @@ def _left_dense(seen: InputStatistics | None, estimate: Estimate, only_if_faster
 
 
 def _dense_row(name: str, layer: nn.Linear, why: str) -> LayerReport:
-    return LayerReport(name, tuple(layer.weight.shape), "", 1.0, "dense", why)
+    return LayerReport(name, (layer.out_features, layer.in_features), "", 1.0, "dense", why)
 
 
 def _row(name: str, before: Tensor, mask: Tensor, method: str, one_shot: str, estimate: Estimate) -> LayerReport:

@@ -181,6 +181,56 @@ def test_errors_leave_the_model_alone(options: dict, message: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before.parameters(), strict=True))
 
 
+class FailsAtCall(nn.Module):
+    """Passes its input on, but for one call."""
+
+    def __init__(self, call: int, error: BaseException):
+        super().__init__()
+        self.left, self.error = call, error
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.left -= 1
+        if not self.left:
+            raise self.error
+        return x
+
+
+@pytest.mark.parametrize("error", [RuntimeError("broken"), KeyboardInterrupt("broken")])
+def test_a_failure_in_the_middle_leaves_the_model_as_it_was(error: BaseException) -> None:
+    model, before = make_mlp(), make_mlp()
+    model.insert(3, FailsAtCall(2, error))
+    with pytest.raises(type(error), match="broken"):
+        maskops.sparsify_(model, 2, 4, "sparsegpt", calibration=[correlated(8, 1)], only_if_faster=False)
+    assert [type(layer) for layer in model[:3]] == [nn.Linear, nn.GELU, nn.Linear]
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before.parameters(), strict=True))
+    assert not model[0]._forward_pre_hooks and model.training
+
+
+def test_a_failing_conversion_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    convert, calls = NMLinear.from_dense, []
+
+    def fails_at_the_second(*args: object, **options: object) -> NMLinear:
+        calls.append(1)
+        if len(calls) == 2:
+            raise RuntimeError("no memory")
+        return convert(*args, **options)
+
+    monkeypatch.setattr(NMLinear, "from_dense", fails_at_the_second)
+    model, before = make_mlp(), make_mlp()
+    with pytest.raises(RuntimeError, match="no memory"):
+        maskops.sparsify_(model, 2, 4, only_if_faster=False)
+    assert type(model[0]) is nn.Linear
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before.parameters(), strict=True))
+
+
+def test_layers_without_values_stay_dense() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.LazyLinear(8), nn.Linear(8, 8), nn.Linear(8, 8, device="meta"))
+    model[2].weight = nn.Parameter(torch.ones(8, 8, dtype=torch.int8), requires_grad=False)
+    reasons = [row.reason for row in maskops.sparsify_(model, 2, 4, only_if_faster=False)]
+    assert type(model[0]) is NMLinear and "LazyLinear" in reasons[1]
+    assert reasons[2:] == ["its weight is int8", "its weight is on the meta device"]
+
+
 # ---------------------------------------------------------------- prune
 
 

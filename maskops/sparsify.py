@@ -158,12 +158,18 @@ def _prune_in_stages(
     """
     masks: dict[str, Tensor] = {}
     estimates: dict[str, Estimate] = {}
+    calls = rows_seen = 0
     for stage in _stages(name for name in chosen if name not in dense):
         layers = {name: chosen[name] for name in stage}
         seen = collect(model, layers, batches, gram=method == "sparsegpt") if batches else dict.fromkeys(stage)
+        if batches:
+            calls += sum(sums.calls for sums in seen.values())
+            rows_seen += sum(sums.rows for sums in seen.values())
         estimates |= {name: _estimate(layers[name], n, m, seen[name], rows) for name in stage}
         dense |= {name: why for name in stage if (why := _left_dense(seen[name], estimates[name], only_if_faster))}
         masks |= {name: prune_(layers[name], n, m, method, seen[name]) for name in stage if name not in dense}
+    if calls and not rows_seen:
+        fail(FUNCTION, "calibration", "give the layers at least one row", f"none in {len(batches)} batches")
     return masks, estimates
 
 
@@ -194,7 +200,7 @@ def collect(
     statistics = {name: InputStatistics(layer, gram=gram) for name, layer in layers.items()}
     modes = [(module, module.training) for module in model.modules()]
     hooks = [
-        layer.register_forward_pre_hook(lambda _, inputs, sums=statistics[name]: sums.add(inputs[0]))
+        layer.register_forward_pre_hook(_adding_to(statistics[name]), with_kwargs=True)
         for name, layer in layers.items()
     ]
     model.eval()
@@ -214,6 +220,13 @@ def collect(
         if not sums.squares.isfinite().all():
             fail(FUNCTION, "calibration", f"give {name} finite inputs", "NaN or inf")
     return statistics
+
+
+def _adding_to(sums: InputStatistics) -> Callable:
+    def hook(_: nn.Module, inputs: tuple, named: dict[str, Tensor]) -> None:
+        sums.add(inputs[0] if inputs else named["input"])
+
+    return hook
 
 
 def prune_(layer: nn.Linear, n: int, m: int, method: str, seen: InputStatistics | None) -> Tensor:
@@ -301,8 +314,8 @@ def _estimate(layer: nn.Linear, n: int, m: int, seen: InputStatistics | None, ro
 
 def _left_dense(seen: InputStatistics | None, estimate: Estimate, only_if_faster: bool) -> str:
     """Why this layer stays dense; empty if it does not."""
-    if seen is not None and not seen.calls:
-        return "calibration never called it"
+    if seen is not None and not seen.rows:
+        return "calibration gave it no row" if seen.calls else "calibration never called it"
     return estimate.reason if only_if_faster and estimate.path == "dense" else ""
 
 

@@ -171,6 +171,14 @@ def test_learned_keeps_the_weights_and_starts_from_the_prior() -> None:
         ({"prior": "wanda"}, "prior must be None unless method is \"learned\", got 'wanda'"),
         ({"method": "learned", "prior": "x"}, "prior must be one of magnitude, wanda, sparsegpt, got 'x'"),
         ({"method": "wanda", "calibration": [torch.full((2, 64), torch.nan)]}, "calibration must give 0 finite inputs"),
+        (
+            {"method": "wanda", "calibration": [torch.zeros(0, 64)] * 2},
+            "calibration must give the layers at least one row, got none in 2",
+        ),
+        (
+            {"method": "sparsegpt", "calibration": [torch.zeros(0, 64)]},
+            "calibration must give the layers at least one row",
+        ),
         ({"n": 4}, r"n and m must satisfy 1 <= n < m <= 32, got \(4, 4\)"),
     ],
 )
@@ -179,6 +187,24 @@ def test_errors_leave_the_model_alone(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         maskops.sparsify_(model, **{"n": 2, "m": 4, **options})
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before.parameters(), strict=True))
+
+
+class Routed(nn.Module):
+    """Two experts, of which one gets no rows, and a layer that is called by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts, self.out = nn.ModuleList(nn.Linear(8, 8) for _ in range(2)), nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(input=torch.cat([self.experts[0](x), self.experts[1](x[:0])]))
+
+
+def test_a_layer_without_rows_stays_dense() -> None:
+    model = Routed()
+    report = maskops.sparsify_(model, 2, 4, "sparsegpt", calibration=[torch.randn(4, 8)], only_if_faster=False)
+    assert [row.path for row in report] == ["sparse", "dense", "sparse"]
+    assert report[1].reason == "calibration gave it no row"
 
 
 class FailsAtCall(nn.Module):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -78,8 +79,9 @@ def load_model(checkpoint: Path, model: nn.Module) -> None:
     """Copy the saved weights into `model`."""
     try:
         model.load_state_dict(load_file(checkpoint / "model.safetensors"))
-    except (OSError, RuntimeError) as error:
-        raise CheckpointError(f"{checkpoint} does not fit this model: {error}") from error
+    except (OSError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())  # torch gives a list over several lines
+        raise CheckpointError(f"{checkpoint} does not fit this model: {reason}") from error
 
 
 def load_optimizer(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from maskops import checkpoint
+from maskops._checks import fail
 from maskops.checkpoint import CheckpointError
 from maskops.models import byte_lm, maskllm
 from maskops.models.byte_lm import ByteLM, ByteLMConfig, Text, perplexity
@@ -64,7 +65,7 @@ def prune(settings: Settings, say: Callable[[str], None] = print) -> Result:
     """Train or load a dense model, prune it, compare both on held-out text, write the compressed checkpoint.
 
     Raises:
-        ValueError: unknown method, a pattern that is none, or a text that is empty or too short.
+        ValueError: unknown method, a pattern that is none, or one that cannot be learned, or a text that is empty or too short.
         FileNotFoundError: a text is missing.
         CheckpointError: settings.model holds no model, or settings.out holds a run already.
     """
@@ -76,6 +77,8 @@ def prune(settings: Settings, say: Callable[[str], None] = print) -> Result:
     check_files(settings.text)
     torch.manual_seed(settings.seed)
     model = _dense_model(settings)
+    if settings.method == "learned":
+        _check_learnable(model, settings.n, settings.m)
     text = read_text(settings.text, model.config.context)
     if model.training:
         _train(model, text, settings)
@@ -113,21 +116,40 @@ def read_text(paths: list[Path], context: int) -> Text:
 def load(path: Path) -> ByteLM:
     """A dense or pruned model: the folder that `maskops prune` wrote, or a model.safetensors beside its config.json."""
     folder = path.parent if path.suffix == ".safetensors" else path
+    model = _model_of(folder, _config_in(folder))
+    checkpoint.load_model(folder, model)
+    return model.eval()
+
+
+def _config_in(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads((folder / "config.json").read_text())
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:  # no JSON, or not even text
         raise CheckpointError(f"{folder} holds no model: {error}") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{folder} holds no model: config.json holds a {type(config).__name__}, not an object")
     if config.get("system") != SYSTEM:
         raise CheckpointError(f"{folder} holds a model of the system {config.get('system')!r}, not {SYSTEM!r}")
-    model = ByteLM(ByteLMConfig(**config["sizes"]))
-    for name, (n, m) in config["sparse"].items():
-        # Any weight of the right pattern will do: its values and places are replaced by the saved ones.
-        linear = model.get_submodule(name)
-        model.set_submodule(name, NMLinear.from_dense(linear, n, m, mask=nm_mask(linear.weight.abs(), n, m)))
-    checkpoint.load_model(folder, model)
-    for name in config["sparse"]:
-        model.get_submodule(name).weight.check()
-    return model.eval()
+    return config
+
+
+def _model_of(folder: Path, config: dict[str, Any]) -> ByteLM:
+    """The model that a config describes, its values still to be loaded."""
+    sizes, sparse = config.get("sizes"), config.get("sparse")
+    where = f"{folder / 'config.json'} describes no model"
+    if not isinstance(sizes, dict) or not all(type(size) is int for size in sizes.values()):
+        raise CheckpointError(f"{where}: sizes must be an object of int, got {sizes!r}")
+    if not isinstance(sparse, dict) or not all(isinstance(nm, list) and len(nm) == 2 for nm in sparse.values()):
+        raise CheckpointError(f"{where}: sparse must be an object of [n, m], got {sparse!r}")
+    try:
+        model = ByteLM(ByteLMConfig(**sizes))
+        for name, (n, m) in sparse.items():
+            # Any weight of the right pattern will do: its values and places are replaced by the saved ones.
+            linear = model.get_submodule(name)
+            model.set_submodule(name, NMLinear.from_dense(linear, n, m, mask=nm_mask(linear.weight.abs(), n, m)))
+    except (AttributeError, TypeError, ValueError, RuntimeError) as error:  # RuntimeError: sizes that no memory holds
+        raise CheckpointError(f"{where}: {error}") from error
+    return model
 
 
 def config_of(model: ByteLM) -> dict[str, Any]:
@@ -146,7 +168,8 @@ def _dense_model(settings: Settings) -> ByteLM:
     found, earlier = settings.model, settings.out / "dense"
     if found is None and settings.resume and (earlier / "config.json").exists():
         found = earlier
-        saved, now = json.loads((found / "config.json").read_text()).get("training", {}), _training_of(settings)
+        saved, now = _config_in(found).get("training"), _training_of(settings)
+        saved = saved if isinstance(saved, dict) else {}
         different = [f"{name} was {saved.get(name)}, now {now[name]}" for name in now if saved.get(name) != now[name]]
         if different:
             raise CheckpointError(f"{found} was trained with other settings: {'; '.join(different)}")
@@ -156,6 +179,14 @@ def _dense_model(settings: Settings) -> ByteLM:
     if config_of(model)["sparse"]:
         raise CheckpointError(f"{found} holds a model that is pruned already")
     return model
+
+
+def _check_learnable(model: ByteLM, n: int, m: int) -> None:
+    """sparsify_ leaves a layer dense whose inputs m does not divide: if that is every layer, there is nothing to learn."""
+    inputs = {layer.in_features for name, layer in model.named_modules() if type(layer) is nn.Linear and name != "head"}
+    if all(size % m for size in inputs):
+        sizes = " or ".join(map(str, sorted(inputs)))
+        fail("prune", "m", f"divide the inputs of a layer, {sizes}, for masks to be learned", f"{n}:{m}")
 
 
 def _training_of(settings: Settings) -> dict[str, Any]:

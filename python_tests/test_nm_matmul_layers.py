@@ -40,6 +40,18 @@ def test_any_leading_shape() -> None:
     assert maskops.nm_linear(x[:0], weight, bias).shape == (0, 3, 6)
 
 
+@pytest.mark.parametrize("value", [1.0, math.nan, math.inf])
+def test_without_outputs_or_inputs(value: float) -> None:
+    for outputs, inputs, rows in ((0, 8, 3), (3, 0, 3), (0, 0, 3), (0, 8, 0), (3, 0, 0)):
+        weight, bias = maskops.nm_compress(torch.zeros(outputs, inputs), 2, 4), torch.ones(outputs)
+        for backend in ("auto", *backends("_nm_matmul_linear_backward")):
+            x, values = torch.full((rows, inputs), value, requires_grad=True), weight.values.clone().requires_grad_()
+            y = maskops.nm_linear(x, weight._replace(values=values), bias, backend=backend)
+            assert torch.equal(y, torch.ones(rows, outputs)), backend
+            grad_x, grad_values = torch.autograd.grad(y.sum(), (x, values))
+            assert grad_x.shape == x.shape and (grad_x == 0).all() and grad_values.shape == values.shape, backend
+
+
 def test_a_weight_goes_through_a_compiled_function_as_one_argument() -> None:
     torch._dynamo.reset()
     weight, x = maskops.nm_compress(pruned(6, 20, 2, 4), 2, 4), torch.randn(3, 20)

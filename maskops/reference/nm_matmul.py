@@ -107,7 +107,8 @@ def nm_matmul_linear(x: Tensor, values: Tensor, indices: Tensor, bias: Tensor | 
     else:
         # In the dense product NaN and inf of x would reach, through 0 * NaN, outputs that keep no weight there.
         rows, columns = pad(rows, (0, 1)), columns_of(indices, n, m, K)
-        y = torch.stack([rows[:, at] @ kept for at, kept in zip(columns, weight, strict=True)], 1)
+        outputs = [rows[:, at] @ kept for at, kept in zip(columns, weight, strict=True)]
+        y = torch.stack(outputs, 1) if outputs else rows.new_empty(rows.shape[0], 0)
     return (y if bias is None else y + bias.to(dtype)).to(x.dtype)
 
 

@@ -125,6 +125,22 @@ def test_transposable_sizes() -> None:
         maskops.nm_mask(torch.zeros(3, 8, 8), 2, 4, dim=0, transposable=True)
 
 
+@pytest.mark.parametrize("n,m", [(2, 4), (3, 8)])
+def test_transposable_masks_under_vmap(n: int, m: int) -> None:
+    scores = torch.randn(3, 2, m, 2 * m)
+
+    def mask(part: Tensor) -> Tensor:
+        return maskops.nm_mask(part, n, m, transposable=True)
+
+    expected = mask(scores)
+    assert torch.equal(torch.vmap(mask)(scores), expected)
+    assert torch.equal(torch.vmap(torch.vmap(mask))(scores), expected)
+    assert torch.equal(torch.vmap(mask, in_dims=-1)(scores.movedim(0, -1)), expected)
+    assert not mask(scores.requires_grad_()).requires_grad
+    with pytest.raises(ValueError, match=rf"nm_mask: scores must have shape .*, got float32 \[{2 * m}\]"):
+        torch.vmap(mask)(scores[0, 0])
+
+
 # ---------------------------------------------------------------- validation
 
 

@@ -3,6 +3,7 @@
 import itertools
 import math
 from functools import cache
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -15,8 +16,36 @@ LARGEST_EXACT = 4
 BLOCKS_AT_ONCE = 1 << 16  # the scores of all candidates stay below 50 MB
 
 
+class _PastVmap(torch.autograd.Function):
+    """transposable_mask under torch.vmap: its loops ask the data, so a mapped axis becomes one more leading axis."""
+
+    @staticmethod
+    def forward(op: str, scores: Tensor, n: int, m: int) -> Tensor:
+        return _mask(op, scores, n, m)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        ctx.mark_non_differentiable(output)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        return (None,) * 4
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple, op: str, scores: Tensor, n: int, m: int) -> tuple[Tensor, int]:
+        if scores.dim() < 3:
+            _mask(op, scores.select(in_dims[1], 0), n, m)  # which names the shape that the caller sees
+        return _PastVmap.apply(op, scores.movedim(in_dims[1], 0), n, m), 0
+
+
 def transposable_mask(op: str, scores: Tensor, n: int, m: int) -> Tensor:
     """scores [..., R, K] -> bool of the same shape."""
+    if torch.compiler.is_compiling():
+        return _mask(op, scores, n, m)
+    return _PastVmap.apply(op, scores, n, m)
+
+
+def _mask(op: str, scores: Tensor, n: int, m: int) -> Tensor:
     if scores.dtype not in FLOATS:
         names = " or ".join(str(d).removeprefix("torch.") for d in FLOATS)
         fail(op, "scores", f"be {names} [..., R, K]", describe(scores))

@@ -90,19 +90,25 @@ def why_not(backend: str, name: str, device: str) -> str:
     return f"no native kernel for {device}: {library} is {_extension.status().get(library, 'not loaded')}"
 
 
-def find_op(name: str, device: str, backend: str) -> Any:
+def find_op(name: str, device: str, backend: str, function: str = "") -> Any:
     """The op to call. auto: the native namespace, which falls back on the reference where no kernel exists.
 
     The overload, not the packet of overloads: finding one by its arguments costs as much as a small gather.
+    function: what errors name, where it is not the public function of this op.
     """
     if backend == "auto":
         return _in_mode(getattr(torch.ops.maskops, name).default, name)
-    if backend not in NAMESPACES:
-        raise ValueError(f"{name}: backend must be one of {BACKENDS}, got {backend!r}")
+    if not isinstance(backend, str) or backend not in NAMESPACES:
+        error = ValueError if isinstance(backend, str) else TypeError
+        raise error(f"{function or _function_of(name)}: backend must be one of {BACKENDS}, got {backend!r}")
     reason = why_not(backend, name, device)
     if reason:
-        raise RuntimeError(f"{name}: backend {backend!r} cannot run here: {reason}")
+        raise RuntimeError(f"{function or _function_of(name)}: backend {backend!r} cannot run here: {reason}")
     return _in_mode(getattr(getattr(torch.ops, NAMESPACES[backend]), name).default, name)
+
+
+def _function_of(op: str) -> str:
+    return next((function for function, name in PUBLIC.items() if name == op), op)
 
 
 def _in_mode(op: Any, name: str) -> Callable:

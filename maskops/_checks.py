@@ -25,7 +25,15 @@ def check_is_tensor(op: str, arg: str, x: object) -> None:
 
 
 def integer(op: str, arg: str, value: object) -> int:
-    """Any kind of int (also numpy's) as an int; a float is refused, not cut off, and so is a bool."""
+    """Any kind of int of 64 bits (also numpy's) as an int; a float is refused, not cut off, and so is a bool."""
+    value = any_integer(op, arg, value)
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        fail(op, arg, "fit in 64 bits", value)
+    return value
+
+
+def any_integer(op: str, arg: str, value: object) -> int:
+    """As integer, of any size."""
     if isinstance(value, bool):
         raise TypeError(f"{op}: {arg} must be int, got {value!r}")
     if isinstance(value, int | torch.SymInt):
@@ -43,6 +51,17 @@ def number(op: str, arg: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{op}: {arg} must be a number, got {type(value).__name__}")
     return float(value)
+
+
+def boolean(op: str, arg: str, value: object) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{op}: {arg} must be bool, got {value!r}")
+    return value
+
+
+def check_generator(op: str, generator: object) -> None:
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"{op}: generator must be a torch.Generator, got {type(generator).__name__}")
 
 
 def integers(op: str, arg: str, values: object) -> list[int]:

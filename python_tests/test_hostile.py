@@ -82,6 +82,31 @@ def test_wrong_kind_of_argument(call: Callable, argument: str) -> None:
         call()
 
 
+@BACKENDS
+@pytest.mark.parametrize("order", ["ascending", "random"])
+def test_errors_of_a_split_name_it_and_its_arguments(backend: str, order: str) -> None:
+    mask = torch.tensor([[True, False, False], [True, True, False]])
+
+    def split(**options: object) -> maskops.TokenSplit:
+        return maskops.split_tokens(mask, order=order, backend=backend, **options)
+
+    assert split(max_seqlen=2, max_masked=2).ids_keep.shape == (2, 2)
+    for options, message in (
+        ({"max_seqlen": 1}, r"kept tokens of mask\[0\] must be at most max_seqlen = 1, got 2"),
+        ({"max_masked": 1}, r"masked tokens of mask\[1\] must be at most max_masked = 1, got 2"),
+        ({"max_seqlen": -1}, "max_seqlen must be at least 0, got -1"),
+        ({"max_seqlen": 2**70}, "max_seqlen must fit in 64 bits"),
+    ):
+        with pytest.raises(ValueError, match=f"^split_tokens: {message}"):
+            split(**options)
+    for options in ({"max_seqlen": 2.0}, {"max_masked": "2"}, {"seed": [None]}, {"seed": 1.5}, {"generator": 3}):
+        with pytest.raises(TypeError, match=f"^split_tokens: {next(iter(options))} must be "):
+            split(**options)
+    for wrong, error in (("cuda", ValueError), (None, TypeError), ([None], TypeError)):
+        with pytest.raises(error, match=r"^split_tokens: backend must be one of"):
+            maskops.split_tokens(mask, order=order, backend=wrong)
+
+
 def test_flat_weight_that_does_not_fit() -> None:
     with pytest.raises(ValueError, match=r"embed_patches: weight must have shape \[E, V\] = \[\*, 4\]"):
         maskops.embed_patches(IMAGES, torch.zeros(3, 5), None, 2)

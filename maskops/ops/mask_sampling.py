@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from maskops._backends import find_op, public
-from maskops._checks import check_is_tensor, check_tensor, check_values, fail, integer
+from maskops._checks import any_integer, check_generator, check_is_tensor, check_tensor, check_values, fail, integer
 from maskops._registry import OpSpec, define_op
 from maskops.ops.visible_tokens.split import TokenSplit
 from maskops.reference import mask_sampling as reference
@@ -85,18 +85,16 @@ def random_masking(
 
 
 def shuffled_split(
-    mask: Tensor,
-    max_keep: int,
-    max_mask: int,
-    total: int | None,
-    seed: Seed,
-    generator: torch.Generator | None,
-    backend: str,
-) -> TokenSplit:
-    """The split of a given mask, kept and masked tokens each in random order: split_tokens(order="random")."""
+    mask: Tensor, max_keep: int, max_mask: int, total: int | None, seed: Seed, generator: torch.Generator | None, backend: str,
+    function: str,
+) -> TokenSplit:  # fmt: skip
+    """The split of a given mask, kept and masked tokens each in random order: split_tokens(order="random").
+
+    function: what errors name; it has checked the mask and its bounds.
+    """
     num_keep = mask.shape[1] - mask.sum(1)
-    op = find_op("mask_sampling_uniform", mask.device.type, backend)
-    seed = seed_tensor(seed, generator, mask.device)
+    op = find_op("mask_sampling_uniform", mask.device.type, backend, function)
+    seed = seed_tensor(seed, generator, mask.device, function)
     out = op(seed, num_keep, None, mask, mask.shape[1], max_keep, max_mask, False)
     ids_keep, ids_mask, ids_restore, num_mask, cu_seqlens = out
     return TokenSplit(ids_keep, ids_mask, ids_restore, num_keep, num_mask, cu_seqlens, max_keep, total)
@@ -106,13 +104,14 @@ def seed_tensor(
     seed: Seed, generator: torch.Generator | None, device: torch.device, function: str = FUNCTION
 ) -> Tensor:
     """int64 [2] = (seed, offset) on the device.  function: the public function that errors name."""
+    check_generator(function, generator)
     if isinstance(seed, Tensor):
         if seed.dtype != torch.int64 or tuple(seed.shape) not in ((), (2,)):
             fail(function, "seed", "be int, or int64 [] or [2]", f"{seed.dtype} {list(seed.shape)}")
         seed = seed.to(device)
         return seed if seed.dim() else torch.stack([seed, torch.zeros_like(seed)])
     if seed is not None:
-        signed = (integer(function, "seed", seed) + 2**63) % 2**64 - 2**63
+        signed = (any_integer(function, "seed", seed) + 2**63) % 2**64 - 2**63
         return torch.tensor([signed, 0], dtype=torch.int64, device=device)
     source = device if generator is None else generator.device
     return torch.randint(2**63 - 1, (2,), generator=generator, device=source).to(device)

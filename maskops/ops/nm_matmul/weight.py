@@ -54,7 +54,7 @@ class NMWeight(NamedTuple):
 
     def to_dense(self, *, backend: str = "auto") -> Tensor:
         """[N, K] with zeros where nothing is kept; differentiable in values."""
-        op = find_op("nm_matmul_decompress", self.values.device.type, backend)
+        op = find_op("nm_matmul_decompress", self.values.device.type, backend, f"{CLASS}.to_dense")
         return op(self.values, self.indices, self.n, self.m, self.K)
 
     def requires_grad_(self, requires_grad: bool = True) -> "NMWeight":

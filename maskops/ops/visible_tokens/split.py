@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from maskops._backends import find_op, public
-from maskops._checks import check_tensor, check_values, fail
+from maskops._checks import any_integer, check_generator, check_tensor, check_values, fail, integer
 from maskops._registry import OpSpec, define_op
 from maskops.reference import visible_tokens as reference
 
@@ -81,11 +81,17 @@ def split_tokens(
     if order not in ("ascending", "random"):
         fail(FUNCTION, "order", "be 'ascending' or 'random'", repr(order))
     check_tensor(FUNCTION, "mask", mask, "[B, N]", (torch.bool,), (None, None), mask)
+    check_generator(FUNCTION, generator)
+    if seed is not None and not isinstance(seed, Tensor):
+        any_integer(FUNCTION, "seed", seed)
     max_keep, max_mask, total = _widths(mask, max_seqlen, max_masked)
     if order == "random":
         from maskops.ops.mask_sampling import shuffled_split
 
-        return shuffled_split(mask, max_keep, max_mask, total, seed, generator, backend)
+        _check(mask, max_keep, max_mask)
+        if not torch.compiler.is_compiling():  # there the op itself checks, in the words of random_masking
+            _check_data(mask, max_keep, max_mask)
+        return shuffled_split(mask, max_keep, max_mask, total, seed, generator, backend, FUNCTION)
     split = find_op("visible_tokens_split", mask.device.type, backend)
     ids_keep, ids_mask, ids_restore, num_keep, cu_seqlens = split(mask, max_keep, max_mask)
     num_mask = mask.shape[1] - num_keep
@@ -95,7 +101,9 @@ def split_tokens(
 def _widths(mask: Tensor, max_seqlen: int | None, max_masked: int | None) -> tuple[int, int, int | None]:
     """K, M and, where the counts were read anyway, their total."""
     batch, tokens = mask.shape
+    max_masked = None if max_masked is None else integer(FUNCTION, "max_masked", max_masked)
     if max_seqlen is not None:
+        max_seqlen = integer(FUNCTION, "max_seqlen", max_seqlen)
         return max_seqlen, tokens if max_masked is None else max_masked, None
     if batch == 0 or tokens == 0:
         return 0, 0, 0

@@ -32,6 +32,11 @@ def integer(op: str, arg: str, value: object) -> int:
     return value
 
 
+def check_is_tensor_or_none(op: str, arg: str, x: object) -> None:
+    if x is not None and not isinstance(x, Tensor):
+        raise TypeError(f"{op}: {arg} must be a tensor or None, got {type(x).__name__}")
+
+
 def any_integer(op: str, arg: str, value: object) -> int:
     """As integer, of any size."""
     if isinstance(value, bool):

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from maskops._checks import FLOATS, fail
+from maskops._checks import FLOATS, boolean, fail, integer, number
 from maskops.nn import NMLinear, SoftNMLinear
 from maskops.one_shot import InputStatistics, magnitude_mask, sparsegpt, wanda_mask
 from maskops.ops.nm_matmul import nm_patterns
@@ -116,6 +116,7 @@ def sparsify_(
         (NMLinear(in_features=64, out_features=64, pattern=2:4, bias=True), ['0'])
     """
     n, m = pattern(FUNCTION, n, m)
+    prior_strength, rows = _checked(model, filter, prior_strength, rows, only_if_faster)
     batches = _batches_of(calibration)
     one_shot = _one_shot_of(method, prior, batches)
     learned = method == "learned"
@@ -243,9 +244,26 @@ def prune_(layer: nn.Linear, n: int, m: int, method: str, seen: InputStatistics 
     return mask
 
 
+def _checked(
+    model: object, filter: object, prior_strength: object, rows: object, only_if_faster: object
+) -> tuple[float, int | None]:
+    """prior_strength and rows of sparsify_; TypeError or ValueError for wrong arguments."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{FUNCTION}: model must be an nn.Module, got {type(model).__name__}")
+    if filter is not None and not callable(filter):
+        raise TypeError(f"{FUNCTION}: filter must be a function (name, layer) -> bool, got {filter!r}")
+    boolean(FUNCTION, "only_if_faster", only_if_faster)
+    rows = None if rows is None else integer(FUNCTION, "rows", rows)
+    if rows is not None and rows < 1:
+        fail(FUNCTION, "rows", "be at least 1", rows)
+    return number(FUNCTION, "prior_strength", prior_strength), rows
+
+
 def _batches_of(calibration: Iterable[Any] | None) -> list[Any] | None:
     if isinstance(calibration, Tensor):
         raise TypeError(f"{FUNCTION}: calibration must be an iterable of batches, got a tensor: put it into a list")
+    if calibration is not None and not isinstance(calibration, Iterable):
+        raise TypeError(f"{FUNCTION}: calibration must be an iterable of batches, got {calibration!r}")
     return None if calibration is None else list(calibration)
 
 

@@ -107,6 +107,66 @@ def test_errors_of_a_split_name_it_and_its_arguments(backend: str, order: str) -
             maskops.split_tokens(mask, order=order, backend=wrong)
 
 
+WEIGHT = maskops.nm_compress(torch.tensor([[0.0, 3.0, 0.0, 4.0]]), 2, 4)
+ROW, BYTE = torch.ones(1, 4), torch.zeros(1, 1, dtype=torch.uint8)
+TENSOR, OPTIONAL, INT, NUMBER, FLAG = "x", [None], 4.0, "1", 1  # a value that is none of these
+GOOD = {
+    "nm_mask": ({"scores": ROW, "n": 2, "m": 4}, {"scores": TENSOR, "n": INT, "m": INT, "dim": INT, "transposable": FLAG}),
+    "nm_compress": ({"weight": ROW * 0, "n": 2, "m": 4}, {"weight": TENSOR, "n": INT, "m": INT}),
+    "nm_linear": ({"x": ROW, "weight": WEIGHT}, {"x": TENSOR, "weight": TENSOR, "bias": OPTIONAL}),
+    "pack_bitmask": ({"mask": ROW > 0}, {"mask": TENSOR}),
+    "bitmask_linear": (
+        {"x": ROW, "weight": ROW, "bitmask": BYTE},
+        {"x": TENSOR, "weight": TENSOR, "bitmask": TENSOR, "bias": OPTIONAL, "scores": OPTIONAL},
+    ),
+    "nm_soft_linear": (
+        {"x": ROW, "weight": ROW, "logits": torch.zeros(1, 1, 6), "n": 2, "m": 4, "tau": 1.0},
+        {"x": TENSOR, "weight": TENSOR, "logits": TENSOR, "n": INT, "m": INT, "tau": NUMBER, "scale": NUMBER, "hard": FLAG,
+         "seed": INT, "generator": OPTIONAL},
+    ),
+    "random_masking": (
+        {"B": 1, "N": 4, "mask_ratio": 0.5},
+        {"B": INT, "N": INT, "mask_ratio": NUMBER, "max_seqlen": INT, "generator": OPTIONAL, "device": OPTIONAL},
+    ),
+    "restore_tokens": (
+        {"x_keep": torch.ones(1, 2, 2), "split": SPLIT, "fill": torch.zeros(2)},
+        {"x_keep": TENSOR, "split": OPTIONAL, "fill": TENSOR, "pos": OPTIONAL, "prefix": INT},
+    ),
+    "pack_tokens": ({"x": torch.ones(1, 4, 2), "split": SPLIT}, {"x": TENSOR, "split": OPTIONAL, "total": INT}),
+    "unpack_tokens": (
+        {"packed": torch.ones(2, 2), "split": SPLIT, "fill": torch.zeros(2)},
+        {"packed": TENSOR, "split": OPTIONAL, "fill": TENSOR},
+    ),
+    "masked_patch_loss": (
+        {"pred": torch.ones(1, 4, 4), "images": IMAGES, "split": SPLIT, "patch_size": 2},
+        {"pred": TENSOR, "images": TENSOR, "split": OPTIONAL, "patch_size": OPTIONAL, "norm_pix": FLAG, "beta": NUMBER,
+         "kind": OPTIONAL, "on": OPTIONAL},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("function,argument", [(f, a) for f, (_, wrong) in GOOD.items() for a in wrong])
+@pytest.mark.parametrize("backend", ["auto", "native", "reference"])
+def test_wrong_type_of_every_argument(backend: str, function: str, argument: str) -> None:
+    """None, or a list with None in it, is refused by maskops itself: the dispatcher names no argument of the public function."""
+    good, wrong = GOOD[function]
+    getattr(maskops, function)(**good, backend=backend)
+    values = [wrong[argument], [1, None]] + ([None] if argument in good and argument != "mask_ratio" else [])
+    for value in values:
+        with pytest.raises(TypeError, match=rf"^{function}: {argument} must be .*, got "):
+            getattr(maskops, function)(**{**good, argument: value}, backend=backend)
+
+
+def test_parts_of_tuples_are_checked() -> None:
+    with pytest.raises(TypeError, match=r"pack_tokens: split.ids_restore must be a tensor, got NoneType"):
+        maskops.pack_tokens(torch.ones(1, 4, 2), SPLIT._replace(ids_restore=None))
+    for part, value in {"values": None, "indices": None, "n": 2.0, "K": None}.items():
+        with pytest.raises(TypeError, match=f"nm_linear: weight.{part} must be "):
+            maskops.nm_linear(ROW, WEIGHT._replace(**{part: value}))
+    with pytest.raises(TypeError, match=r"NMWeight.to_dense: values must be a tensor, got NoneType"):
+        WEIGHT._replace(values=None).to_dense()
+
+
 def test_flat_weight_that_does_not_fit() -> None:
     with pytest.raises(ValueError, match=r"embed_patches: weight must have shape \[E, V\] = \[\*, 4\]"):
         maskops.embed_patches(IMAGES, torch.zeros(3, 5), None, 2)

@@ -243,3 +243,20 @@ def test_calibration_is_a_list_of_batches() -> None:
         maskops.sparsify_(make_mlp(), 2, 4, "wanda", calibration=correlated(8, 1))
     with pytest.raises(TypeError, match="n must be int, got True"):
         maskops.sparsify_(make_mlp(), True, 4)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"model": None}, "model must be an nn.Module, got NoneType"),
+        ({"m": "4"}, "m must be int, got '4'"),
+        ({"filter": "0"}, r"filter must be a function \(name, layer\) -> bool, got '0'"),
+        ({"calibration": 3}, "calibration must be an iterable of batches, got 3"),
+        ({"prior_strength": None}, "prior_strength must be a number, got NoneType"),
+        ({"rows": 2.0}, "rows must be int, got 2.0"),
+        ({"only_if_faster": None}, "only_if_faster must be bool, got None"),
+    ],
+)
+def test_wrong_kind_of_argument(options: dict, message: str) -> None:
+    with pytest.raises(TypeError, match=f"sparsify_: {message}"):
+        maskops.sparsify_(**{"model": make_mlp(), "n": 2, "m": 4, **options})

@@ -9,7 +9,16 @@ import torch
 from torch import Tensor
 
 from maskops._backends import find_op, public
-from maskops._checks import any_integer, check_generator, check_is_tensor, check_tensor, check_values, fail, integer
+from maskops._checks import (
+    any_integer,
+    check_generator,
+    check_is_tensor,
+    check_tensor,
+    check_values,
+    fail,
+    integer,
+    number,
+)
 from maskops._registry import OpSpec, define_op
 from maskops.ops.visible_tokens.split import TokenSplit
 from maskops.reference import mask_sampling as reference
@@ -70,6 +79,8 @@ def random_masking(
     B, N = integer(FUNCTION, "B", B), integer(FUNCTION, "N", N)
     if num_keep is not None and not isinstance(num_keep, Tensor):
         num_keep = integer(FUNCTION, "num_keep", num_keep)
+    mask_ratio = None if mask_ratio is None else number(FUNCTION, "mask_ratio", mask_ratio)
+    max_seqlen = None if max_seqlen is None else integer(FUNCTION, "max_seqlen", max_seqlen)
     _check_arguments(B, N, mask_ratio, num_keep, rounding, order, noise)
     counts, max_keep, max_mask, total = _keep_counts(B, N, mask_ratio, num_keep, rounding, lengths, max_seqlen, device)
     if noise is None:
@@ -122,7 +133,10 @@ def _device(
     num_keep: int | Tensor | None, generator: torch.Generator | None,
 ) -> torch.device:  # fmt: skip
     if device is not None:
-        return torch.device(device)
+        try:
+            return torch.device(device)
+        except (TypeError, ValueError, RuntimeError):
+            raise TypeError(f"{FUNCTION}: device must be a device or its name, got {device!r}") from None
     for x in (noise, lengths, num_keep, seed, generator):
         if isinstance(x, Tensor | torch.Generator):
             return x.device

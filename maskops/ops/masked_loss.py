@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from maskops._backends import find_op, public
-from maskops._checks import FLOATS, check_ids, check_is_tensor, check_tensor, check_values, fail
+from maskops._checks import FLOATS, boolean, check_ids, check_is_tensor, check_tensor, check_values, fail, number
 from maskops._registry import OpSpec, define_op
 from maskops.ops.visible_tokens.patches import check_images, patch_sizes
-from maskops.ops.visible_tokens.split import TokenSplit
+from maskops.ops.visible_tokens.split import TokenSplit, check_split
 from maskops.reference import masked_loss as reference
 from maskops.reference.visible_tokens import accumulation_dtype
 
@@ -71,6 +71,11 @@ def masked_patch_loss(
         fail(FUNCTION, "reduction", f"be one of {REDUCTIONS}", repr(reduction))
     check_is_tensor(FUNCTION, "pred", pred)
     check_is_tensor(FUNCTION, "images", images)
+    check_split(FUNCTION, split)
+    norm_pix, beta = boolean(FUNCTION, "norm_pix", norm_pix), number(FUNCTION, "beta", beta)
+    for name, value in (("kind", kind), ("on", on)):
+        if not isinstance(value, str):
+            raise TypeError(f"{FUNCTION}: {name} must be str, got {value!r}")
     op = find_op("masked_loss_patch", pred.device.type, backend)
     sizes = patch_sizes(FUNCTION, patch_size, images.dim() - 2)
     rows = split.ids_restore, split.num_keep, split.num_mask

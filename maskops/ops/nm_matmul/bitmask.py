@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from maskops._backends import find_op, public
-from maskops._checks import FLOATS, check_is_tensor, check_tensor, describe, fail, integer
+from maskops._checks import FLOATS, check_is_tensor, check_is_tensor_or_none, check_tensor, describe, fail, integer
 from maskops._registry import OpSpec, define_op
 from maskops.ops.nm_matmul.sizes import (
     BOOL,
@@ -133,6 +133,8 @@ def bitmask_linear(
     """
     for name, tensor in (("weight", weight), ("bitmask", bitmask)):
         check_is_tensor(FUNCTION, name, tensor)
+    for name, tensor in (("bias", bias), ("scores", scores)):
+        check_is_tensor_or_none(FUNCTION, name, tensor)
     if weight.dim() != 2:
         fail(FUNCTION, "weight", "have shape [N, K]", describe(weight))
     check_last_axis(FUNCTION, x, weight.shape[1])

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from maskops._backends import find_op, public
-from maskops._checks import check_tensor
+from maskops._checks import check_is_tensor, check_is_tensor_or_none, check_tensor, integer
 from maskops._registry import OpSpec, define_op
 from maskops.ops.nm_matmul.cost import against_dense, linear_path
 from maskops.ops.nm_matmul.sizes import (
@@ -67,6 +67,7 @@ def nm_linear(x: Tensor, weight: NMWeight, bias: Tensor | None = None, *, backen
         [[11.5, 5.0]]
     """
     _check_arguments(x, weight)
+    check_is_tensor_or_none(FUNCTION, "bias", bias)
     if backend == "auto" and linear_path(weight.n, weight.m)[0] == "dense":
         if not torch.is_autocast_enabled(x.device.type):  # which casts before anything is checked
             _check(as_rows(x), weight.values, weight.indices, bias, weight.n, weight.m)
@@ -79,6 +80,10 @@ def nm_linear(x: Tensor, weight: NMWeight, bias: Tensor | None = None, *, backen
 def _check_arguments(x: Tensor, weight: NMWeight) -> None:
     if not isinstance(weight, NMWeight):
         raise TypeError(f"{FUNCTION}: weight must be an NMWeight, got {type(weight).__name__}")
+    for name, part in (("values", weight.values), ("indices", weight.indices)):
+        check_is_tensor(FUNCTION, f"weight.{name}", part)
+    for name, part in (("n", weight.n), ("m", weight.m), ("K", weight.K)):
+        integer(FUNCTION, f"weight.{name}", part)
     check_last_axis(FUNCTION, x, weight.K)
 
 

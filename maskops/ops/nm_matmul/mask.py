@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from maskops._backends import find_op, public
-from maskops._checks import check_is_tensor, fail, integer
+from maskops._checks import boolean, check_is_tensor, fail, integer
 from maskops._registry import OpSpec, define_op
 from maskops.ops.nm_matmul.sizes import check_floats, check_pattern, groups_in, on_rows, pattern
 from maskops.ops.nm_matmul.transposable import transposable_mask
@@ -52,8 +52,9 @@ def nm_mask(
     n, m = pattern(FUNCTION, n, m)
     check_is_tensor(FUNCTION, "scores", scores)
     op = find_op("nm_matmul_mask", scores.device.type, backend)
-    if not transposable:
-        return on_rows(FUNCTION, "scores", scores, integer(FUNCTION, "dim", dim), lambda rows: op(rows, n, m))
+    dim = integer(FUNCTION, "dim", dim)
+    if not boolean(FUNCTION, "transposable", transposable):
+        return on_rows(FUNCTION, "scores", scores, dim, lambda rows: op(rows, n, m))
     if dim not in (-1, -2, scores.dim() - 1, scores.dim() - 2):
         fail(FUNCTION, "dim", "be one of the last two axes for a transposable mask", dim)
     return transposable_mask(FUNCTION, scores, n, m)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from maskops._backends import find_op, public
-from maskops._checks import check_is_tensor, check_tensor, describe, fail
+from maskops._checks import boolean, check_is_tensor, check_tensor, describe, fail, number
 from maskops._registry import OpSpec, define_op
 from maskops.ops.mask_sampling import Seed, seed_tensor
 from maskops.ops.nm_matmul.mask import nm_mask
@@ -81,6 +81,8 @@ def nm_soft_linear(
     n, m = pattern(FUNCTION, n, m)
     for name, tensor in (("weight", weight), ("logits", logits)):
         check_is_tensor(FUNCTION, name, tensor)
+    tau, scale = number(FUNCTION, "tau", tau), number(FUNCTION, "scale", scale)
+    hard = boolean(FUNCTION, "hard", hard)
     if weight.dim() != 2:
         fail(FUNCTION, "weight", "have shape [N, K]", describe(weight))
     check_last_axis(FUNCTION, x, weight.shape[1])
@@ -149,6 +151,7 @@ def nm_mask_of_logits(logits: Tensor, n: int, m: int) -> Tensor:
     n, m = pattern(ARGMAX, n, m)
     check_is_tensor(ARGMAX, "logits", logits)
     if logits.dim() == 2:
+        check_floats(ARGMAX, "logits", logits, "[N, K]", 2)
         return nm_mask(logits.detach(), n, m)
     check_floats(ARGMAX, "logits", logits, "[N, G, P]", 3)
     if logits.shape[2] != math.comb(m, n):

@@ -46,6 +46,8 @@ def transposable_mask(op: str, scores: Tensor, n: int, m: int) -> Tensor:
 
 
 def _mask(op: str, scores: Tensor, n: int, m: int) -> Tensor:
+    if scores.layout != torch.strided or scores.is_nested:
+        fail(op, "scores", "be a dense tensor [..., R, K]", "a nested one" if scores.is_nested else scores.layout)
     if scores.dtype not in FLOATS:
         names = " or ".join(str(d).removeprefix("torch.") for d in FLOATS)
         fail(op, "scores", f"be {names} [..., R, K]", describe(scores))

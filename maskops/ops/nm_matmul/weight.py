@@ -7,8 +7,8 @@ from einops import rearrange
 from torch import Tensor
 
 from maskops._backends import find_op
-from maskops._checks import FLOATS, check_is_tensor, check_tensor, describe, fail
-from maskops.ops.nm_matmul.sizes import INT64, check_compressed, check_pattern, groups_in
+from maskops._checks import FLOATS, check_is_tensor, check_tensor, describe, fail, integer
+from maskops.ops.nm_matmul.sizes import INT64, check_compressed, groups_in, pattern
 from maskops.reference import nm_matmul as reference
 
 CLASS, TO_TORCH, FROM_TORCH = "NMWeight", "NMWeight.to_semi_structured", "NMWeight.from_semi_structured"
@@ -54,6 +54,8 @@ class NMWeight(NamedTuple):
 
     def to_dense(self, *, backend: str = "auto") -> Tensor:
         """[N, K] with zeros where nothing is kept; differentiable in values."""
+        for name, part in (("values", self.values), ("indices", self.indices)):
+            check_is_tensor(f"{CLASS}.to_dense", name, part)
         op = find_op("nm_matmul_decompress", self.values.device.type, backend, f"{CLASS}.to_dense")
         return op(self.values, self.indices, self.n, self.m, self.K)
 
@@ -89,7 +91,8 @@ class NMWeight(NamedTuple):
 
     def check(self) -> None:
         """ValueError unless sizes, dtypes, places and padding are as the class says.  Asks the device."""
-        check_pattern(CLASS, self.n, self.m)
+        pattern(CLASS, self.n, self.m)
+        integer(CLASS, "K", self.K)
         if self.K < 0:
             fail(CLASS, "K", "be at least 0", self.K)
         check_is_tensor(CLASS, "values", self.values)

@@ -6,9 +6,18 @@ import torch
 from torch import Tensor
 
 from maskops._backends import find_op, public
-from maskops._checks import FLOATS, check_ids, check_is_tensor, check_tensor, check_values, fail
+from maskops._checks import (
+    FLOATS,
+    check_ids,
+    check_is_tensor,
+    check_is_tensor_or_none,
+    check_tensor,
+    check_values,
+    fail,
+    integer,
+)
 from maskops._registry import OpSpec, define_op
-from maskops.ops.visible_tokens.split import TokenSplit
+from maskops.ops.visible_tokens.split import TokenSplit, check_split
 from maskops.reference import visible_tokens as reference
 
 INT64 = (torch.int64,)
@@ -94,6 +103,9 @@ def restore_tokens(
     """
     check_is_tensor("restore_tokens", "x_keep", x_keep)
     check_is_tensor("restore_tokens", "fill", fill)
+    check_is_tensor_or_none("restore_tokens", "pos", pos)
+    check_split("restore_tokens", split)
+    prefix = integer("restore_tokens", "prefix", prefix)
     op = find_op("visible_tokens_restore", x_keep.device.type, backend)
     return op(x_keep, split.ids_restore, split.num_keep, squeeze_front(fill, 1), squeeze_front(pos, 2), prefix)
 

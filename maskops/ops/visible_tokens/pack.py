@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from maskops._backends import find_op, public
-from maskops._checks import FLOATS, check_ids, check_is_tensor, check_tensor, check_values, fail
+from maskops._checks import FLOATS, check_ids, check_is_tensor, check_tensor, check_values, fail, integer
 from maskops._registry import OpSpec, define_op
 from maskops.ops.visible_tokens.gather import FILL_SHAPES, INT64, check_fill, fill_gradient, squeeze_front
-from maskops.ops.visible_tokens.split import TokenSplit
+from maskops.ops.visible_tokens.split import TokenSplit, check_split
 from maskops.reference import visible_tokens as reference
 
 PACK, UNPACK = "pack_tokens", "unpack_tokens"
@@ -45,8 +45,10 @@ def pack_tokens(x: Tensor, split: TokenSplit, *, total: int | None = None, backe
         [1.0, 2.0, 3.0]
     """
     check_is_tensor(PACK, "x", x)
+    check_split(PACK, split)
     if total is None:
         total = int(split.cu_seqlens[-1]) if split.total is None else split.total
+    total = integer(PACK, "total", total)
     return find_op("visible_tokens_pack", x.device.type, backend)(x, split.ids_restore, split.cu_seqlens, total)
 
 
@@ -81,6 +83,7 @@ def unpack_tokens(packed: Tensor, split: TokenSplit, fill: Tensor, *, backend: s
     """
     check_is_tensor(UNPACK, "packed", packed)
     check_is_tensor(UNPACK, "fill", fill)
+    check_split(UNPACK, split)
     op = find_op("visible_tokens_unpack", packed.device.type, backend)
     return op(packed, split.ids_restore, split.cu_seqlens, squeeze_front(fill, 1))
 

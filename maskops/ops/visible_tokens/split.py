@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from maskops._backends import find_op, public
-from maskops._checks import any_integer, check_generator, check_tensor, check_values, fail, integer
+from maskops._checks import any_integer, check_generator, check_is_tensor, check_tensor, check_values, fail, integer
 from maskops._registry import OpSpec, define_op
 from maskops.reference import visible_tokens as reference
 
@@ -40,6 +40,14 @@ class TokenSplit(NamedTuple):
     def mask(self) -> Tensor:
         """bool [B, N], True where a token is not kept."""
         return self.ids_restore >= self.num_keep[:, None]
+
+
+def check_split(op: str, split: object) -> None:
+    """TypeError unless split is a TokenSplit of tensors."""
+    if not isinstance(split, TokenSplit):
+        raise TypeError(f"{op}: split must be a TokenSplit, got {type(split).__name__}")
+    for name, x in zip(split._fields[:6], split, strict=False):
+        check_is_tensor(op, f"split.{name}", x)
 
 
 @public("visible_tokens_split")

@@ -157,7 +157,7 @@ def explain(op: str, *args: Any) -> str:
         >>> print(maskops.explain("visible_tokens_gather", torch.ones(1, 4, 8)).splitlines()[0])  # doctest: +ELLIPSIS
         visible_tokens_gather on cpu: auto runs ...
     """
-    name = PUBLIC.get(op, op)
+    name = PUBLIC.get(op, op) if isinstance(op, str) else ""
     if name not in OPS:
         raise ValueError(f"explain: op must be one of {sorted(PUBLIC)}, got {op!r}")
     device = next((a.device.type for a in args if isinstance(a, Tensor)), "cpu")

@@ -4,8 +4,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch import nn
 
 import maskops
+from maskops.nn import BitmaskLinear, NMLinear, SoftNMLinear
 from maskops.testing import op_of
 
 LARGEST = 2**63 - 1
@@ -165,6 +167,41 @@ def test_parts_of_tuples_are_checked() -> None:
             maskops.nm_linear(ROW, WEIGHT._replace(**{part: value}))
     with pytest.raises(TypeError, match=r"NMWeight.to_dense: values must be a tensor, got NoneType"):
         WEIGHT._replace(values=None).to_dense()
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: SoftNMLinear(None, 8, 2, 4), TypeError, "SoftNMLinear: in_features must be int, got None"),
+        (lambda: SoftNMLinear(8, -1, 2, 4), ValueError, "SoftNMLinear: out_features must be at least 0, got -1"),
+        (lambda: BitmaskLinear(8.0, 8), TypeError, "BitmaskLinear: in_features must be int, got 8.0"),
+        (lambda: NMLinear(WEIGHT._replace(K=12)), ValueError, "NMLinear: values must have shape"),
+        (lambda: NMLinear.from_dense(None, 2, 4), TypeError, "NMLinear: linear must be an nn.Linear, got NoneType"),
+        (
+            lambda: NMLinear.from_dense(nn.Linear(8, 2), 2, 4, mask=torch.ones(3, 8) > 0),
+            ValueError,
+            r"NMLinear: mask must have shape \[N, K\] = \[2, 8\], got bool \[3, 8\]",
+        ),
+        (lambda: BitmaskLinear(8, 2).set_mask(None), TypeError, "BitmaskLinear: mask must be a tensor, got NoneType"),
+        (
+            lambda: BitmaskLinear(8, 2).set_mask(torch.ones(3, 8) > 0),
+            ValueError,
+            r"BitmaskLinear: mask must expand to \[N, K\] = \[2, 8\], got bool \[3, 8\]",
+        ),
+        (
+            lambda: BitmaskLinear(8, 2).load_state_dict(
+                {**BitmaskLinear(8, 2).state_dict(), "bitmask": torch.zeros(2, 1)}
+            ),
+            RuntimeError,
+            r"bitmask: must be uint8, got float32 \[2, 1\]",
+        ),
+        (lambda: maskops.explain("nm_linear", torch.ones(1, 8)), TypeError, "nm_linear: weight must be an NMWeight"),
+        (lambda: maskops.explain(["nm_linear"]), ValueError, "explain: op must be one of"),
+    ],
+)
+def test_modules_refuse_what_is_no_layer(call: Callable, error: type, message: str) -> None:
+    with pytest.raises(error, match=message):
+        call()
 
 
 def test_flat_weight_that_does_not_fit() -> None:

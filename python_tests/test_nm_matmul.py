@@ -210,6 +210,10 @@ SOFT = FOUR, FOUR, torch.zeros(1, 1, 6), 2, 4
         (lambda: maskops.unpack_bitmask(WORD, 9), "bitmask must have shape"),
         (lambda: maskops.nm_soft_linear(*SOFT, tau=1.0, seed=torch.zeros(3)), "nm_soft_linear: seed must be int"),
         (lambda: maskops.nm_soft_linear(*SOFT, tau=math.nan), "tau must be above 0, got nan"),
+        (
+            lambda: maskops.nm_soft_linear(*SOFT, tau=1.0, scale=math.inf),
+            "nm_soft_linear: scale must be finite, got inf",
+        ),
         (lambda: maskops.nm_patterns(16, 32), "n and m must have at most 1048576 patterns, got 601080390"),
         (
             lambda: maskops.nm_mask_of_logits(torch.zeros(1, 2, 5), 2, 4),
@@ -289,6 +293,12 @@ def test_state_is_checked() -> None:
         NMWeight.from_state_dict({**state, "indices": torch.full_like(state["indices"], 255)})
     with pytest.raises(ValueError, match="layout must be int64"):
         NMWeight.from_state_dict({**state, "layout": state["layout"].float()})
+    with pytest.raises(TypeError, match="NMWeight: state must be a dict of tensors, got NoneType"):
+        NMWeight.from_state_dict(None)
+    with pytest.raises(ValueError, match="NMWeight: values must have values, got a tensor on meta"):
+        NMWeight.from_state_dict({name: x if name == "layout" else x.to("meta") for name, x in state.items()})
+    with pytest.raises(ValueError, match="nm_validate: weight must have values"):
+        maskops.nm_validate(torch.ones(1, 4, device="meta"), 2, 4)
     narrow = maskops.nm_compress(torch.ones(1, 1), 3, 5)
     with pytest.raises(ValueError, match=r"values\[0, 1\] must be 0, its column is padding, got 1"):
         NMWeight.from_state_dict({**narrow.state_dict(), "values": torch.ones(1, 3)})

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from maskops._checks import FLOATS, check_tensor, fail
+from maskops._checks import FLOATS, check_is_tensor, check_tensor, describe, fail, integer
 from maskops.ops.mask_sampling import Seed
 from maskops.ops.nm_matmul import (
     NMWeight,
@@ -19,7 +19,7 @@ from maskops.ops.nm_matmul import (
     pack_bitmask,
     unpack_bitmask,
 )
-from maskops.ops.nm_matmul.sizes import check_pattern
+from maskops.ops.nm_matmul.sizes import check_compressed, pattern
 from maskops.ops.nm_matmul.soft import MOST_PATTERNS
 
 
@@ -34,6 +34,8 @@ class NMLinear(nn.Module):
         super().__init__()
         if not isinstance(weight, NMWeight):
             raise TypeError(f"NMLinear: weight must be an NMWeight, got {type(weight).__name__}")
+        pattern("NMLinear", weight.n, weight.m)
+        check_compressed("NMLinear", weight.values, weight.indices, weight.n, weight.m, weight.K, FLOATS, weight.values)
         if bias is not None:
             check_tensor("NMLinear", "bias", bias, "[N]", FLOATS, (weight.shape[0],), weight.values)
         state = weight.state_dict()
@@ -46,8 +48,12 @@ class NMLinear(nn.Module):
     @classmethod
     def from_dense(cls, linear: nn.Linear, n: int, m: int, *, mask: Tensor | None = None) -> "NMLinear":
         """The layer of a dense one whose weight is N:M already, or becomes it under `mask`, bool [N, K] (see nm_mask)."""
+        check_linear("NMLinear", linear)
         weight = linear.weight.detach()
-        return cls(nm_compress(weight if mask is None else torch.where(mask, weight, 0), n, m), linear.bias)
+        if mask is not None:
+            check_tensor("NMLinear", "mask", mask, "[N, K]", (torch.bool,), weight.shape, weight)
+            weight = torch.where(mask, weight, 0)
+        return cls(nm_compress(weight, n, m), linear.bias)
 
     @property
     def weight(self) -> NMWeight:
@@ -95,7 +101,8 @@ class SoftNMLinear(nn.Module):
         """per_pattern: a logit for each of the C(m, n) <= 128 patterns of a group, else one per weight; they start as noise of
         the given std."""
         super().__init__()
-        check_pattern("SoftNMLinear", n, m)
+        in_features, out_features = feature_counts("SoftNMLinear", in_features, out_features)
+        n, m = pattern("SoftNMLinear", n, m)
         if in_features % m:
             fail("SoftNMLinear", "in_features", f"be divisible by m = {m}", in_features)
         if per_pattern and math.comb(m, n) > MOST_PATTERNS:
@@ -117,6 +124,7 @@ class SoftNMLinear(nn.Module):
     @classmethod
     def from_linear(cls, linear: nn.Linear, n: int, m: int, **options: Any) -> "SoftNMLinear":
         """The layer on the weight and bias of a dense one; options as in the constructor."""
+        check_linear("SoftNMLinear", linear)
         soft = cls(linear.in_features, linear.out_features, n, m, bias=linear.bias is not None, **options)
         soft.to(device=linear.weight.device)
         for name in ("weight", "bias"):
@@ -158,6 +166,7 @@ class BitmaskLinear(nn.Module):
     def __init__(self, in_features: int, out_features: int, *, bias: bool = True, scores: bool = False):
         """scores: with a parameter [N, K] that receives the straight-through gradient of the mask.  Nothing is masked at first."""
         super().__init__()
+        in_features, out_features = feature_counts("BitmaskLinear", in_features, out_features)
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
         _reset(self.weight, self.bias)
@@ -167,6 +176,7 @@ class BitmaskLinear(nn.Module):
     @classmethod
     def from_dense(cls, linear: nn.Linear, mask: Tensor, *, scores: bool = False) -> "BitmaskLinear":
         """The layer on copies of the weight and bias of a dense one under `mask`, bool [N, K]."""
+        check_linear("BitmaskLinear", linear)
         layer = cls(linear.in_features, linear.out_features, bias=linear.bias is not None, scores=scores)
         layer.to(device=linear.weight.device, dtype=linear.weight.dtype)
         layer.weight = nn.Parameter(linear.weight.detach().clone())
@@ -176,12 +186,24 @@ class BitmaskLinear(nn.Module):
         return layer
 
     def set_mask(self, mask: Tensor) -> None:
-        """Take another mask, bool [N, K]."""
-        self.bitmask = pack_bitmask(mask.expand(self.weight.shape))
+        """Take another mask, bool [N, K] or what expands to it."""
+        check_is_tensor("BitmaskLinear", "mask", mask)
+        N, K = self.weight.shape
+        if mask.dim() > 2 or any(a not in (1, b) for a, b in zip(reversed(mask.shape), (K, N), strict=False)):
+            fail("BitmaskLinear", "mask", f"expand to [N, K] = [{N}, {K}]", describe(mask))
+        self.bitmask = pack_bitmask(mask.expand(N, K))
 
     def mask(self) -> Tensor:
         """bool [N, K], the layer's own mask."""
         return unpack_bitmask(self.bitmask, self.weight.shape[1])
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """A bitmask of another dtype would be cut down to bytes in silence."""
+        found = state_dict.get(f"{prefix}bitmask")
+        if isinstance(found, Tensor) and found.dtype != torch.uint8:
+            args[-1].append(f"{prefix}bitmask: must be uint8, got {describe(found)}")
+            return
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def forward(self, x: Tensor, bitmask: Tensor | None = None) -> Tensor:
         """x [..., K] -> [..., N].  bitmask: uint8 [N, ceil(K / 8)], or [S, N, ceil(K / 8)] for x [S, ..., K]; default: its own."""
@@ -191,6 +213,19 @@ class BitmaskLinear(nn.Module):
     def extra_repr(self) -> str:
         sizes = f"in_features={self.weight.shape[1]}, out_features={self.weight.shape[0]}"
         return f"{sizes}, bias={self.bias is not None}, scores={self.scores is not None}"
+
+
+def feature_counts(module: str, in_features: object, out_features: object) -> tuple[int, int]:
+    sizes = integer(module, "in_features", in_features), integer(module, "out_features", out_features)
+    for name, size in zip(("in_features", "out_features"), sizes, strict=True):
+        if size < 0:
+            fail(module, name, "be at least 0", size)
+    return sizes
+
+
+def check_linear(module: str, linear: object) -> None:
+    if not isinstance(linear, nn.Linear):
+        raise TypeError(f"{module}: linear must be an nn.Linear, got {type(linear).__name__}")
 
 
 def _reset(weight: Tensor, bias: Tensor | None) -> None:

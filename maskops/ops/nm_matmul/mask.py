@@ -6,7 +6,7 @@ from torch import Tensor
 from maskops._backends import find_op, public
 from maskops._checks import boolean, check_is_tensor, fail, integer
 from maskops._registry import OpSpec, define_op
-from maskops.ops.nm_matmul.sizes import check_floats, check_pattern, groups_in, on_rows, pattern
+from maskops.ops.nm_matmul.sizes import check_floats, check_has_values, check_pattern, groups_in, on_rows, pattern
 from maskops.ops.nm_matmul.transposable import transposable_mask
 from maskops.reference import nm_matmul as reference
 
@@ -93,6 +93,7 @@ def nm_validate(weight: Tensor, n: int, m: int, dim: int = -1) -> None:
 
     def check_rows(rows: Tensor) -> Tensor:
         check_floats(VALIDATE, "weight", rows, "[..., K]", 2)
+        check_has_values(VALIDATE, "weight", rows)
         check_groups(VALIDATE, rows, n, m, weight.movedim(dim, -1).shape[:-1], dim % weight.dim())
         return rows
 

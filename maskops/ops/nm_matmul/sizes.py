@@ -58,6 +58,12 @@ def check_floats(op: str, arg: str, x: Tensor, shape: str, rank: int) -> None:
     check_tensor(op, arg, x, shape, FLOATS, (None,) * rank, x)
 
 
+def check_has_values(op: str, arg: str, x: Tensor) -> None:
+    """For what looks at the values themselves."""
+    if x.is_meta:
+        fail(op, arg, "have values", "a tensor on meta")
+
+
 def check_bias(op: str, bias: Tensor | None, outputs: int, x: Tensor) -> None:
     if bias is not None:
         check_tensor(op, "bias", bias, "[N]", (x.dtype,), (outputs,), x)

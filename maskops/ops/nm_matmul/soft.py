@@ -67,7 +67,8 @@ def nm_soft_linear(
         x and weight are lowered, logits are not. For evaluation without noise see nm_mask_of_logits. Deterministic.
 
     Raises:
-        ValueError: wrong dtype, shape or device, m does not divide K, more than 128 patterns, or tau not above 0.
+        ValueError: wrong dtype, shape or device, m does not divide K, more than 128 patterns, tau not above 0, or a
+        scale that is not finite.
 
     Source:
         MaskLLM (Fang et al., 2024, arXiv 2409.17481); relaxed top-n: Xie and Ermon, 2019, arXiv 1901.10517.
@@ -83,6 +84,8 @@ def nm_soft_linear(
         check_is_tensor(FUNCTION, name, tensor)
     tau, scale = number(FUNCTION, "tau", tau), number(FUNCTION, "scale", scale)
     hard = boolean(FUNCTION, "hard", hard)
+    if not -math.inf < scale < math.inf:
+        fail(FUNCTION, "scale", "be finite", scale)
     if weight.dim() != 2:
         fail(FUNCTION, "weight", "have shape [N, K]", describe(weight))
     check_last_axis(FUNCTION, x, weight.shape[1])

@@ -1,5 +1,6 @@
 """NMWeight: a compressed N:M weight, how it is stored, and torch's own 2:4 layout of it."""
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from maskops._backends import find_op
 from maskops._checks import FLOATS, check_is_tensor, check_tensor, describe, fail, integer
-from maskops.ops.nm_matmul.sizes import INT64, check_compressed, groups_in, pattern
+from maskops.ops.nm_matmul.sizes import INT64, check_compressed, check_has_values, groups_in, pattern
 from maskops.reference import nm_matmul as reference
 
 CLASS, TO_TORCH, FROM_TORCH = "NMWeight", "NMWeight.to_semi_structured", "NMWeight.from_semi_structured"
@@ -80,11 +81,14 @@ class NMWeight(NamedTuple):
     @staticmethod
     def from_state_dict(state: dict[str, Tensor]) -> "NMWeight":
         """The inverse of state_dict; ValueError if the tensors are no compressed weight."""
+        if not isinstance(state, Mapping):
+            raise TypeError(f"{CLASS}: state must be a dict of tensors, got {type(state).__name__}")
         missing = {"values", "indices", "layout"} - set(state)
         if missing:
             fail(CLASS, "state", "hold values, indices and layout", f"none of {sorted(missing)}")
         layout = state["layout"]
         check_tensor(CLASS, "layout", layout, "[3]", INT64, (3,), layout)
+        check_has_values(CLASS, "layout", layout)
         weight = NMWeight(state["values"], state["indices"], *layout.tolist())
         weight.check()
         return weight
@@ -97,6 +101,7 @@ class NMWeight(NamedTuple):
             fail(CLASS, "K", "be at least 0", self.K)
         check_is_tensor(CLASS, "values", self.values)
         check_compressed(CLASS, self.values, self.indices, self.n, self.m, self.K, FLOATS, self.values)
+        check_has_values(CLASS, "values", self.values)
         groups, slots = groups_in(self.K, self.m), self.values.shape[1]
         places = reference.unpack_places(self.indices, slots, self.m).view(self.shape[0], groups, self.n)
         wrong = (places >= self.m).any(-1) | (places[..., 1:] <= places[..., :-1]).any(-1)

@@ -275,7 +275,9 @@ def test_state_survives_files(tmp_path: Path) -> None:
     save_file(weight.state_dict(), tmp_path / "weight.safetensors")
     torch.save(weight.state_dict(), tmp_path / "weight.pt")
     states = load_file(tmp_path / "weight.safetensors"), torch.load(tmp_path / "weight.pt", weights_only=True)
-    for found in (*map(NMWeight.from_state_dict, states), pickle.loads(pickle.dumps(weight))):
+    torch.save(weight, tmp_path / "whole.pt")
+    whole = torch.load(tmp_path / "whole.pt", weights_only=True)
+    for found in (*map(NMWeight.from_state_dict, states), pickle.loads(pickle.dumps(weight)), whole):
         assert found[2:] == (3, 5, 21) and torch.equal(found.to_dense(), weight.to_dense())
     assert weight.to(torch.bfloat16).dtype == torch.bfloat16 and weight.to("cpu").indices.dtype == torch.uint8
     assert weight.requires_grad_().values.requires_grad and not weight.detach().values.requires_grad

@@ -181,3 +181,7 @@ def _torch_width(op: str, arg: str, values: Tensor, pattern: tuple[int, int] | N
         have = describe(values) if pattern is None else f"{pattern[0]}:{pattern[1]} in {str(values.dtype)[6:]}"
         fail(op, arg, f"be one of {names}", have)
     return 2 * found[1] * _META_CODES
+
+
+# torch.load(weights_only=True) then reads a saved NMWeight; it holds tensors and ints, which are checked where they are used.
+torch.serialization.add_safe_globals([NMWeight])

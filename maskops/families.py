@@ -6,4 +6,5 @@ FAMILIES = (
     "masked_loss",
     "nm_matmul",
     "masked_attention",
+    "sparse_conv",
 )

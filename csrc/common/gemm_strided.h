@@ -31,19 +31,35 @@ struct StridedC {
   int64_t stride;
   bool add;                  // to what is there
   const S* times = nullptr;  // by which, row by row, it is multiplied before
+
+  inline S* row(int64_t r) const { return to + r * stride; }
+  inline StridedC tile(int64_t i, int64_t j) const { return {row(i) + j, stride, add, times == nullptr ? nullptr : times + i}; }
 };
 
-template <class V, int R, int C>
+// Rows that lie anywhere, of which each is added to.
+template <class S>
+struct ScatteredC {
+  S* to;
+  int64_t stride;
+  const int32_t* rows;
+  static constexpr bool add = true;
+  static constexpr const S* times = nullptr;
+
+  inline S* row(int64_t r) const { return to + rows[r] * stride; }
+  inline ScatteredC tile(int64_t i, int64_t j) const { return {to + j, stride, rows + i}; }
+};
+
+template <class V, int R, int C, class Result>
 static void strided_tile(int64_t steps, const StridedA<typename V::scalar>& a, const typename V::scalar* b, int64_t b_stride,
-                         const StridedC<typename V::scalar>& c) {
+                         const Result& result) {
   // Copied, because the compiler takes it that a store of a vector may change them.
-  typename V::scalar* const to = c.to;
-  const int64_t stride = c.stride, row_stride = a.row, step = a.step;
+  const Result c = result;
+  const int64_t row_stride = a.row, step = a.step;
   V sum[R][C];
 #pragma GCC unroll 12
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
-    for (int v = 0; v < C; ++v) sum[r][v] = c.add ? V::load(to + r * stride + v * V::width) : V::zero();
+    for (int v = 0; v < C; ++v) sum[r][v] = c.add ? V::load(c.row(r) + v * V::width) : V::zero();
   }
   if (c.times != nullptr) {
 #pragma GCC unroll 12
@@ -67,41 +83,40 @@ static void strided_tile(int64_t steps, const StridedA<typename V::scalar>& a, c
 #pragma GCC unroll 12
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
-    for (int v = 0; v < C; ++v) sum[r][v].store(to + r * stride + v * V::width);
+    for (int v = 0; v < C; ++v) sum[r][v].store(c.row(r) + v * V::width);
   }
 }
 
-template <class V>
-using StridedTile = void (*)(int64_t, const StridedA<typename V::scalar>&, const typename V::scalar*, int64_t,
-                             const StridedC<typename V::scalar>&);
+template <class V, class Result>
+using StridedTile = void (*)(int64_t, const StridedA<typename V::scalar>&, const typename V::scalar*, int64_t, const Result&);
 
-template <class V, int C, int R = strided_rows(C)>
-static inline StridedTile<V> strided_kernel(int64_t rows) {
+template <class V, class Result, int C, int R = strided_rows(C)>
+static inline StridedTile<V, Result> strided_kernel(int64_t rows) {
   if constexpr (R > 1) {
-    if (rows < R) return strided_kernel<V, C, R - 1>(rows);
+    if (rows < R) return strided_kernel<V, Result, C, R - 1>(rows);
   }
-  return &strided_tile<V, R, C>;
+  return &strided_tile<V, R, C, Result>;
 }
 
-template <class V, int C = kStridedVectors>
-static inline StridedTile<V> strided_kernel(int64_t rows, int64_t vectors) {
+template <class V, class Result, int C = kStridedVectors>
+static inline StridedTile<V, Result> strided_kernel(int64_t rows, int64_t vectors) {
   if constexpr (C > 1) {
-    if (vectors < C) return strided_kernel<V, C - 1>(rows, vectors);
+    if (vectors < C) return strided_kernel<V, Result, C - 1>(rows, vectors);
   }
-  return strided_kernel<V, C>(rows);
+  return strided_kernel<V, Result, C>(rows);
 }
 
-template <class V>
+// Result: StridedC or ScatteredC.
+template <class V, class Result = StridedC<typename V::scalar>>
 static void multiply_strided(int64_t rows, int64_t columns, int64_t steps, const StridedA<typename V::scalar>& a,
-                             const typename V::scalar* b, int64_t b_stride, const StridedC<typename V::scalar>& c) {
+                             const typename V::scalar* b, int64_t b_stride, const Result& c) {
   constexpr int64_t kWide = kStridedVectors * V::width;
   for (int64_t j = 0; j < columns; j += kWide) {
     const int64_t vectors = min_of<int64_t>(columns - j, kWide) / V::width, most = strided_rows(int(vectors));
-    const StridedTile<V> whole = strided_kernel<V>(most, vectors);
+    const StridedTile<V, Result> whole = strided_kernel<V, Result>(most, vectors);
     for (int64_t i = 0; i < rows; i += most) {
-      const StridedTile<V> kernel = rows - i >= most ? whole : strided_kernel<V>(rows - i, vectors);
-      const auto* times = c.times == nullptr ? nullptr : c.times + i;
-      kernel(steps, {a.at + i * a.row, a.row, a.step}, b + j, b_stride, {c.to + i * c.stride + j, c.stride, c.add, times});
+      const StridedTile<V, Result> kernel = rows - i >= most ? whole : strided_kernel<V, Result>(rows - i, vectors);
+      kernel(steps, {a.at + i * a.row, a.row, a.step}, b + j, b_stride, c.tile(i, j));
     }
   }
 }

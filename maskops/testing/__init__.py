@@ -64,6 +64,9 @@ def takes_floats(op: str) -> bool:
         "visible_tokens_split",
         "nm_matmul_pack",
         "masked_attention_map",
+        "sparse_conv_map",
+        "sparse_conv_outputs",
+        "sparse_conv_reverse",
     )
 
 

@@ -1,0 +1,334 @@
+// The kernels of sparse_conv, compiled once per instruction set. A tile of the result stays in the cache while the places of the
+// kernel are gone through: the rows that a place reads are gathered side by side and multiplied into the rows of the tile they
+// belong to, so that a place costs what it has rows, and no sum is shared between threads.
+#include "cpu/sparse_conv/conv.h"
+
+#include "common/gemm_strided.h"
+#include "common/pieces.h"
+
+namespace maskops {
+inline namespace MASKOPS_ISA_NS {
+namespace {
+
+template <class T>
+struct Shape {
+  using V = typename VecFor<T>::type;
+  using A = typename V::scalar;
+  int64_t group_in, group_out, padded;  // channels of a group; `padded`: group_out in whole vectors
+  int64_t tile, width;                  // rows of a tile; sums of a row
+  bool depthwise, in_place;             // in_place: the weight needs no packing
+
+  explicit Shape(const ConvArgs& args) {
+    group_in = args.C / args.groups, group_out = args.D / args.groups;
+    depthwise = group_in == 1 && group_out == 1;
+    padded = depthwise ? 1 : round_up(group_out, V::width);
+    width = depthwise ? round_up(args.D, V::width) : padded * args.groups;
+    in_place = sizeof(T) == sizeof(A) && (depthwise || padded == group_out);
+    tile = max_of<int64_t>(32, min_of<int64_t>(192, kTileBytes / (width * int64_t(sizeof(A)) + 1) / 32 * 32));
+  }
+  int64_t weight_stride(const ConvArgs& args) const { return in_place ? args.D : width; }
+  const A* weight(const ConvArgs& args, int64_t k) const {
+    const void* from = in_place ? args.weight : args.packed;
+    return static_cast<const A*>(from) + k * group_in * weight_stride(args);
+  }
+
+  static constexpr int64_t kTileBytes = 48 << 10;
+};
+
+// count values of T as A, whose vectors may be written past the end.
+template <class T, class A>
+void widen(const T* from, int64_t count, A* to) {
+  using V = typename VecFor<T>::type;
+  int64_t i = 0;
+  for (; i + V::width <= count; i += V::width) V::load(from + i).store(to + i);
+  if (i < count) V::load_n(from + i, count - i).store(to + i);
+}
+
+template <class T, class A>
+void narrow(const A* from, int64_t count, T* to) {
+  using V = typename VecFor<T>::type;
+  int64_t i = 0;
+  for (; i + V::width <= count; i += V::width) V::load(from + i).store(to + i);
+  if (i < count) V::load_n(from + i, count - i).store_n(to + i, count - i);
+}
+
+// ---- rows of a kernel place
+
+// Those of map[0, count) that read something: where in the tile, and which row. Returns how many, or -1 for a row that x lacks.
+inline int64_t rows_of(const int32_t* map, int64_t count, int64_t N, int32_t* at, int32_t* row) {
+  int64_t found = 0;
+  bool good = true;
+  for (int64_t i = 0; i < count; ++i) {
+    const int32_t n = map[i];
+    at[found] = int32_t(i);
+    row[found] = n;
+    found += n >= 0;
+    good &= n >= -1 && n < N;
+  }
+  return good ? found : -1;
+}
+
+// Rows of x, widened, side by side, each as wide as `stride`. The next ones are fetched: they lie anywhere.
+template <class T, class A>
+void gather(const T* x, int64_t x_stride, const int32_t* row, int64_t count, int64_t channels, A* to, int64_t stride) {
+  constexpr int64_t kAhead = 4, kLine = 64 / int64_t(sizeof(T));
+  for (int64_t r = 0; r < count; ++r) {
+    if (r + kAhead < count) {
+      const T* next = x + int64_t(row[r + kAhead]) * x_stride;
+      for (int64_t c = 0; c < channels; c += kLine) __builtin_prefetch(next + c);
+    }
+    widen(x + int64_t(row[r]) * x_stride, channels, to + r * stride);
+  }
+}
+
+// ---- forward
+
+template <class T>
+struct TileBuffers {
+  using A = typename Shape<T>::A;
+  A *sums, *rows;
+  int32_t *at, *row;
+  int64_t stride;  // of rows
+
+  TileBuffers(const ConvArgs& args, const Shape<T>& shape, void* buffer, int64_t* bytes = nullptr) {
+    Pieces pieces(buffer);
+    stride = round_up(args.C, Shape<T>::V::width);
+    sums = pieces.take<A>(shape.tile * shape.width);
+    rows = pieces.take<A>(shape.tile * stride);
+    at = pieces.take<int32_t>(shape.tile + 1);
+    row = pieces.take<int32_t>(shape.tile + 1);
+    if (bytes != nullptr) *bytes = pieces.bytes;
+  }
+};
+
+template <class T>
+void begin_tile(const ConvArgs& args, const Shape<T>& shape, int64_t count, typename Shape<T>::A* sums) {
+  memset(sums, 0, size_t(count * shape.width) * sizeof(*sums));
+  if (args.bias == nullptr || count == 0) return;
+  const T* bias = static_cast<const T*>(args.bias);
+  const int64_t parts = shape.depthwise ? 1 : args.groups, each = args.D / parts;
+  for (int64_t g = 0; g < parts; ++g) {
+    for (int64_t d = 0; d < each; ++d) sums[g * shape.padded + d] = to_float(bias[g * each + d]);
+  }
+  for (int64_t r = 1; r < count; ++r) memcpy(sums + r * shape.width, sums, size_t(shape.width) * sizeof(*sums));
+}
+
+template <class T>
+void end_tile(const ConvArgs& args, const Shape<T>& shape, int64_t first, int64_t count, const typename Shape<T>::A* sums) {
+  T* out = static_cast<T*>(args.out) + first * args.D;
+  const int64_t parts = shape.depthwise ? 1 : args.groups, each = args.D / parts;
+  for (int64_t r = 0; r < count; ++r) {
+    for (int64_t g = 0; g < parts; ++g) narrow(sums + r * shape.width + g * shape.padded, each, out + r * args.D + g * each);
+  }
+}
+
+template <class V, class A>
+void add_products(const A* rows, int64_t stride, const A* weight, int64_t channels, const int32_t* at, int64_t count, A* sums, int64_t width) {
+  for (int64_t r = 0; r < count; ++r) {
+    A* sum = sums + at[r] * width;
+    int64_t c = 0;
+    for (; c + V::width <= channels; c += V::width) {
+      fma(V::load(rows + r * stride + c), V::load(weight + c), V::load(sum + c)).store(sum + c);
+    }
+    if (c < channels) fma(V::load(rows + r * stride + c), V::load_n(weight + c, channels - c), V::load(sum + c)).store(sum + c);
+  }
+}
+
+template <class T>
+bool forward_typed(const ConvArgs& args, int64_t begin, int64_t end, void* buffer) {
+  using V = typename Shape<T>::V;
+  const Shape<T> shape(args);
+  const TileBuffers<T> own(args, shape, buffer);
+  bool good = true;
+  for (int64_t tile = begin; tile < end; ++tile) {
+    const int64_t first = tile * shape.tile, count = min_of(shape.tile, args.M - first);
+    begin_tile<T>(args, shape, count, own.sums);
+    for (int64_t k = 0; k < args.K; ++k) {
+      const int64_t found = rows_of(args.map + k * args.M + first, count, args.N, own.at, own.row);
+      if (found <= 0) {
+        good &= found == 0;
+        continue;
+      }
+      gather(static_cast<const T*>(args.x), args.x_stride, own.row, found, args.C, own.rows, own.stride);
+      const auto* weight = shape.weight(args, k);
+      if (shape.depthwise) {
+        add_products<V>(own.rows, own.stride, weight, args.D, own.at, found, own.sums, shape.width);
+        continue;
+      }
+      for (int64_t g = 0; g < args.groups; ++g) {
+        multiply_strided<V>(found, shape.padded, shape.group_in, {own.rows + g * shape.group_in, own.stride, 1},
+                            weight + g * shape.padded, shape.weight_stride(args),
+                            ScatteredC<typename V::scalar>{own.sums + g * shape.padded, shape.width, own.at});
+      }
+    }
+    end_tile<T>(args, shape, first, count, own.sums);
+  }
+  return good;
+}
+
+template <class T>
+void pack_typed(const ConvArgs& args, int64_t k_begin, int64_t k_end) {
+  using A = typename Shape<T>::A;
+  const Shape<T> shape(args);
+  const int64_t parts = shape.depthwise ? 1 : args.groups, each = args.D / parts;
+  for (int64_t row = k_begin * shape.group_in; row < k_end * shape.group_in; ++row) {
+    const T* from = static_cast<const T*>(args.weight) + row * args.D;
+    A* to = static_cast<A*>(args.packed) + row * shape.width;
+    memset(to, 0, size_t(shape.width) * sizeof(A));
+    for (int64_t i = 0; i < args.D; ++i) to[i / each * shape.padded * (parts > 1) + i % each] = to_float(from[i]);
+  }
+}
+
+// ---- gradient of the weight
+
+constexpr int64_t kPairs = 128;  // rows of x and of grad that are gathered at a time
+
+template <class T>
+struct PairBuffers {
+  using A = typename Shape<T>::A;
+  A *x, *grad;
+  int32_t *at, *row;
+  int64_t x_stride;
+
+  PairBuffers(const ConvArgs& args, const Shape<T>& shape, void* buffer, int64_t* bytes = nullptr) {
+    Pieces pieces(buffer);
+    x_stride = round_up(args.C, Shape<T>::V::width);
+    x = pieces.take<A>(kPairs * x_stride);
+    grad = pieces.take<A>(kPairs * shape.width + Shape<T>::V::width);
+    at = pieces.take<int32_t>(kPairs + 1);
+    row = pieces.take<int32_t>(kPairs + 1);
+    if (bytes != nullptr) *bytes = pieces.bytes;
+  }
+};
+
+template <class T>
+void gather_gradient(const ConvArgs& args, const Shape<T>& shape, const int32_t* at, int64_t count, typename Shape<T>::A* to) {
+  const int64_t parts = shape.depthwise ? 1 : args.groups, each = args.D / parts;
+  for (int64_t g = 0; g < parts; ++g) {
+    gather(static_cast<const T*>(args.grad) + g * each, args.grad_stride, at, count, each, to + g * shape.padded, shape.width);
+  }
+}
+
+// Sums over the pairs of one kernel place in rows [first, last) of the result.
+template <class T>
+bool sum_pairs(const ConvArgs& args, const Shape<T>& shape, int64_t k, int64_t first, int64_t last, const PairBuffers<T>& own,
+               typename Shape<T>::A* sums) {
+  using V = typename Shape<T>::V;
+  bool good = true;
+  for (int64_t m = first; m < last; m += kPairs) {
+    const int64_t found = rows_of(args.map + k * args.M + m, min_of(kPairs, last - m), args.N, own.at, own.row);
+    if (found <= 0) {
+      good &= found == 0;
+      continue;
+    }
+    for (int64_t r = 0; r < found; ++r) own.at[r] += int32_t(m);
+    gather(static_cast<const T*>(args.x), args.x_stride, own.row, found, args.C, own.x, own.x_stride);
+    gather_gradient(args, shape, own.at, found, own.grad);
+    if (shape.depthwise) {
+      for (int64_t r = 0; r < found; ++r) {
+        for (int64_t c = 0; c < args.C; c += V::width) {
+          fma(V::load(own.x + r * own.x_stride + c), V::load(own.grad + r * shape.width + c), V::load(sums + c)).store(sums + c);
+        }
+      }
+      continue;
+    }
+    for (int64_t g = 0; g < args.groups; ++g) {
+      multiply_strided<V>(shape.group_in, shape.padded, found, {own.x + g * shape.group_in, 1, own.x_stride},
+                          own.grad + g * shape.padded, shape.width, {sums + g * shape.padded, shape.width, true});
+    }
+  }
+  return good;
+}
+
+template <class T>
+bool weight_chunk_typed(const ConvArgs& args, int64_t begin, int64_t end, void* buffer) {
+  using A = typename Shape<T>::A;
+  const Shape<T> shape(args);
+  const PairBuffers<T> own(args, shape, buffer);
+  const int64_t chunks = args.chunks(), size = shape.group_in * shape.width;
+  bool good = true;
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t chunk = item / args.K, k = item % args.K;
+    A* sums = static_cast<A*>(args.partial) + item * size;
+    memset(sums, 0, size_t(size) * sizeof(A));
+    good &= sum_pairs<T>(args, shape, k, chunk * args.M / chunks, (chunk + 1) * args.M / chunks, own, sums);
+  }
+  return good;
+}
+
+template <class T>
+void sum_chunks_typed(const ConvArgs& args, int64_t k_begin, int64_t k_end) {
+  using V = typename Shape<T>::V;
+  const Shape<T> shape(args);
+  const int64_t size = shape.group_in * shape.width, parts = shape.depthwise ? 1 : args.groups, each = args.D / parts;
+  auto* partial = static_cast<typename V::scalar*>(args.partial);
+  for (int64_t k = k_begin; k < k_end; ++k) {
+    auto* sums = partial + k * size;
+    for (int64_t chunk = 1; chunk < args.chunks(); ++chunk) {
+      const auto* more = sums + chunk * args.K * size;
+      for (int64_t i = 0; i < size; i += V::width) (V::load(sums + i) + V::load(more + i)).store(sums + i);
+    }
+    for (int64_t c = 0; c < shape.group_in; ++c) {
+      T* to = static_cast<T*>(args.out) + (k * shape.group_in + c) * args.D;
+      for (int64_t g = 0; g < parts; ++g) narrow(sums + c * shape.width + g * shape.padded, each, to + g * each);
+    }
+  }
+}
+
+// ---- by dtype, the codes of common/dispatch.h, which includes torch
+
+template <class F>
+auto by_dtype(int dtype, const F& f) {
+  switch (dtype) {
+    case 0: return f(float());
+    case 1: return f(double());
+    case 2: return f(bf16());
+    default: return f(f16());
+  }
+}
+
+int64_t packed_bytes(const ConvArgs& args) {
+  return by_dtype(args.dtype, [&](auto of) {
+    const Shape<decltype(of)> shape(args);
+    return shape.in_place ? 0 : args.K * shape.group_in * shape.width * int64_t(sizeof(typename decltype(shape)::A));
+  });
+}
+void pack(const ConvArgs& args, int64_t k_begin, int64_t k_end) {
+  by_dtype(args.dtype, [&](auto of) { pack_typed<decltype(of)>(args, k_begin, k_end); });
+}
+int64_t tile_rows(const ConvArgs& args) {
+  return by_dtype(args.dtype, [&](auto of) { return Shape<decltype(of)>(args).tile; });
+}
+int64_t bytes(const ConvArgs& args) {
+  return by_dtype(args.dtype, [&](auto of) {
+    using T = decltype(of);
+    int64_t tile = 0, pairs = 0;
+    const Shape<T> shape(args);
+    TileBuffers<T>(args, shape, nullptr, &tile);
+    PairBuffers<T>(args, shape, nullptr, &pairs);
+    return max_of(tile, pairs);
+  });
+}
+bool forward(const ConvArgs& args, int64_t begin, int64_t end, void* buffer) {
+  return by_dtype(args.dtype, [&](auto of) { return forward_typed<decltype(of)>(args, begin, end, buffer); });
+}
+int64_t partial_bytes(const ConvArgs& args) {
+  return by_dtype(args.dtype, [&](auto of) {
+    const Shape<decltype(of)> shape(args);
+    return args.chunks() * args.K * shape.group_in * shape.width * int64_t(sizeof(typename decltype(shape)::A));
+  });
+}
+bool weight_chunk(const ConvArgs& args, int64_t begin, int64_t end, void* buffer) {
+  return by_dtype(args.dtype, [&](auto of) { return weight_chunk_typed<decltype(of)>(args, begin, end, buffer); });
+}
+void sum_chunks(const ConvArgs& args, int64_t k_begin, int64_t k_end) {
+  by_dtype(args.dtype, [&](auto of) { sum_chunks_typed<decltype(of)>(args, k_begin, k_end); });
+}
+
+}  // namespace
+
+extern const ConvKernels ConvKernels_table{&packed_bytes, &pack,          &tile_rows,    &bytes,
+                                           &forward,      &partial_bytes, &weight_chunk, &sum_chunks};
+
+}  // namespace MASKOPS_ISA_NS
+}  // namespace maskops

@@ -1,0 +1,201 @@
+// Kernel maps on the CPU: which row each kernel place reads for each row of the result, and which rows the result has.
+#include "common/isa.h"
+
+#if MASKOPS_ISA_LEVEL == 0
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <tuple>
+
+#include "common/parallel.h"
+#include "cpu/sparse_conv/columns.h"
+#include "math/sparse_conv_check.h"
+
+namespace maskops {
+namespace {
+
+const int32_t* int32_data(const Tensor& x) { return static_cast<const int32_t*>(x.const_data_ptr()); }
+
+// Rows of coords as places of three axes.
+struct Places {
+  const int32_t* rows;
+  int64_t columns;
+
+  Place operator[](int64_t n) const {
+    Place place{};
+    const int32_t* row = rows + n * columns;
+    place.batch = row[0];
+    const int64_t lead = kConvAxes + 1 - columns;
+    for (int64_t axis = 1; axis < columns; ++axis) place.at[lead + axis - 1] = row[axis];
+    return place;
+  }
+};
+
+std::string text_of(const int32_t* row, int64_t columns) {
+  return join_sizes(std::vector<int64_t>(row, row + columns));
+}
+
+// The places of coords, each of which may be there once, and the row of each by its number.
+class PlacesByNumber {
+ public:
+  PlacesByNumber(const char* op, const Tensor& coords) : columns_(coords.size(0) / 4), row_of_(static_cast<size_t>(coords.size(0))) {
+    const Places places{int32_data(coords), coords.size(1)};
+    const int64_t rows = coords.size(0);
+    for (int64_t n = 0; n < rows; ++n) {
+      if (!columns_.insert(places[n])) fail_repeated(op, coords, n);
+    }
+    columns_.number();
+    parallel_for(rows, 64, [&](int64_t begin, int64_t end) {
+      for (int64_t n = begin; n < end; ++n) {
+        const Place place = places[n];
+        const Column* column = columns_.at(place.batch, place.at[0], place.at[1], Columns::word_of(place.at[2]));
+        row_of_[static_cast<size_t>(Columns::number_of(*column, Columns::bit_of(place.at[2])))] = static_cast<int32_t>(n);
+      }
+    });
+  }
+
+  // What kernel place (k0, k1, every k2) reads for `place`, as rows of the map, which are `stride` apart.
+  void find(const ConvGeometry& g, const Place& place, int32_t k0, int32_t k1, int32_t* to, int64_t stride) const {
+    int32_t high = 0, middle = 0, last = 0;
+    const bool some = g.source(0, place.at[0], k0, &high) && g.source(1, place.at[1], k1, &middle);
+    const Column* column = nullptr;
+    for (int32_t k2 = 0; k2 < g.size[2]; ++k2, to += stride) {
+      *to = -1;
+      if (!some || !g.source(2, place.at[2], k2, &last)) continue;
+      const int32_t word = Columns::word_of(last);
+      if (column == nullptr || word != sought_word_of(column, word)) column = columns_.at(place.batch, high, middle, word);
+      const uint64_t bit = Columns::bit_of(last);
+      if (column->bits & bit) *to = row_of_[static_cast<size_t>(Columns::number_of(*column, bit))];
+    }
+  }
+
+ private:
+  // An empty entry stands for the word that was sought last: it is sought again, which is rare and cheap.
+  static int32_t sought_word_of(const Column* column, int32_t word) { return column->bits == 0 ? word - 1 : column->word; }
+
+  [[noreturn]] static void fail_repeated(const char* op, const Tensor& coords, int64_t again) {
+    const int64_t columns = coords.size(1);
+    const int32_t *data = int32_data(coords), *row = data + again * columns;
+    int64_t first = 0;
+    while (!std::equal(row, row + columns, data + first * columns)) ++first;
+    fail_index(op, "coords[" + std::to_string(again) + "]", "be unique", text_of(row, columns) + " as in row " + std::to_string(first));
+  }
+
+  Columns columns_;
+  std::vector<int32_t> row_of_;
+};
+
+Tensor sparse_conv_map(const Tensor& coords_any, const Tensor& out_coords_any, const Sizes& kernel_size, const Sizes& stride,
+                       const Sizes& padding, const Sizes& dilation, bool transposed) {
+  check_conv_map(coords_any, out_coords_any, kernel_size, stride, padding, dilation);
+  const Tensor coords = contiguous_or_copy(coords_any), out_coords = contiguous_or_copy(out_coords_any);
+  const ConvGeometry g = geometry_of(kernel_size, stride, padding, dilation, transposed);
+  const PlacesByNumber known("sparse_conv_map", coords);
+  const Places places{int32_data(out_coords), out_coords.size(1)};
+  const int64_t rows = out_coords.size(0);
+  Tensor map = empty_like_device(coords, {g.places(), rows}, ScalarType::Int);
+  int32_t* to = static_cast<int32_t*>(map.mutable_data_ptr());
+  parallel_for(rows, g.places() * 16, [&](int64_t begin, int64_t end) {
+    for (int64_t m = begin; m < end; ++m) {
+      const Place place = places[m];
+      int64_t k = 0;
+      for (int32_t k0 = 0; k0 < g.size[0]; ++k0) {
+        for (int32_t k1 = 0; k1 < g.size[1]; ++k1, k += g.size[2]) known.find(g, place, k0, k1, to + k * rows + m, rows);
+      }
+    }
+  });
+  return map;
+}
+
+// ---------------------------------------------------------------- places of the result
+
+void reach(const ConvGeometry& g, const Place& place, const int64_t* end, Columns& found) {
+  Place to{};
+  to.batch = place.batch;
+  auto inside = [&](int axis, int32_t k) {
+    return g.source(axis, place.at[axis], k, &to.at[axis]) && to.at[axis] >= 0 && to.at[axis] < end[axis];
+  };
+  for (int32_t k0 = 0; k0 < g.size[0]; ++k0) {
+    if (!inside(0, k0)) continue;
+    for (int32_t k1 = 0; k1 < g.size[1]; ++k1) {
+      if (!inside(1, k1)) continue;
+      for (int32_t k2 = 0; k2 < g.size[2]; ++k2) {
+        if (inside(2, k2)) found.insert(to);
+      }
+    }
+  }
+}
+
+Tensor sparse_conv_outputs(const Tensor& coords_any, const Sizes& out_shape, const Sizes& kernel_size, const Sizes& stride,
+                           const Sizes& padding, const Sizes& dilation, bool transposed) {
+  check_conv_outputs(coords_any, out_shape, kernel_size, stride, padding, dilation);
+  const Tensor coords = contiguous_or_copy(coords_any);
+  const ConvGeometry g = geometry_of(kernel_size, stride, padding, dilation, !transposed);
+  const int64_t rows = coords.size(0), columns = coords.size(1), lead = kConvAxes + 1 - columns;
+  int64_t end[kConvAxes] = {1, 1, 1};
+  for (int64_t axis = lead; axis < kConvAxes; ++axis) end[axis] = out_shape[static_cast<size_t>(axis - lead)];
+  const Places places{int32_data(coords), columns};
+  Columns found(rows / 2);
+  for (int64_t n = 0; n < rows; ++n) reach(g, places[n], end, found);
+
+  std::vector<Column> sorted;
+  found.each([&](const Column& column) { sorted.push_back(column); });
+  std::sort(sorted.begin(), sorted.end(), [](const Column& a, const Column& b) {
+    return std::tie(a.batch, a.high, a.middle, a.word) < std::tie(b.batch, b.high, b.middle, b.word);
+  });
+  Tensor out = empty_like_device(coords, {found.number(), columns}, ScalarType::Int);
+  int32_t* to = static_cast<int32_t*>(out.mutable_data_ptr());
+  for (const Column& column : sorted) {
+    for (uint64_t bits = column.bits; bits != 0; bits &= bits - 1) {
+      const int32_t place[] = {column.high, column.middle, column.word * 64 + std::countr_zero(bits)};
+      *to++ = column.batch;
+      for (int64_t axis = lead; axis < kConvAxes; ++axis) *to++ = place[axis];
+    }
+  }
+  return out;
+}
+
+// ---------------------------------------------------------------- reverse
+
+Tensor sparse_conv_reverse(const Tensor& map_any, int64_t rows) {
+  check_conv_reverse(map_any, rows);
+  const Tensor map = contiguous_or_copy(map_any);
+  const int64_t places = map.size(0), count = map.size(1);
+  Tensor out = empty_like_device(map, {places, rows}, ScalarType::Int);
+  const int32_t* from = int32_data(map);
+  int32_t* to = static_cast<int32_t*>(out.mutable_data_ptr());
+  FirstFault outside, repeated;
+  parallel_for(places, (count + rows) * 4, [&](int64_t begin, int64_t end) {
+    for (int64_t k = begin; k < end; ++k) {
+      std::fill_n(to + k * rows, rows, -1);
+      for (int64_t m = 0; m < count; ++m) {
+        const int64_t n = from[k * count + m];
+        if (n == -1) continue;
+        if (n < 0 || n >= rows) {
+          outside.note(k * count + m);
+          continue;
+        }
+        if (to[k * rows + n] >= 0) repeated.note(k * count + m);
+        to[k * rows + n] = static_cast<int32_t>(m);
+      }
+    }
+  });
+  const FirstFault& fault = outside.any() ? outside : repeated;
+  if (fault.any()) {
+    const std::string at = "map[" + std::to_string(fault.position() / count) + ", " + std::to_string(fault.position() % count) + "]";
+    const std::string rule = outside.any() ? "be in [-1, " + std::to_string(rows) + ")" : "be unique in its row";
+    fail_index("sparse_conv_reverse", at, rule, std::to_string(from[fault.position()]) + (outside.any() ? "" : " again"));
+  }
+  return out;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(maskops, CPU, m) {
+  m.impl("sparse_conv_map", TORCH_BOX(&sparse_conv_map));
+  m.impl("sparse_conv_outputs", TORCH_BOX(&sparse_conv_outputs));
+  m.impl("sparse_conv_reverse", TORCH_BOX(&sparse_conv_reverse));
+}
+
+}  // namespace maskops
+#endif

@@ -28,7 +28,7 @@ def _mixed(x):
 def _slot_of(batch, a0, a1, a2, size):
     low = (batch.to(tl.uint32).to(tl.uint64) << 32) | a0.to(tl.uint32).to(tl.uint64)
     high = (a1.to(tl.uint32).to(tl.uint64) << 32) | a2.to(tl.uint32).to(tl.uint64)
-    return (_mixed(low ^ _mixed(high)) % size).to(tl.int64)
+    return _mixed(low ^ _mixed(high)).to(tl.int64, bitcast=True) & (size - 1)
 
 
 @triton.jit
@@ -51,7 +51,7 @@ def _insert_kernel(coords_ptr, table_ptr, N, size, BLOCK: tl.constexpr):
         at = tl.where(pending, slot, size)
         before = tl.atomic_cas(table_ptr + at, tl.full([BLOCK], -1, tl.int32), row.to(tl.int32))
         pending = pending & (before != EMPTY)
-        slot = (slot + 1) % size
+        slot = (slot + 1) & (size - 1)
 
 
 @triton.jit
@@ -91,7 +91,7 @@ def _map_kernel(coords_ptr, table_ptr, out_coords_ptr, map_ptr, M, size, s1, s2,
         same = seeking & (c == batch) & (c0 == f0) & (c1 == f1) & (c2 == f2)
         result = tl.where(same, row, result)
         seeking = seeking & (same == 0)
-        slot = (slot + 1) % size
+        slot = (slot + 1) & (size - 1)
     tl.store(map_ptr + k.to(tl.int64) * M + m, result, mask=inside)
 
 

@@ -2,6 +2,35 @@
 
 from maskops.nn.masked_attention import MaskedAttention
 from maskops.nn.nm_matmul import BitmaskLinear, NMLinear, SoftNMLinear
+from maskops.nn.sparse_conv import (
+    SparseConv1d,
+    SparseConv2d,
+    SparseConv3d,
+    SparseConvTranspose1d,
+    SparseConvTranspose2d,
+    SparseConvTranspose3d,
+    SparseInverseConv,
+    SubMConv1d,
+    SubMConv2d,
+    SubMConv3d,
+)
 from maskops.nn.visible_tokens import PatchEmbed, TokenRestore
 
-__all__ = ["BitmaskLinear", "MaskedAttention", "NMLinear", "PatchEmbed", "SoftNMLinear", "TokenRestore"]
+__all__ = [
+    "BitmaskLinear",
+    "MaskedAttention",
+    "NMLinear",
+    "PatchEmbed",
+    "SoftNMLinear",
+    "SparseConv1d",
+    "SparseConv2d",
+    "SparseConv3d",
+    "SparseConvTranspose1d",
+    "SparseConvTranspose2d",
+    "SparseConvTranspose3d",
+    "SparseInverseConv",
+    "SubMConv1d",
+    "SubMConv2d",
+    "SubMConv3d",
+    "TokenRestore",
+]

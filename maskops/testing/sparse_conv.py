@@ -21,21 +21,26 @@ def places(g: G, count: int, batch: int, *shape: int) -> Tensor:
     return unique[torch.randperm(len(unique), generator=g)]
 
 
-def lidar_like(count: int, shape: tuple[int, int, int], seed: int = 0) -> Tensor:
-    """int32 [N, 4]: places of one scan, surfaces seen from the middle of a grid, as in outdoor scenes."""
+def lidar_like(count: int, spread: float, shape: tuple[int, int, int] = (41, 640, 640), seed: int = 0) -> Tensor:
+    """int32 [count, 4]: places of one scan, ascending: ground around the middle of the grid, and walls that stand on it.
+
+    spread: of the scan; the wider, the fewer neighbours a place has.
+    """
     g = torch.Generator().manual_seed(seed)
-    angle = torch.rand(4 * count, generator=g) * 2 * torch.pi
-    distance = torch.rand(4 * count, generator=g).square() * 0.5
-    ground = torch.rand(4 * count, generator=g) < 0.6
-    height = torch.where(ground, 0.1 + 0.02 * torch.sin(9 * angle), torch.rand(4 * count, generator=g) * 0.6)
-    distance = torch.where(ground, distance, 0.1 + 0.3 * (torch.sin(5 * angle).abs() * 7).floor() / 7)
-    at = torch.stack([height, 0.5 + distance * torch.cos(angle), 0.5 + distance * torch.sin(angle)], 1)
-    at = (at * torch.tensor(shape)).int().clamp(min=0)
-    at = torch.minimum(at, torch.tensor(shape).int() - 1)
-    unique = torch.unique(at, dim=0)
-    unique = unique[torch.randperm(len(unique), generator=g)[:count]]
-    unique = torch.unique(unique, dim=0)
-    return torch.cat([unique.new_zeros(len(unique), 1), unique], 1)
+    points = 12 * count
+    distance = spread * count**0.5 * torch.rand(points, generator=g).sqrt()
+    angle = torch.rand(points, generator=g) * 2 * torch.pi
+    walls = torch.rand(points, generator=g) < 0.15
+    height = 6 + 1.5 * torch.sin(angle * 3) + 0.45 * torch.randn(points, generator=g)
+    height = torch.where(walls, 6 + 20 * torch.rand(points, generator=g), height)
+    at = torch.stack([height, distance * torch.cos(angle), distance * torch.sin(angle)], 1)
+    at[walls, 1] = (at[walls, 1] / 40).round() * 40 + 0.3 * torch.randn(int(walls.sum()), generator=g)
+    at = (at + torch.tensor([0.0, shape[1] / 2, shape[2] / 2])).floor().int()
+    at = at[(at >= 0).all(1) & (at < torch.tensor(shape)).all(1)]
+    unique, number = torch.unique(at, dim=0, return_inverse=True)
+    first = torch.full((len(unique),), len(at)).scatter_reduce_(0, number, torch.arange(len(at)), "amin")
+    found = torch.unique(unique[first.argsort()[:count]], dim=0)
+    return torch.cat([found.new_zeros(len(found), 1), found], 1)
 
 
 # ---------------------------------------------------------------- maps
@@ -160,7 +165,7 @@ ERRORS = [
     ErrorSample(MAP, "padding", _at(4, lambda k: [-1]), ValueError, "padding must be 1 numbers from 0"),
     ErrorSample(OUTPUTS, "out_shape", _at(1, lambda s: [-1]), ValueError, "out_shape must be 1 numbers from 0"),
     ErrorSample(REVERSE, "outside", _at(0, lambda m: m + 99), IndexError, r"sparse_conv_reverse: map\[\d+, \d+\] must be in"),
-    ErrorSample(REVERSE, "repeated", _at(0, lambda m: m * 0), IndexError, r"map\[0, 1\] must be unique in its row, got 0 again"),
+    ErrorSample(REVERSE, "repeated", _at(0, lambda m: m * 0), IndexError, r"map\[\d+, \d+\] must be unique in its row, got 0 again"),
     ErrorSample(REVERSE, "rows", _at(1, lambda r: -1), ValueError, "rows must be in"),
     ErrorSample(CONV, "weight", _at(1, lambda w: w[:, 1:]), ValueError, "sparse_conv: weight must have shape"),
     ErrorSample(CONV, "bias", _at(2, lambda b: b[1:]), ValueError, "bias must have shape"),

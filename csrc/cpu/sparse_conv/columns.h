@@ -44,9 +44,10 @@ class Columns {
     }
   }
 
-  // Whether the place is new.
+  // Whether the place is new. In ascending order the column is most often that of the place before.
   bool insert(const Place& place) {
-    Column* column = at(place.batch, place.at[0], place.at[1], word_of(place.at[2]));
+    Column* column = last_;
+    if (column == nullptr || !holds(*column, place)) column = at(place.batch, place.at[0], place.at[1], word_of(place.at[2]));
     const uint64_t bit = bit_of(place.at[2]);
     if (column->bits == 0) {
       if (2 * ++count_ > mask_) {  // half of the table stays empty
@@ -60,7 +61,12 @@ class Columns {
     }
     const bool fresh = (column->bits & bit) == 0;
     column->bits |= bit;
+    last_ = column;
     return fresh;
+  }
+  static bool holds(const Column& column, const Place& place) {
+    return column.bits != 0 && column.word == word_of(place.at[2]) && column.middle == place.at[1] && column.high == place.at[0] &&
+           column.batch == place.batch;
   }
 
   // To be called once all places are in. Returns their number.
@@ -100,6 +106,7 @@ class Columns {
   }
 
   int64_t mask_ = 0, count_ = 0;
+  Column* last_ = nullptr;
   std::unique_ptr<Column, decltype(&std::free)> table_{nullptr, &std::free};
 };
 

@@ -46,33 +46,50 @@ class PlacesByNumber {
     }
     columns_.number();
     parallel_for(rows, 64, [&](int64_t begin, int64_t end) {
+      const Column* column = nullptr;
       for (int64_t n = begin; n < end; ++n) {
         const Place place = places[n];
-        const Column* column = columns_.at(place.batch, place.at[0], place.at[1], Columns::word_of(place.at[2]));
+        if (column == nullptr || !Columns::holds(*column, place)) {
+          column = columns_.at(place.batch, place.at[0], place.at[1], Columns::word_of(place.at[2]));
+        }
         row_of_[static_cast<size_t>(Columns::number_of(*column, Columns::bit_of(place.at[2])))] = static_cast<int32_t>(n);
       }
     });
   }
 
-  // What kernel place (k0, k1, every k2) reads for `place`, as rows of the map, which are `stride` apart.
-  void find(const ConvGeometry& g, const Place& place, int32_t k0, int32_t k1, int32_t* to, int64_t stride) const {
-    int32_t high = 0, middle = 0, last = 0;
-    const bool some = g.source(0, place.at[0], k0, &high) && g.source(1, place.at[1], k1, &middle);
+  // What the places (k0, k1, every k2) of the kernel read for `place`, as rows of the map, which are `stride` apart. cursor: for
+  // each (k0, k1) the column that was found last, forgotten by forget() where batch or the first two axes change.
+  struct Cursor {
     const Column* column = nullptr;
+    int32_t word = 0, high = 0, middle = 0;
+    bool some = false;
+  };
+  static void forget(const ConvGeometry& g, const Place& place, Cursor* cursors) {
+    for (int32_t k0 = 0; k0 < g.size[0]; ++k0) {
+      int32_t high = 0;
+      const bool some = g.source(0, place.at[0], k0, &high);
+      for (int32_t k1 = 0; k1 < g.size[1]; ++k1, ++cursors) {
+        *cursors = Cursor{nullptr, 0, high, 0, false};
+        cursors->some = some && g.source(1, place.at[1], k1, &cursors->middle);
+      }
+    }
+  }
+  void find(const ConvGeometry& g, const Place& place, Cursor& cursor, int32_t* to, int64_t stride) const {
+    int32_t last = 0;
     for (int32_t k2 = 0; k2 < g.size[2]; ++k2, to += stride) {
       *to = -1;
-      if (!some || !g.source(2, place.at[2], k2, &last)) continue;
+      if (!cursor.some || !g.source(2, place.at[2], k2, &last)) continue;
       const int32_t word = Columns::word_of(last);
-      if (column == nullptr || word != sought_word_of(column, word)) column = columns_.at(place.batch, high, middle, word);
+      if (cursor.column == nullptr || word != cursor.word) {
+        cursor.column = columns_.at(place.batch, cursor.high, cursor.middle, word);
+        cursor.word = word;
+      }
       const uint64_t bit = Columns::bit_of(last);
-      if (column->bits & bit) *to = row_of_[static_cast<size_t>(Columns::number_of(*column, bit))];
+      if (cursor.column->bits & bit) *to = row_of_[static_cast<size_t>(Columns::number_of(*cursor.column, bit))];
     }
   }
 
  private:
-  // An empty entry stands for the word that was sought last: it is sought again, which is rare and cheap.
-  static int32_t sought_word_of(const Column* column, int32_t word) { return column->bits == 0 ? word - 1 : column->word; }
-
   [[noreturn]] static void fail_repeated(const char* op, const Tensor& coords, int64_t again) {
     const int64_t columns = coords.size(1);
     const int32_t *data = int32_data(coords), *row = data + again * columns;
@@ -94,13 +111,20 @@ Tensor sparse_conv_map(const Tensor& coords_any, const Tensor& out_coords_any, c
   const Places places{int32_data(out_coords), out_coords.size(1)};
   const int64_t rows = out_coords.size(0);
   Tensor map = empty_like_device(coords, {g.places(), rows}, ScalarType::Int);
-  int32_t* to = static_cast<int32_t*>(map.mutable_data_ptr());
+  int32_t* out = static_cast<int32_t*>(map.mutable_data_ptr());
+  const int64_t lines = static_cast<int64_t>(g.size[0]) * g.size[1];
   parallel_for(rows, g.places() * 16, [&](int64_t begin, int64_t end) {
+    std::vector<PlacesByNumber::Cursor> cursors(static_cast<size_t>(lines));
+    Place before{};
     for (int64_t m = begin; m < end; ++m) {
       const Place place = places[m];
-      int64_t k = 0;
-      for (int32_t k0 = 0; k0 < g.size[0]; ++k0) {
-        for (int32_t k1 = 0; k1 < g.size[1]; ++k1, k += g.size[2]) known.find(g, place, k0, k1, to + k * rows + m, rows);
+      const bool same = place.batch == before.batch && place.at[0] == before.at[0] && place.at[1] == before.at[1];
+      if (m == begin || !same) PlacesByNumber::forget(g, place, cursors.data());
+      before = place;
+      int32_t* to = out + m;
+      for (PlacesByNumber::Cursor& cursor : cursors) {
+        known.find(g, place, cursor, to, rows);
+        to += g.size[2] * rows;
       }
     }
   });

@@ -56,7 +56,7 @@ class KernelMap:
         return int((self.map >= 0).sum())
 
 
-@public("sparse_conv_map", native="C++ on CPU; on CUDA the Triton kernel")
+@public("sparse_conv_map", native="C++ on CPU and CUDA C++", triton="CUDA, ROCm and XPU")
 def kernel_map(
     coords: Tensor, kernel_size: Sizes, *, stride: Sizes = 1, padding: Sizes | None = None, dilation: Sizes = 1,
     out_coords: Tensor | None = None, in_shape: Sequence[int] | None = None, out_shape: Sequence[int] | None = None,
@@ -235,7 +235,6 @@ define_op(
         check=_check_map,
         check_data=_check_unique,
         fake=_fake_map,
-        cuda=False,
     )
 )
 define_op(
@@ -257,6 +256,5 @@ define_op(
         check=_check_reverse,
         check_data=_check_reverse_data,
         fake=lambda map, rows: map.new_empty(map.shape[0], rows),
-        cuda=False,
     )
 )

@@ -36,7 +36,12 @@ def _place_of(ptr, row, mask):
     """The four numbers of rows of [N, 4]."""
     at = ptr + row.to(tl.int64) * 4
     batch = tl.load(at, mask=mask, other=0)
-    return batch, tl.load(at + 1, mask=mask, other=0), tl.load(at + 2, mask=mask, other=0), tl.load(at + 3, mask=mask, other=0)
+    return (
+        batch,
+        tl.load(at + 1, mask=mask, other=0),
+        tl.load(at + 2, mask=mask, other=0),
+        tl.load(at + 3, mask=mask, other=0),
+    )
 
 
 @triton.jit
@@ -103,7 +108,7 @@ def _reach_kernel(coords_ptr, out_ptr, N, s1, s2, t0, t1, t2, p0, p1, p2, d0, d1
     k = tl.program_id(0) // blocks
     n = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     inside = n < N
-    batch, a0, a1, a2 = _place_of(coords_ptr, n, inside)
+    _, a0, a1, a2 = _place_of(coords_ptr, n, inside)
     f0, e0 = _source(a0, k // (s1 * s2), t0, p0, d0, DIVIDES)
     f1, e1 = _source(a1, k // s2 % s1, t1, p1, d1, DIVIDES)
     f2, e2 = _source(a2, k % s2, t2, p2, d2, DIVIDES)
@@ -218,7 +223,9 @@ def _depthwise_kernel(x_ptr, weight_ptr, bias_ptr, map_ptr, out_ptr, M, K, sx, D
     total = tl.zeros([BLOCK_M, BLOCK_D], ACC)
     for k in range(0, K):
         n = tl.load(map_ptr + tl.cast(k, tl.int64) * M + m, mask=m < M, other=-1)
-        x = tl.load(x_ptr + n.to(tl.int64)[:, None] * sx + d[None, :], mask=(n >= 0)[:, None] & (d < D)[None, :], other=0.0)
+        x = tl.load(
+            x_ptr + n.to(tl.int64)[:, None] * sx + d[None, :], mask=(n >= 0)[:, None] & (d < D)[None, :], other=0.0
+        )
         w = tl.load(weight_ptr + tl.cast(k, tl.int64) * D + d, mask=d < D, other=0.0)
         total += x.to(ACC) * w.to(ACC)[None, :]
     if bias_ptr is not None:
@@ -246,7 +253,9 @@ def _grad_weight_kernel(grad_ptr, x_ptr, map_ptr, out_ptr, M, K, sg, sx, C, D, G
         n = tl.load(map_ptr + k * M + m, mask=m < M, other=-1)
         if tl.max(n, 0) >= 0:
             seen = (n >= 0)[:, None]
-            x = tl.load(x_ptr + n.to(tl.int64)[:, None] * sx + group * C + c[None, :], mask=seen & (c < C)[None, :], other=0.0)
+            x = tl.load(
+                x_ptr + n.to(tl.int64)[:, None] * sx + group * C + c[None, :], mask=seen & (c < C)[None, :], other=0.0
+            )
             at = m.to(tl.int64)[:, None] * sg + group * D + d[None, :]
             grad = tl.load(grad_ptr + at, mask=seen & (d < D)[None, :], other=0.0)
             total = dot_add(tl.trans(x), grad, total, PRECISION)
@@ -296,11 +305,11 @@ def sparse_conv(x, weight, bias, map, reverse, groups):
         )  # fmt: skip
         return out
     each = D // groups
-    small = x.dtype.itemsize > 2
-    block_m, block_d, block_c = (32 if small else 64), _tile(each, 32 if small else 64), 16 if small else _tile(C, 32)
+    wide = x.dtype.itemsize > 2
+    block_m, block_d, block_c = (32 if wide else 64), _tile(each, 32 if wide else 64), 16 if wide else _tile(C, 32)
     launch(
-        _conv_kernel, cdiv(M, block_m) * groups * cdiv(each, block_d), x, weight, bias, map, out, M, K, x.stride(0), C, each, groups,
-        **_precision(x), BLOCK_M=block_m, BLOCK_C=block_c, BLOCK_D=block_d, num_warps=4, num_stages=1 if small else 3,
+        _conv_kernel, cdiv(M, block_m) * groups * cdiv(each, block_d), x, weight, bias, map, out, M, K, x.stride(0), C, each,
+        groups, **_precision(x), BLOCK_M=block_m, BLOCK_C=block_c, BLOCK_D=block_d, num_warps=4, num_stages=1 if wide else 3,
     )  # fmt: skip
     return out
 
@@ -318,12 +327,12 @@ def _sparse_conv_grad_weight(grad, x, map, groups):
             groups, per_chunk, ACC=accumulator(x)[1], BLOCK_M=32, BLOCK_D=block, num_warps=4,
         )  # fmt: skip
     else:
-        small = x.dtype.itemsize > 2
-        block_c, block_d = _tile(C, 32 if small else 64), _tile(D, 32 if small else 64)
+        wide = x.dtype.itemsize > 2
+        block_c, block_d = _tile(C, 32 if wide else 64), _tile(D, 32 if wide else 64)
         launch(
-            _grad_weight_kernel, chunks * K * groups * cdiv(C, block_c) * cdiv(D, block_d), grad, x, map, sums, M, K, grad.stride(0),
-            x.stride(0), C, D, groups, per_chunk, **_precision(x), BLOCK_M=16 if small else 32, BLOCK_C=block_c, BLOCK_D=block_d,
-            num_warps=4, num_stages=1 if small else 3,
+            _grad_weight_kernel, chunks * K * groups * cdiv(C, block_c) * cdiv(D, block_d), grad, x, map, sums, M, K,
+            grad.stride(0), x.stride(0), C, D, groups, per_chunk, **_precision(x), BLOCK_M=16 if wide else 32, BLOCK_C=block_c, BLOCK_D=block_d,
+            num_warps=4, num_stages=1 if wide else 3,
         )  # fmt: skip
     return sums.sum(0).to(x.dtype)
 
@@ -335,7 +344,14 @@ _COORDS, _MAP = Arg("int32", (_N, 4)), Arg("int32", (27, _N))
 
 
 def _conv_sample(C, D, groups, bias=True):
-    return (Arg("float", (_N, C)), Arg("float", (27, C // groups, D)), Arg("float", (D,)) if bias else None, _MAP, None, groups)
+    return (
+        Arg("float", (_N, C)),
+        Arg("float", (27, C // groups, D)),
+        Arg("float", (D,)) if bias else None,
+        _MAP,
+        None,
+        groups,
+    )
 
 
 AOT_SAMPLES = {
@@ -352,6 +368,9 @@ AOT_SAMPLES = {
 }  # fmt: skip
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 LIMITS = {
-    **{f"sparse_conv{part}": {"dtypes": (), "reason": "takes no floating tensor"} for part in ("_map", "_outputs", "_reverse")},
+    **{
+        f"sparse_conv{part}": {"dtypes": (), "reason": "takes no floating tensor"}
+        for part in ("_map", "_outputs", "_reverse")
+    },
     **{op: {"dtypes": _FLOATS, "reason": ""} for op in ("sparse_conv", "_sparse_conv_grad_weight")},
 }

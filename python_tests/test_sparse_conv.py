@@ -41,7 +41,9 @@ def test_submanifold_equals_dense_at_active_places(axes: int, groups: int, dilat
     x = tensor(2, 8, *(9, 8, 7)[:axes])
     layer = (SubMConv1d, SubMConv2d, SubMConv3d)[axes - 1](8, 16, 3, dilation=dilation, groups=groups).double()
     out = layer(x)
-    dense = DENSE[axes](x.dense(), dense_weight(layer.weight), layer.bias, padding=dilation, dilation=dilation, groups=groups)
+    dense = DENSE[axes](
+        x.dense(), dense_weight(layer.weight), layer.bias, padding=dilation, dilation=dilation, groups=groups
+    )
     assert out.places is x.places
     torch.testing.assert_close(out.features, SparseTensor.from_dense(dense, active_of(x)).features[order_of(x)])
 
@@ -63,7 +65,9 @@ def test_strided_equals_dense_where_anything_is_read(stride: object, padding: ob
     dense = F.conv2d(x.dense(), dense_weight(layer.weight), stride=stride, padding=padding)
     assert out.spatial_shape == tuple(dense.shape[2:])
     torch.testing.assert_close(out.dense(), dense)
-    reached = F.conv2d(active_of(x)[:, None].double(), torch.ones(1, 1, *layer.kernel_size).double(), stride=stride, padding=padding)
+    reached = F.conv2d(
+        active_of(x)[:, None].double(), torch.ones(1, 1, *layer.kernel_size).double(), stride=stride, padding=padding
+    )
     assert torch.equal(out.coords, torch.nonzero(reached[:, 0] > 0).int())
 
 
@@ -76,7 +80,10 @@ def test_transposed_equals_dense() -> None:
 
 def test_inverse_returns_to_the_places_it_came_from() -> None:
     x = tensor(1, 4, 8, 9, 7)
-    down, up = SparseConv3d(4, 8, 3, stride=2, padding=1).double(), SparseInverseConv(8, 4, (3, 3, 3), bias=False).double()
+    down, up = (
+        SparseConv3d(4, 8, 3, stride=2, padding=1).double(),
+        SparseInverseConv(8, 4, (3, 3, 3), bias=False).double(),
+    )
     middle = down(x)
     back = up(middle)
     assert back.places is x.places and middle.stride == (2, 2, 2)
@@ -157,14 +164,18 @@ def test_network_compiles_whole() -> None:
     found = x.places.submanifold((3, 3), (1, 1))
 
     def run(features: Tensor) -> Tensor:
-        return maskops.sparse_conv(torch.relu(maskops.sparse_conv(features, net[0].weight, found)), net[1].weight, found)
+        return maskops.sparse_conv(
+            torch.relu(maskops.sparse_conv(features, net[0].weight, found)), net[1].weight, found
+        )
 
     torch.testing.assert_close(torch.compile(run, fullgraph=True, backend="aot_eager")(x.features), run(x.features))
 
 
 def test_sparse_tensor_arithmetic_and_parts() -> None:
     x = tensor(3, 2, 5, 5)
-    assert torch.equal((x + x).features, (x * 2).features) and torch.equal((x - x).features, torch.zeros_like(x.features))
+    assert torch.equal((x + x).features, (x * 2).features) and torch.equal(
+        (x - x).features, torch.zeros_like(x.features)
+    )
     assert torch.equal(x.cat(x).dense()[:, 2:], x.dense())
     assert torch.equal(x.sample(1).dense()[0], x.dense()[1])
     assert "places x 2 channels of 3 grids 5x5" in repr(x)

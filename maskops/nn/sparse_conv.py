@@ -38,7 +38,12 @@ class SparseConvolution(nn.Module):
         if groups < 1 or in_channels % groups or out_channels % groups:
             raise ValueError(f"{name}: groups must divide {in_channels} and {out_channels} channels, got {groups}")
         self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
-        given = (("kernel_size", kernel_size, 1), ("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1))
+        given = (
+            ("kernel_size", kernel_size, 1),
+            ("stride", stride, 1),
+            ("padding", padding, 0),
+            ("dilation", dilation, 1),
+        )
         for argument, value, least in given:
             sizes = tuple(value) if isinstance(value, Sequence) else (value,) * axes
             if len(sizes) != axes or min(sizes) < least:
@@ -104,10 +109,14 @@ class SparseInverseConv(nn.Module):
         True
     """
 
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: Sequence[int], groups: int = 1, bias: bool = True) -> None:
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel_size: Sequence[int], groups: int = 1, bias: bool = True
+    ) -> None:
         """kernel_size: of the convolution whose places are returned to."""
         super().__init__()
-        self.conv = SparseConvolution(len(kernel_size), in_channels, out_channels, kernel_size, groups=groups, bias=bias)
+        self.conv = SparseConvolution(
+            len(kernel_size), in_channels, out_channels, kernel_size, groups=groups, bias=bias
+        )
 
     def forward(self, x: SparseTensor) -> SparseTensor:
         conv, origin = self.conv, x.places.origin
@@ -115,7 +124,9 @@ class SparseInverseConv(nn.Module):
             raise ValueError("SparseInverseConv: x must come from a convolution with a stride, got places of their own")
         places, found = origin
         if found.kernel_size != conv.kernel_size:
-            raise ValueError(f"SparseInverseConv: kernel_size must be {found.kernel_size}, of that convolution, got {conv.kernel_size}")
+            raise ValueError(
+                f"SparseInverseConv: kernel_size must be {found.kernel_size}, of that convolution, got {conv.kernel_size}"
+            )
         out = sparse_conv(x.features, conv.weight, found.inverse(places.coords), conv.bias, conv.groups)
         return SparseTensor.over(out, places)
 

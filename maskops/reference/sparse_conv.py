@@ -23,7 +23,9 @@ def sources(
     stride, padding, dilation = (out_coords.new_tensor(x, dtype=torch.int64) for x in (stride, padding, dilation))
     batch, place = out_coords[:, :1].long(), out_coords[:, 1:].long()
     if not transposed:
-        return torch.cat([batch, place * stride - padding + k * dilation], 1), torch.ones_like(batch[:, 0], dtype=torch.bool)
+        return torch.cat([batch, place * stride - padding + k * dilation], 1), torch.ones_like(
+            batch[:, 0], dtype=torch.bool
+        )
     place = place + padding - k * dilation
     return torch.cat([batch, place.div(stride, rounding_mode="floor")], 1), (place % stride == 0).all(1)
 
@@ -58,8 +60,7 @@ def sparse_conv_outputs(
 
 
 def sparse_conv_reverse(map: Tensor, rows: int) -> Tensor:
-    K, M = map.shape
-    result = map.new_full((K, rows), -1)
+    result = map.new_full((len(map), rows), -1)
     k, m = torch.nonzero(map >= 0, as_tuple=True)
     result[k, map[k, m].long()] = m.int()
     return result

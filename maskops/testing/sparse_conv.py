@@ -55,12 +55,16 @@ SIZES = {
 }
 
 
-def _out_shape(shape: tuple[int, ...], size: list[int], stride: list[int], padding: list[int], dilation: list[int]) -> list[int]:
+def _out_shape(
+    shape: tuple[int, ...], size: list[int], stride: list[int], padding: list[int], dilation: list[int]
+) -> list[int]:
     rows = zip(shape[1:], size, stride, padding, dilation, strict=True)
     return [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in rows]
 
 
-def _map(name: str, *, transposed: bool = False, same: bool = False, empty: bool = False, far: bool = False) -> Callable:
+def _map(
+    name: str, *, transposed: bool = False, same: bool = False, empty: bool = False, far: bool = False
+) -> Callable:
     count, shape, *sizes = SIZES[name]
 
     def make(dtype: torch.dtype, g: G) -> tuple:
@@ -158,14 +162,28 @@ def _at(index: int, value: Callable) -> Callable:
 ERRORS = [
     ErrorSample(MAP, "coords_dtype", _at(0, Tensor.long), ValueError, "sparse_conv_map: coords must be int32"),
     ErrorSample(MAP, "coords_axes", _at(0, lambda c: c[:, :1]), ValueError, "coords must have 2 to 4 columns"),
-    ErrorSample(MAP, "repeated", _at(0, lambda c: torch.cat([c, c[:1]])), IndexError, r"coords\[\d+\] must be unique, got .* as in row 0"),
+    ErrorSample(
+        MAP,
+        "repeated",
+        _at(0, lambda c: torch.cat([c, c[:1]])),
+        IndexError,
+        r"coords\[\d+\] must be unique, got .* as in row 0",
+    ),
     ErrorSample(MAP, "out_coords", _at(1, lambda c: c[:, 1:]), ValueError, "out_coords must have shape"),
     ErrorSample(MAP, "kernel_size", _at(2, lambda k: [0]), ValueError, "kernel_size must be 1 numbers from 1"),
     ErrorSample(MAP, "stride", _at(3, lambda k: [1, 1]), ValueError, "stride must be 1 numbers from 1"),
     ErrorSample(MAP, "padding", _at(4, lambda k: [-1]), ValueError, "padding must be 1 numbers from 0"),
     ErrorSample(OUTPUTS, "out_shape", _at(1, lambda s: [-1]), ValueError, "out_shape must be 1 numbers from 0"),
-    ErrorSample(REVERSE, "outside", _at(0, lambda m: m + 99), IndexError, r"sparse_conv_reverse: map\[\d+, \d+\] must be in"),
-    ErrorSample(REVERSE, "repeated", _at(0, lambda m: m * 0), IndexError, r"map\[\d+, \d+\] must be unique in its row, got 0 again"),
+    ErrorSample(
+        REVERSE, "outside", _at(0, lambda m: m + 99), IndexError, r"sparse_conv_reverse: map\[\d+, \d+\] must be in"
+    ),
+    ErrorSample(
+        REVERSE,
+        "repeated",
+        _at(0, lambda m: m * 0),
+        IndexError,
+        r"map\[\d+, \d+\] must be unique in its row, got 0 again",
+    ),
     ErrorSample(REVERSE, "rows", _at(1, lambda r: -1), ValueError, "rows must be in"),
     ErrorSample(CONV, "weight", _at(1, lambda w: w[:, 1:]), ValueError, "sparse_conv: weight must have shape"),
     ErrorSample(CONV, "bias", _at(2, lambda b: b[1:]), ValueError, "bias must have shape"),

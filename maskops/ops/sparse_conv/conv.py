@@ -15,9 +15,18 @@ from maskops.reference.visible_tokens import accumulation_dtype
 FUNCTION = "sparse_conv"
 
 
-@public("sparse_conv", native="C++ on CPU (AVX-512, AVX2, portable); on CUDA the Triton kernel; float32, float64, bfloat16, float16")
+@public(
+    "sparse_conv",
+    native="C++ on CPU (AVX-512, AVX2, portable); on CUDA the Triton kernel; float32, float64, bfloat16, float16",
+)
 def sparse_conv(
-    features: Tensor, weight: Tensor, map: KernelMap, bias: Tensor | None = None, groups: int = 1, *, backend: str = "auto"
+    features: Tensor,
+    weight: Tensor,
+    map: KernelMap,
+    bias: Tensor | None = None,
+    groups: int = 1,
+    *,
+    backend: str = "auto",
 ) -> Tensor:
     """Convolve the features of active places: each place of the result sums what its kernel places read.
 

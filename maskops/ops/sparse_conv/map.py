@@ -46,7 +46,9 @@ class KernelMap:
 
     def inverse(self, coords: Tensor) -> "KernelMap":
         """The map of the convolution back to `coords`, the places of x: what SparseInverseConv takes."""
-        check_tensor(FUNCTION, "coords", coords, "[N, 1 + axes]", INT32, (self.rows, self.out_coords.shape[1]), self.map)
+        check_tensor(
+            FUNCTION, "coords", coords, "[N, 1 + axes]", INT32, (self.rows, self.out_coords.shape[1]), self.map
+        )
         back = KernelMap(self.reverse(), self.map.shape[1], coords, self.kernel_size)
         back._reverse.append(self.map)
         return back
@@ -101,16 +103,22 @@ def kernel_map(
                               (("kernel_size", kernel_size), ("stride", stride), ("dilation", dilation)))  # fmt: skip
     padding = centred(size, dilation) if padding is None else per_axis("padding", padding, axes)
     device = coords.device.type
-    submanifold = out_coords is None and out_shape is None and in_shape is None and not transposed and set(stride) == {1}
+    submanifold = (
+        out_coords is None and out_shape is None and in_shape is None and not transposed and set(stride) == {1}
+    )
     if submanifold:
         out_coords = coords
     elif out_coords is None:
         if out_shape is None:
             if in_shape is None:
                 fail(FUNCTION, "in_shape", "be given with a stride, or out_shape or out_coords", None)
-            out_shape = shape_after(integers(FUNCTION, "in_shape", in_shape), size, stride, padding, dilation, transposed)
+            out_shape = shape_after(
+                integers(FUNCTION, "in_shape", in_shape), size, stride, padding, dilation, transposed
+            )
         shape = integers(FUNCTION, "out_shape", out_shape)
-        out_coords = find_op("sparse_conv_outputs", device, backend)(coords, shape, size, stride, padding, dilation, transposed)
+        out_coords = find_op("sparse_conv_outputs", device, backend)(
+            coords, shape, size, stride, padding, dilation, transposed
+        )
     op = find_op("sparse_conv_map", device, backend)
     found = op(coords, out_coords, size, stride, padding, dilation, transposed)
     symmetric = submanifold and padding == [d * (k - 1) // 2 for k, d in zip(size, dilation, strict=True)]
@@ -152,7 +160,12 @@ def _check_sizes(
     axes = coords.shape[1] - 1
     if not 1 <= axes <= MOST_AXES:
         fail(op, "coords", "have 2 to 4 columns: batch and one to three axes", f"int32 [{len(coords)}, {axes + 1}]")
-    for name, values, least in (("kernel_size", kernel_size, 1), ("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1)):
+    for name, values, least in (
+        ("kernel_size", kernel_size, 1),
+        ("stride", stride, 1),
+        ("padding", padding, 0),
+        ("dilation", dilation, 1),
+    ):
         _check_each(op, name, values, axes, least)
 
 
@@ -223,7 +236,9 @@ def _check_reverse_data(map: Tensor, rows: int) -> None:
         first = torch.full((rows,), len(row)).scatter_reduce_(0, row[m].long(), m, "amin")
         again = m[first[row[m].long()] < m]
         if len(again):
-            raise IndexError(f"{op}: map[{k}, {int(again[0])}] must be unique in its row, got {int(row[again[0]])} again")
+            raise IndexError(
+                f"{op}: map[{k}, {int(again[0])}] must be unique in its row, got {int(row[again[0]])} again"
+            )
 
 
 define_op(

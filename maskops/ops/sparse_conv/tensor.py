@@ -51,7 +51,13 @@ class Places:
         if key not in self._maps:
             shape = tuple(shape_after(self.shape, *key))
             found = kernel_map(
-                self.coords, kernel_size, stride=stride, padding=padding, dilation=dilation, out_shape=shape, transposed=transposed
+                self.coords,
+                kernel_size,
+                stride=stride,
+                padding=padding,
+                dilation=dilation,
+                out_shape=shape,
+                transposed=transposed,
             )
             scales = zip(self.stride, stride, strict=True)
             scale = tuple(max(a // b, 1) if transposed else a * b for a, b in scales)
@@ -80,7 +86,12 @@ class SparseTensor:
     """
 
     def __init__(
-        self, features: Tensor, coords: Tensor, spatial_shape: Sequence[int], batch_size: int, stride: int | Sequence[int] = 1
+        self,
+        features: Tensor,
+        coords: Tensor,
+        spatial_shape: Sequence[int],
+        batch_size: int,
+        stride: int | Sequence[int] = 1,
     ) -> None:
         check_is_tensor(FUNCTION, "features", features)
         check_is_tensor(FUNCTION, "coords", coords)

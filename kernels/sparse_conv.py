@@ -331,8 +331,8 @@ def _sparse_conv_grad_weight(grad, x, map, groups):
         block_c, block_d = _tile(C, 32 if wide else 64), _tile(D, 32 if wide else 64)
         launch(
             _grad_weight_kernel, chunks * K * groups * cdiv(C, block_c) * cdiv(D, block_d), grad, x, map, sums, M, K,
-            grad.stride(0), x.stride(0), C, D, groups, per_chunk, **_precision(x), BLOCK_M=16 if wide else 32, BLOCK_C=block_c, BLOCK_D=block_d,
-            num_warps=4, num_stages=1 if wide else 3,
+            grad.stride(0), x.stride(0), C, D, groups, per_chunk, **_precision(x), BLOCK_M=16 if wide else 32, BLOCK_C=block_c,
+            BLOCK_D=block_d, num_warps=4, num_stages=1 if wide else 3,
         )  # fmt: skip
     return sums.sum(0).to(x.dtype)
 
@@ -367,10 +367,11 @@ AOT_SAMPLES = {
     ),
 }  # fmt: skip
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_NO_FLOATS = {"dtypes": (), "reason": "takes no floating tensor"}
 LIMITS = {
-    **{
-        f"sparse_conv{part}": {"dtypes": (), "reason": "takes no floating tensor"}
-        for part in ("_map", "_outputs", "_reverse")
-    },
-    **{op: {"dtypes": _FLOATS, "reason": ""} for op in ("sparse_conv", "_sparse_conv_grad_weight")},
+    "sparse_conv_map": _NO_FLOATS,
+    "sparse_conv_outputs": _NO_FLOATS,
+    "sparse_conv_reverse": _NO_FLOATS,
+    "sparse_conv": {"dtypes": _FLOATS, "reason": ""},
+    "_sparse_conv_grad_weight": {"dtypes": _FLOATS, "reason": ""},
 }

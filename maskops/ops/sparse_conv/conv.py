@@ -41,7 +41,8 @@ def sparse_conv(
         backend: "auto", "native", "triton", "reference".
 
     Returns:
-        features' dtype [M, D], rows in the order of map.out_coords. Differentiable in features, weight and bias, as often as you like.
+        features' dtype [M, D], rows in the order of map.out_coords. Differentiable, twice and more, in features, weight and
+        bias.
 
     Notes:
         Sums are in float32 (float64 for float64), over k in one order, so results are the same on every run and for every number

@@ -1,0 +1,81 @@
+"""maskops.compat.spconv: a backbone written for spconv gives spconv's result with one import changed.
+
+data/spconv_backbone.safetensors holds what spconv 2.3.8 (its CPU wheel, one thread) computed with `backbone` below: input, weights
+and result.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+import maskops.compat.spconv as spconv
+
+STORED = load_file(Path(__file__).parent / "data/spconv_backbone.safetensors")
+SHAPE = [9, 12, 11]
+
+
+# ---- backbone
+def backbone(spconv: Any) -> nn.Module:
+    """As SECOND's and VoxelNet's middle layers: submanifold blocks, two strides, one way back."""
+
+    def block(kind: Any, *args: Any, **kwargs: Any) -> list:
+        return [kind(*args, bias=False, **kwargs), nn.BatchNorm1d(args[1]).eval(), nn.ReLU()]
+
+    return spconv.SparseSequential(
+        *block(spconv.SubMConv3d, 4, 8, 3, padding=1, indice_key="subm1"),
+        *block(spconv.SubMConv3d, 8, 8, 3, padding=1, indice_key="subm1"),
+        *block(spconv.SparseConv3d, 8, 16, 3, stride=2, padding=1, indice_key="down1"),
+        *block(spconv.SubMConv3d, 16, 16, 3, padding=1, indice_key="subm2"),
+        *block(spconv.SparseConv3d, 16, 16, (3, 1, 1), stride=(2, 1, 1), indice_key="down2"),
+        *block(spconv.SparseInverseConv3d, 16, 8, (3, 1, 1), indice_key="down2"),
+        *block(spconv.SparseInverseConv3d, 8, 8, 3, indice_key="down1"),
+        spconv.SubMConv3d(8, 4, 3, padding=1, indice_key="subm1"),
+    )
+
+
+# ---- end
+
+
+def stored_input() -> spconv.SparseConvTensor:
+    return spconv.SparseConvTensor(STORED["x"], STORED["coords"], SHAPE, 2)
+
+
+def test_backbone_gives_the_result_of_spconv() -> None:
+    net = backbone(spconv)
+    net.load_state_dict({key[4:]: value for key, value in STORED.items() if key.startswith("net.")})
+    out = net(stored_input())
+    assert torch.equal(out.indices, STORED["out_coords"])
+    torch.testing.assert_close(out.features, STORED["out"], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(out.dense().sum((2, 3, 4)), STORED["dense_sum"], rtol=1e-4, atol=1e-4)
+
+
+def test_gradient_reaches_every_weight() -> None:
+    net = backbone(spconv)
+    net(stored_input()).features.square().sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for name, p in net.named_parameters() if "weight" in name)
+
+
+def test_weights_move_between_layouts() -> None:
+    weight = torch.randn(8, 3, 1, 2, 4)
+    assert spconv.from_krsc(weight).shape == (3, 1, 2, 4, 8)
+    assert torch.equal(spconv.to_krsc(spconv.from_krsc(weight)), weight)
+
+
+def test_inverse_needs_its_convolution() -> None:
+    x = stored_input()
+    with pytest.raises(ValueError, match="indice_key must be that of an earlier convolution"):
+        spconv.SparseInverseConv3d(4, 4, 3, indice_key="down")(x)
+    y = spconv.SparseConv3d(4, 4, 3, stride=2, padding=1, indice_key="down")(x)
+    with pytest.raises(ValueError, match="must have led to these places"):
+        spconv.SparseInverseConv3d(4, 4, 5, indice_key="down")(y)
+    assert spconv.SparseInverseConv3d(4, 4, 3, indice_key="down")(y).places is x.places
+
+
+def test_dense_with_channels_last() -> None:
+    x = stored_input()
+    assert torch.equal(x.dense(channels_first=False), x.dense().permute(0, 2, 3, 4, 1))
+    assert spconv.SparseSequential(spconv.ToDense())(x).shape == (2, 4, *SHAPE)

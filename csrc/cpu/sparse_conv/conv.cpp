@@ -4,6 +4,7 @@
 #if MASKOPS_ISA_LEVEL == 0
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
 #include <atomic>
 
 #include "common/buffer.h"
@@ -24,6 +25,27 @@ ConvArgs args_of(const Tensor& x, const Tensor& map, int64_t columns, int64_t gr
   args.groups = groups;
   args.dtype = static_cast<int>(dtype_of(x));
   return args;
+}
+
+// Items of unequal cost: each thread takes the next one that is left. What an item computes does not depend on who takes it.
+class NextItem {
+ public:
+  NextItem(std::atomic<int64_t>& left, int64_t count) : left_(left), count_(count) {}
+  bool operator()(int64_t* item) const { return (*item = left_.fetch_add(1)) < count_; }
+
+ private:
+  std::atomic<int64_t>& left_;
+  int64_t count_;
+};
+
+template <class Body>
+void share_out(int64_t count, int64_t work, const Body& body) {
+  std::atomic<int64_t> left{0};
+  const NextItem next(left, count);
+  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), count);
+  parallel_for(threads, count * work / std::max<int64_t>(1, threads), [&](int64_t begin, int64_t end) {
+    if (begin < end) body(next);
+  });
 }
 
 [[noreturn]] void fail_map(const ConvArgs& args) {
@@ -53,9 +75,11 @@ Tensor sparse_conv(const Tensor& x_any, const Tensor& weight_any, std::optional<
   }
   const int64_t rows = kernels.tile_rows(args), bytes = kernels.bytes(args);
   std::atomic<bool> good{true};
-  parallel_for((args.M + rows - 1) / rows, rows * args.K * args.C / groups * args.D / 8, [&](int64_t begin, int64_t end) {
+  share_out((args.M + rows - 1) / rows, rows * args.K * args.C / groups * args.D / 8, [&](const NextItem& next) {
     const Buffer buffer(bytes);
-    if (!kernels.forward(args, begin, end, buffer.get())) good = false;
+    for (int64_t tile; next(&tile);) {
+      if (!kernels.forward(args, tile, tile + 1, buffer.get())) good = false;
+    }
   });
   if (!good) fail_map(args);
   return out;
@@ -75,9 +99,11 @@ Tensor sparse_conv_grad_weight(const Tensor& grad_any, const Tensor& x_any, cons
   args.partial = partial.get();
   const int64_t items = args.chunks() * args.K, bytes = kernels.bytes(args), work = args.C / groups * args.D;
   std::atomic<bool> good{true};
-  parallel_for(items, args.M / args.chunks() * work / 8, [&](int64_t begin, int64_t end) {
+  share_out(items, args.M / args.chunks() * work / 8, [&](const NextItem& next) {
     const Buffer buffer(bytes);
-    if (!kernels.weight_chunk(args, begin, end, buffer.get())) good = false;
+    for (int64_t item; next(&item);) {
+      if (!kernels.weight_chunk(args, item, item + 1, buffer.get())) good = false;
+    }
   });
   if (!good) fail_map(args);
   parallel_for(args.K, args.chunks() * work, [&](int64_t begin, int64_t end) { kernels.sum_chunks(args, begin, end); });

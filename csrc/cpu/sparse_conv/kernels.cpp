@@ -24,7 +24,7 @@ struct Shape {
     padded = depthwise ? 1 : round_up(group_out, V::width);
     width = depthwise ? round_up(args.D, V::width) : padded * args.groups;
     in_place = sizeof(T) == sizeof(A) && (depthwise || padded == group_out);
-    tile = max_of<int64_t>(32, min_of<int64_t>(192, kTileBytes / (width * int64_t(sizeof(A)) + 1) / 32 * 32));
+    tile = max_of<int64_t>(32, min_of<int64_t>(kTileMost, kTileBytes / (width * int64_t(sizeof(A)) + 1) / 32 * 32));
   }
   int64_t weight_stride(const ConvArgs& args) const { return in_place ? args.D : width; }
   const A* weight(const ConvArgs& args, int64_t k) const {
@@ -32,7 +32,8 @@ struct Shape {
     return static_cast<const A*>(from) + k * group_in * weight_stride(args);
   }
 
-  static constexpr int64_t kTileBytes = 48 << 10;
+  // Of 64, 96, 128 and 192 rows, 96 were fastest for 32 and 64 channels, on two threads of an Intel Xeon.
+  static constexpr int64_t kTileMost = 96, kTileBytes = 48 << 10;
 };
 
 // count values of T as A, whose vectors may be written past the end.

@@ -30,7 +30,7 @@ FAST = {
         8: {32: (16, 16, 16, 4, 1), 64: (16, 16, 16, 8, 1), 128: (16, 16, 16, 8, 1), 256: (16, 16, 16, 8, 1)},
     },
     "grad_kv": {
-        2: {32: (64, 64, 32, 4, 3), 64: (32, 64, 64, 4, 2), 128: (32, 32, 128, 4, 2), 256: (32, 32, 64, 8, 1)},
+        2: {32: (64, 64, 32, 4, 3), 64: (32, 64, 64, 4, 2), 128: (32, 32, 128, 4, 2), 256: (32, 16, 64, 8, 1)},
         4: {32: (32, 32, 16, 4, 1), 64: (16, 32, 16, 4, 1), 128: (16, 32, 16, 8, 1), 256: (16, 16, 16, 8, 1)},
         8: {32: (16, 16, 16, 4, 1), 64: (16, 16, 16, 8, 1), 128: (16, 16, 16, 8, 1), 256: (16, 16, 16, 8, 1)},
     },
@@ -41,7 +41,8 @@ GRAD_BIAS = {
     4: {32: (16, 16, 16, 8, 1), 64: (16, 32, 16, 8, 1), 128: (16, 32, 16, 8, 1), 256: (16, 32, 16, 8, 1)},
     8: {32: (16, 16, 16, 8, 1), 64: (16, 16, 16, 8, 1), 128: (16, 16, 16, 8, 1), 256: (16, 16, 16, 8, 1)},
 }  # fmt: skip
-# For the careful kernels, and for a bias whose rows no 16-byte load can read: registers go to flags and addresses.
+# For the careful kernels, for a bias whose rows no 16-byte load can read, and for bias, dropout and entropy in 16-bit gradients:
+# registers go to flags and addresses.
 SMALL = {
     2: {32: (32, 32, 32, 4, 1), 64: (32, 32, 64, 4, 1), 128: (16, 32, 64, 4, 1), 256: (16, 32, 64, 8, 1)},
     4: {32: (16, 32, 16, 4, 1), 64: (16, 32, 16, 4, 1), 128: (16, 16, 16, 4, 1), 256: (16, 16, 16, 8, 1)},
@@ -57,18 +58,19 @@ SMALL_KV = {
 def options_of(kind, q, careful, extras, entropy):
     """Constants and launch options of a pass over q as heads_of made it; entropy: whether it is computed, or its gradient is."""
     channels = max(CHANNELS[0], triton.next_power_of_2(q.shape[3]))
+    # Interpreted, a small tile takes as long as a large one: float64 has those of float32.
+    size = min(q.dtype.itemsize, 4) if INTERPRETED.value else q.dtype.itemsize
+    rich = entropy or extras.bias is not None or extras.seed is not None
     if kind == "grad_bias":
         configs = GRAD_BIAS
-    elif careful or (extras.se_l or 0) % 16:
+    elif careful or (extras.se_l or 0) % 16 or (rich and size == 2 and kind != "forward"):
         configs = SMALL_KV if kind == "grad_kv" else SMALL
     else:
         configs = FAST[kind]
-    # Interpreted, a small tile takes as long as a large one: float64 has those of float32.
-    size = min(q.dtype.itemsize, 4) if INTERPRETED.value else q.dtype.itemsize
     block_m, block_n, chunk, warps, stages = configs[size][channels]
-    rich = entropy or extras.bias is not None or extras.seed is not None
-    if size == 4 if careful else rich:
-        warps = 8  # a thread has fewer scores, and more registers for each
+    # With eight warps a thread has fewer scores, and more registers for each.
+    if {2: rich and not careful and kind == "forward", 4: rich or careful, 8: rich and not careful}[size]:
+        warps = 8
     exact = q.dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest"
     return {
         "CAREFUL": careful, "ACC": accumulator(q)[1], "PRECISION": "ieee" if exact else "tf32", "BLOCK_M": block_m,

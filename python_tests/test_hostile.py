@@ -1,6 +1,7 @@
 """Arguments that once crashed a kernel, overflowed or were silently taken for something else."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -111,6 +112,7 @@ def test_errors_of_a_split_name_it_and_its_arguments(backend: str, order: str) -
 
 WEIGHT = maskops.nm_compress(torch.tensor([[0.0, 3.0, 0.0, 4.0]]), 2, 4)
 ROW, BYTE = torch.ones(1, 4), torch.zeros(1, 1, dtype=torch.uint8)
+QUERY = torch.ones(1, 1, 2, 4)
 TENSOR, OPTIONAL, INT, NUMBER, FLAG = "x", [None], 4.0, "1", 1  # a value that is none of these
 GOOD = {
     "nm_mask": ({"scores": ROW, "n": 2, "m": 4}, {"scores": TENSOR, "n": INT, "m": INT, "dim": INT, "transposable": FLAG}),
@@ -133,6 +135,11 @@ GOOD = {
     "restore_tokens": (
         {"x_keep": torch.ones(1, 2, 2), "split": SPLIT, "fill": torch.zeros(2)},
         {"x_keep": TENSOR, "split": OPTIONAL, "fill": TENSOR, "pos": OPTIONAL, "prefix": INT},
+    ),
+    "masked_attention": (
+        {"q": QUERY, "k": QUERY, "v": QUERY},
+        {"q": TENSOR, "k": TENSOR, "v": TENSOR, "mask": TENSOR, "bias": OPTIONAL, "scale": NUMBER, "dropout_p": NUMBER,
+         "return_lse": FLAG, "return_entropy": FLAG, "enable_gqa": FLAG},
     ),
     "pack_tokens": ({"x": torch.ones(1, 4, 2), "split": SPLIT}, {"x": TENSOR, "split": OPTIONAL, "total": INT}),
     "unpack_tokens": (
@@ -234,3 +241,22 @@ def test_forward_mode_is_refused_and_not_zero() -> None:
         # What has no tangent, and what has no derivative, is as ever.
         assert maskops.gather_tokens(x, ids).shape == (2, 2, 3)
         assert torch.equal(maskops.random_masking(2, 4, num_keep=2, noise=dual[..., 0]).num_keep, torch.tensor([2, 2]))
+
+
+def test_a_compiled_mask_is_of_some_lengths() -> None:
+    compiled = maskops.AttentionMask.causal().compile(3, 2)
+    with pytest.raises(ValueError, match="masked_attention: mask must be of 2 queries and 2 keys, got 3 and 2"):
+        maskops.masked_attention(QUERY, QUERY, QUERY, compiled)
+    with pytest.raises(TypeError, match=r"masked_attention: mask.tiles must be a tensor, got NoneType"):
+        maskops.masked_attention(QUERY, QUERY, QUERY, compiled._replace(tiles=None, Lq=2))
+
+
+def test_a_mask_is_an_input_of_an_exported_program(tmp_path: Path) -> None:
+    class Attend(nn.Module):
+        def forward(self, q: torch.Tensor, mask: maskops.AttentionMask) -> torch.Tensor:
+            return maskops.masked_attention(q, q, q, mask)
+
+    mask = maskops.AttentionMask.key_padding(torch.tensor([1]))
+    torch.export.save(torch.export.export(Attend(), (QUERY, mask)), tmp_path / "attend.pt2")
+    again = torch.export.load(tmp_path / "attend.pt2").module()
+    assert torch.equal(again(QUERY, mask), Attend()(QUERY, mask))

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from maskops._backends import find_op, public
-from maskops._checks import FLOATS, check_is_tensor, check_tensor, describe, fail, number
+from maskops._checks import FLOATS, boolean, check_is_tensor, check_tensor, describe, fail, number
 from maskops._registry import OpSpec, define_op
 from maskops.ops.mask_sampling import INT64, Seed, seed_tensor
 from maskops.ops.masked_attention.map import tiles_in
@@ -72,6 +72,8 @@ def masked_attention(
         check_is_tensor(FUNCTION, name, x)
     if bias is not None:
         check_is_tensor(FUNCTION, "bias", bias)
+    for name, x in (("return_lse", return_lse), ("return_entropy", return_entropy), ("enable_gqa", enable_gqa)):
+        boolean(FUNCTION, name, x)
     packed = q.dim() == 3
     if packed:
         q, k, v = (x.transpose(0, 1)[None] if x.dim() == 3 else x for x in (q, k, v))
@@ -138,6 +140,10 @@ def merge_attention(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) 
 
 def _compiled(mask: AttentionMask | BlockMap, q: Tensor, k: Tensor, backend: str) -> BlockMap:
     if isinstance(mask, BlockMap):
+        for name in ("tiles", "words"):
+            check_is_tensor(FUNCTION, f"mask.{name}", getattr(mask, name))
+        if q.dim() == k.dim() == 4 and (mask.Lq, mask.Lk) != (q.shape[2], k.shape[2]):
+            fail(FUNCTION, "mask", f"be of {q.shape[2]} queries and {k.shape[2]} keys", f"{mask.Lq} and {mask.Lk}")
         return mask
     if not isinstance(mask, AttentionMask):
         raise TypeError(f"{FUNCTION}: mask must be an AttentionMask, a BlockMap or None, got {type(mask).__name__}")

@@ -235,6 +235,29 @@ def test_module_self_cross_and_grouped() -> None:
         MaskedAttention(30, 4)
 
 
+def test_module_names_what_is_wrong() -> None:
+    layer, x = MaskedAttention(32, 4, context_dim=24), torch.zeros(1, 5, 32)
+    with pytest.raises(TypeError, match="context must be a tensor, got AttentionMask"):
+        layer(x, AttentionMask.causal())
+    with pytest.raises(ValueError, match=r"x must have shape \[B, N, 32\]"):
+        layer(x[..., 1:])
+    with pytest.raises(ValueError, match=r"context must have shape \[B, N, 24\]"):
+        layer(x)
+    with pytest.raises(ValueError, match="heads must divide dim"):
+        MaskedAttention(32, 0)
+    with pytest.raises(ValueError, match="masked_attention: scale must be finite, got inf"):
+        maskops.masked_attention(x[None], x[None], x[None], scale=float("inf"))
+
+
+def test_an_infinite_score_makes_lse_infinite() -> None:
+    q, k, v = tensors((1, 1, 70, 16), (1, 1, 70, 16), (1, 1, 70, 16))
+    bias = torch.zeros(1, 1, 70, 70)
+    bias[..., 3, 5] = float("inf")
+    found = [maskops.masked_attention(q, k, v, bias=bias, return_lse=True, backend=b) for b in ("native", "reference")]
+    assert all(lse[0, 0, 3] == float("inf") and out[0, 0, 3].isnan().all() for out, lse in found)
+    torch.testing.assert_close(found[0][1], found[1][1])
+
+
 def test_module_takes_a_bias_and_drops_weights_in_training_only() -> None:
     torch.manual_seed(0)
     x, bias = torch.randn(2, 10, 32), torch.randn(1, 4, 10, 10)

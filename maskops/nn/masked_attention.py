@@ -35,7 +35,7 @@ class MaskedAttention(nn.Module):
     ) -> None:  # fmt: skip
         super().__init__()
         kv_heads = heads if kv_heads is None else kv_heads
-        if dim % heads or heads % kv_heads:
+        if heads < 1 or kv_heads < 1 or dim % heads or heads % kv_heads:
             raise ValueError(
                 f"MaskedAttention: heads must divide dim and kv_heads heads, got dim {dim}, heads {heads}, kv_heads {kv_heads}"
             )
@@ -54,6 +54,11 @@ class MaskedAttention(nn.Module):
     ) -> Tensor:  # fmt: skip
         """x [B, L, D], context [B, S, context_dim] or None for x itself, bias [B or 1, H or 1, L or 1, S] -> [B, L, D]."""
         context = x if context is None else context
+        for name, given, dim in (("x", x, self.q.in_features), ("context", context, self.k.in_features)):
+            if not isinstance(given, Tensor):
+                raise TypeError(f"MaskedAttention: {name} must be a tensor, got {type(given).__name__}")
+            if given.dim() != 3 or given.shape[2] != dim:
+                raise ValueError(f"MaskedAttention: {name} must have shape [B, N, {dim}], got {list(given.shape)}")
         split = "b n (h d) -> b h n d"
         q = rearrange(self.q(x), split, h=self.heads)
         k, v = (rearrange(part(context), split, h=self.kv_heads) for part in (self.k, self.v))

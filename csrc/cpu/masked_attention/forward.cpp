@@ -125,7 +125,8 @@ void write_rows(const Attention& a, const Sums<V>& sums, int64_t b, int64_t h, i
     const int64_t some = min_of<int64_t>(V::width, rows - i);
     const V total = V::load(sums.total + i), none = where_less(lowest, V::load(sums.top + i), V::zero(), V::all(1));
     const V divisor = total + none, log_total = log_of_positive(divisor) + (divisor - divisor);  // of a query that sees nothing 1, and its result is 0
-    fma(V::load(sums.top + i), V::all(S(kLn2)), log_total).store_n(lse + i, some);
+    const V top = V::load(sums.top + i);  // infinite where a score is: so is lse
+    where_less(top, V::all(__builtin_inff()), fma(top, V::all(S(kLn2)), log_total), top).store_n(lse + i, some);
     (V::all(S(a.keep_scale)) / divisor).store(sums.decay + i);
     if (entropy != nullptr) (log_total - V::load(sums.spread + i) / divisor * V::all(S(kLn2))).store_n(entropy + i, some);
   }

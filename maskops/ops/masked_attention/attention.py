@@ -53,7 +53,7 @@ def masked_attention(
 
     Notes:
         A query that sees no key gets out 0, lse -inf, entropy 0 and gradient 0. NaN and inf at keys that a query does not see
-        reach neither its result nor its gradient; one that sees such a value gets NaN. Scores are never stored. Deterministic;
+        reach neither its result nor its gradient; one that sees such a value gets a result that is not finite. Scores are never stored. Deterministic;
         dropout depends on seed, batch, head, query and key alone, so it is the same on every backend.
 
     Raises:
@@ -84,6 +84,8 @@ def masked_attention(
         compiled = _compiled(mask, q, k, backend)
         tiles, words = compiled.tiles, compiled.words
     scale = 1 / math.sqrt(max(q.shape[-1], 1)) if scale is None else number(FUNCTION, "scale", scale)
+    if not -math.inf < scale < math.inf:
+        fail(FUNCTION, "scale", "be finite", scale)
     draw = None
     if dropout_p != 0:  # the default is an int: torch.compile would make a float an input, and compile twice
         dropout_p, draw = number(FUNCTION, "dropout_p", dropout_p), seed_tensor(seed, generator, q.device, FUNCTION)

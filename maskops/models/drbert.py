@@ -1,6 +1,6 @@
 """DrBERT: BERT whose masked-word head is a small transformer that sees the masked positions only little by little.
 
-Liang et al., "Unveiling the Potential of BERT: Decoder-Refined Pre-training", 2024 (arXiv 2401.15861), later called BPDec.
+Liang and Liang, "BPDec: Unveiling the Potential of Masked Language Modeling Decoder in BERT pretraining", 2024 (arXiv 2401.15861).
 B texts, N tokens, M masked ones, D width, V vocabulary.
 
 There is no public code. Where the paper is silent we chose: layers are pre-norm; the first decoder layer hides each masked

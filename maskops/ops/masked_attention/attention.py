@@ -53,8 +53,8 @@ def masked_attention(
 
     Notes:
         A query that sees no key gets out 0, lse -inf, entropy 0 and gradient 0. NaN and inf at keys that a query does not see
-        reach neither its result nor its gradient; one that sees such a value gets a result that is not finite. Scores are never stored. Deterministic;
-        dropout depends on seed, batch, head, query and key alone, so it is the same on every backend.
+        reach neither its result nor its gradient; one that sees such a value gets a result that is not finite. Scores are never
+        stored. Deterministic; dropout depends on seed, batch, head, query and key alone, so it is the same on every backend.
 
     Raises:
         ValueError: wrong dtype, shape, device, or a mask of other sizes.  TypeError: q, k, v or bias is no tensor, mask is no mask.

@@ -112,7 +112,7 @@ def test_masks_are_combined_inside_a_compiled_function(dynamic: bool) -> None:
     q = torch.randn(2, 2, 70, 16)
 
     def attend(q: Tensor, lengths: Tensor) -> Tensor:
-        mask = AttentionMask.causal() & AttentionMask.key_padding(lengths) & ~AttentionMask.window(0, 0)
+        mask = AttentionMask.causal() & AttentionMask.key_padding(lengths) | AttentionMask.window(0, 0)
         return maskops.masked_attention(q, q, q, mask)
 
     lengths = torch.tensor([70, 33])

@@ -74,8 +74,7 @@ def masked_attention(
         check_is_tensor(FUNCTION, "bias", bias)
     for name, x in (("return_lse", return_lse), ("return_entropy", return_entropy), ("enable_gqa", enable_gqa)):
         boolean(FUNCTION, name, x)
-    packed = q.dim() == 3
-    if packed:
+    if packed := q.dim() == 3:
         q, k, v = (x.transpose(0, 1)[None] if x.dim() == 3 else x for x in (q, k, v))
     if not enable_gqa and k.dim() == q.dim() == 4 and k.shape[1] != q.shape[1]:
         fail(FUNCTION, "k", f"have {int(q.shape[1])} heads as q, or enable_gqa be set", describe(k))

@@ -132,12 +132,31 @@ def case_masked_attention(batch: int, count: int) -> tuple[Callable, tuple]:
     return f, (*(torch.randn(batch, 3, count, 4, requires_grad=True) for _ in range(3)), found.tiles, found.words)
 
 
+def places(batch: int, count: int) -> Tensor:
+    """int32 [batch * count, 2]: every other place of a line."""
+    at = torch.arange(count).repeat(batch) * 2
+    return torch.stack([torch.arange(batch).repeat_interleave(count), at + at // 3], 1).int()
+
+
+def case_kernel_map(batch: int, count: int) -> tuple[Callable, tuple]:
+    return lambda coords: maskops.kernel_map(coords, 3).map, (places(batch, count),)
+
+
+def case_sparse_conv(batch: int, count: int) -> tuple[Callable, tuple]:
+    def f(x: Tensor, weight: Tensor, bias: Tensor, coords: Tensor) -> Tensor:
+        return maskops.sparse_conv(x, weight, maskops.kernel_map(coords, 3), bias)
+
+    leaves = torch.randn(batch * count, 4), torch.randn(3, 4, DIM), torch.randn(DIM)
+    return f, (*(t.requires_grad_() for t in leaves), places(batch, count))
+
+
 CASES = {
     "split_tokens": case_split, "random_masking": case_masking, "gather_tokens": case_gather, "restore_tokens": case_restore,
     "pack_tokens": case_pack, "unpack_tokens": case_unpack, "patchify": case_patchify, "unpatchify": case_unpatchify,
     "embed_patches": case_embed, "masked_patch_loss": case_loss, "nm_mask": case_nm_mask, "nm_compress": case_nm_compress,
     "nm_linear": case_nm_linear, "pack_bitmask": case_pack_bitmask, "bitmask_linear": case_bitmask_linear,
-    "nm_soft_linear": case_nm_soft_linear, "masked_attention": case_masked_attention,
+    "nm_soft_linear": case_nm_soft_linear, "masked_attention": case_masked_attention, "kernel_map": case_kernel_map,
+    "sparse_conv": case_sparse_conv,
 }  # fmt: skip
 
 
@@ -214,7 +233,7 @@ AUTOCAST = {
     "gather_tokens": torch.float32, "restore_tokens": torch.float32, "pack_tokens": torch.float32,
     "unpack_tokens": torch.float32, "patchify": torch.float32, "unpatchify": torch.float32, "embed_patches": torch.bfloat16,
     "masked_patch_loss": torch.float32, "nm_linear": torch.bfloat16, "bitmask_linear": torch.bfloat16,
-    "nm_soft_linear": torch.bfloat16,
+    "nm_soft_linear": torch.bfloat16, "sparse_conv": torch.bfloat16,
 }  # fmt: skip
 
 

@@ -40,8 +40,9 @@ def test_dots_use_matrix_units(report):
             used[row["target"]].setdefault(row["op"].removeprefix("_"), set()).add(row["matrix"].split(".")[0])
     for target, unit in units.items():
         for op, found in used[target].items():
-            # Attention has tiles, and those of the bias are all, too small for the wide units of Hopper and Blackwell: mma serves.
-            small = op.startswith("masked_attention")
+            # Attention has tiles, those of the bias are all, and weights of few channels are too small for the wide units of Hopper
+            # and Blackwell: mma serves.
+            small = op.startswith(("masked_attention", "sparse_conv_grad_weight"))
             assert found <= ({unit, "mma"} if small else {unit}), (target, op)
             assert unit in found or op == "masked_attention_grad_bias", (target, op)
 

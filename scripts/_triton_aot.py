@@ -60,7 +60,7 @@ def record_all(quick):
 def _three_of_each_kernel(launches):
     by_kernel = {}
     for key, (_, launch) in launches.items():
-        by_kernel.setdefault(launch.kernel.__name__, []).append(key)
+        by_kernel.setdefault((launch.kernel.fn.__module__, launch.kernel.__name__), []).append(key)
     chosen = {key for keys in by_kernel.values() for key in (keys[0], keys[len(keys) // 2], keys[-1])}
     return {key: value for key, value in launches.items() if key in chosen}
 

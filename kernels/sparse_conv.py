@@ -75,6 +75,15 @@ def _source(at, k, stride, padding, dilation, DIVIDES: tl.constexpr):
 
 
 @triton.jit
+def _sources(a0, a1, a2, k, s1, s2, t0, t1, t2, p0, p1, p2, d0, d1, d2, DIVIDES: tl.constexpr):
+    """(the place on each axis that kernel place k of s0 x s1 x s2 reads, whether there is one)"""
+    f0, e0 = _source(a0, k // (s1 * s2), t0, p0, d0, DIVIDES)
+    f1, e1 = _source(a1, k // s2 % s1, t1, p1, d1, DIVIDES)
+    f2, e2 = _source(a2, k % s2, t2, p2, d2, DIVIDES)
+    return f0, f1, f2, e0 & e1 & e2
+
+
+@triton.jit
 def _map_kernel(coords_ptr, table_ptr, out_coords_ptr, map_ptr, M, size, s1, s2, t0, t1, t2, p0, p1, p2, d0, d1, d2,
                 DIVIDES: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     # One program owns BLOCK rows of the result and one kernel place: a run of map [K, M].
@@ -83,10 +92,8 @@ def _map_kernel(coords_ptr, table_ptr, out_coords_ptr, map_ptr, M, size, s1, s2,
     m = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     inside = m < M
     batch, a0, a1, a2 = _place_of(out_coords_ptr, m, inside)
-    f0, e0 = _source(a0, k // (s1 * s2), t0, p0, d0, DIVIDES)
-    f1, e1 = _source(a1, k // s2 % s1, t1, p1, d1, DIVIDES)
-    f2, e2 = _source(a2, k % s2, t2, p2, d2, DIVIDES)
-    seeking = inside & e0 & e1 & e2
+    f0, f1, f2, exists = _sources(a0, a1, a2, k, s1, s2, t0, t1, t2, p0, p1, p2, d0, d1, d2, DIVIDES)
+    seeking = inside & exists
     slot = _slot_of(batch, f0, f1, f2, size)
     result = tl.full([BLOCK], -1, tl.int32)
     while tl.max(seeking.to(tl.int32), 0) > 0:
@@ -109,10 +116,8 @@ def _reach_kernel(coords_ptr, out_ptr, N, s1, s2, t0, t1, t2, p0, p1, p2, d0, d1
     n = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     inside = n < N
     _, a0, a1, a2 = _place_of(coords_ptr, n, inside)
-    f0, e0 = _source(a0, k // (s1 * s2), t0, p0, d0, DIVIDES)
-    f1, e1 = _source(a1, k // s2 % s1, t1, p1, d1, DIVIDES)
-    f2, e2 = _source(a2, k % s2, t2, p2, d2, DIVIDES)
-    good = e0 & e1 & e2 & (f0 >= 0) & (f1 >= 0) & (f2 >= 0) & (f0 < n0) & (f1 < n1) & (f2 < n2)
+    f0, f1, f2, exists = _sources(a0, a1, a2, k, s1, s2, t0, t1, t2, p0, p1, p2, d0, d1, d2, DIVIDES)
+    good = exists & (f0 >= 0) & (f1 >= 0) & (f2 >= 0) & (f0 < n0) & (f1 < n1) & (f2 < n2)
     at = out_ptr + (k.to(tl.int64) * N + n) * 4
     tl.store(at, tl.where(good, 1, 0), mask=inside)
     tl.store(at + 1, tl.where(good, f0, 0), mask=inside)

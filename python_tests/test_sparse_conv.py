@@ -210,3 +210,5 @@ def test_errors_name_the_argument() -> None:
         SubMConv2d(4, 4, 2)
     with pytest.raises(ValueError, match="groups must divide 4 and 6"):
         SubMConv2d(4, 6, 3, groups=4)
+    with pytest.raises(ValueError, match="kernel_size must be one to three numbers, one per axis, got 3"):
+        SparseInverseConv(4, 4, 3)

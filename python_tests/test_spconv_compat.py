@@ -75,6 +75,14 @@ def test_inverse_needs_its_convolution() -> None:
     assert spconv.SparseInverseConv3d(4, 4, 3, indice_key="down")(y).places is x.places
 
 
+def test_what_is_not_known_is_refused() -> None:
+    """spconv can fuse an activation into a convolution: to leave it out in silence would be another network."""
+    with pytest.raises(TypeError, match="act_type"):
+        spconv.SubMConv3d(4, 4, 3, act_type="relu")
+    with pytest.raises(TypeError, match="strid"):
+        spconv.SparseConv3d(4, 4, 3, strid=2)
+
+
 def test_dense_with_channels_last() -> None:
     x = stored_input()
     assert torch.equal(x.dense(channels_first=False), x.dense().permute(0, 2, 3, 4, 1))

@@ -112,12 +112,14 @@ def launch_key(launch):
 
 def kernels_without_launch(launches):
     """Names of the JIT kernels of the families that no sample reaches."""
-    reached = {launch.kernel.__name__ for _, launch in launches.values()}
+    reached = {(launch.kernel.fn.__module__, launch.kernel.__name__) for _, launch in launches.values()}
     root = Path(importlib.import_module("maskops.kernels").__path__[0])
     defined = {
-        name for path in root.rglob("*.py") for name in re.findall(r"^def (\w+_kernel)\(", path.read_text(), re.M)
+        (".".join(("maskops.kernels", *path.relative_to(root).with_suffix("").parts)), name)
+        for path in root.rglob("*.py")
+        for name in re.findall(r"^def (\w+_kernel)\(", path.read_text(), re.M)
     }
-    return sorted(defined - reached)
+    return sorted(f"{module}.{name}" for module, name in defined - reached)
 
 
 _WORK = []  # (op, launch), set before the workers are forked: launches cannot be pickled

@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from maskops.nn.sparse_conv import Sizes, SparseConvolution
+from maskops.nn.sparse_conv import OF_AXES, Sizes
 from maskops.ops.sparse_conv import KernelMap, SparseTensor, sparse_conv
 from maskops.ops.sparse_conv.tensor import Places
 
@@ -44,10 +44,12 @@ class SparseConvTensor(SparseTensor):
     """A SparseTensor by spconv's names; indice_dict: key -> the places that the convolution of this key began with, and its map."""
 
     def __init__(
-        self, features: Tensor, indices: Tensor, spatial_shape: Sequence[int], batch_size: int, **ignored: Any
-    ) -> None:
+        self, features: Tensor, indices: Tensor, spatial_shape: Sequence[int], batch_size: int, grid: Any = None,
+        voxel_num: Any = None, indice_dict: dict | None = None, benchmark: bool = False,
+    ) -> None:  # fmt: skip
+        """grid, voxel_num, benchmark: of no effect. indice_dict: of another tensor, to share what its convolutions left."""
         super().__init__(features, indices, [int(size) for size in spatial_shape], batch_size)
-        self.indice_dict: dict[str, tuple[Places, KernelMap]] = {}
+        self.indice_dict: dict[str, tuple[Places, KernelMap]] = {} if indice_dict is None else indice_dict
 
     @property
     def indices(self) -> Tensor:
@@ -73,17 +75,20 @@ class SparseModule(nn.Module):
 
 
 class _Convolution(SparseModule):
-    """What the convolutions share.  kind: "subm", "sparse", "transposed" or "inverse"."""
+    """What the convolutions share.  kind: "subm", "sparse", "transposed" or "inverse".
 
-    kind = "sparse"
+    algo, fp32_accum, large_kernel_fast_algo and name have no effect: there is one algorithm, and sums are in float32.
+    """
+
+    kind, axes = "sparse", 0
 
     def __init__(
-        self, axes: int, in_channels: int, out_channels: int, kernel_size: Sizes, stride: Sizes = 1, padding: Sizes = 0,
-        dilation: Sizes = 1, groups: int = 1, bias: bool = True, indice_key: str | None = None, algo: Any = None,
-        fp32_accum: Any = None, name: str | None = None, **ignored: Any,
+        self, in_channels: int, out_channels: int, kernel_size: Sizes, stride: Sizes = 1, padding: Sizes = 0, dilation: Sizes = 1,
+        groups: int = 1, bias: bool = True, indice_key: str | None = None, algo: Any = None, fp32_accum: bool | None = None,
+        large_kernel_fast_algo: bool = False, name: str | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
-        own = SparseConvolution(axes, in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias)
+        own = OF_AXES[self.axes](in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias)
         self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
         self.kernel_size, self.stride, self.padding, self.dilation = (
             own.kernel_size,
@@ -117,10 +122,10 @@ class _Convolution(SparseModule):
 
 class _Inverse(_Convolution):
     def __init__(
-        self, axes: int, in_channels: int, out_channels: int, kernel_size: Sizes, indice_key: str | None = None,
-        bias: bool = True, **ignored: Any,
+        self, in_channels: int, out_channels: int, kernel_size: Sizes, indice_key: str | None = None, bias: bool = True,
+        algo: Any = None, fp32_accum: bool | None = None, large_kernel_fast_algo: bool = False, name: str | None = None,
     ) -> None:  # fmt: skip
-        super().__init__(axes, in_channels, out_channels, kernel_size, bias=bias, indice_key=indice_key)
+        super().__init__(in_channels, out_channels, kernel_size, bias=bias, indice_key=indice_key)
 
     def target(self, x: SparseConvTensor) -> tuple[Places, KernelMap]:
         if self.indice_key not in x.indice_dict:
@@ -162,106 +167,70 @@ class ToDense(SparseModule):
 class SubMConv1d(_Convolution):
     """One axis: submanifold convolution; stride and padding have no effect, as in spconv."""
 
-    kind = "subm"
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(1, *args, **kwargs)
+    kind, axes = "subm", 1
 
 
 class SubMConv2d(_Convolution):
     """Two axes: submanifold convolution; stride and padding have no effect, as in spconv."""
 
-    kind = "subm"
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(2, *args, **kwargs)
+    kind, axes = "subm", 2
 
 
 class SubMConv3d(_Convolution):
     """Three axes: submanifold convolution; stride and padding have no effect, as in spconv."""
 
-    kind = "subm"
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(3, *args, **kwargs)
+    kind, axes = "subm", 3
 
 
 class SparseConv1d(_Convolution):
     """One axis: convolution onto every place that is reached."""
 
-    kind = "sparse"
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(1, *args, **kwargs)
+    kind, axes = "sparse", 1
 
 
 class SparseConv2d(_Convolution):
     """Two axes: convolution onto every place that is reached."""
 
-    kind = "sparse"
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(2, *args, **kwargs)
+    kind, axes = "sparse", 2
 
 
 class SparseConv3d(_Convolution):
     """Three axes: convolution onto every place that is reached."""
 
-    kind = "sparse"
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(3, *args, **kwargs)
+    kind, axes = "sparse", 3
 
 
 class SparseConvTranspose1d(_Convolution):
     """One axis: transposed convolution."""
 
-    kind = "transposed"
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(1, *args, **kwargs)
+    kind, axes = "transposed", 1
 
 
 class SparseConvTranspose2d(_Convolution):
     """Two axes: transposed convolution."""
 
-    kind = "transposed"
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(2, *args, **kwargs)
+    kind, axes = "transposed", 2
 
 
 class SparseConvTranspose3d(_Convolution):
     """Three axes: transposed convolution."""
 
-    kind = "transposed"
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(3, *args, **kwargs)
+    kind, axes = "transposed", 3
 
 
 class SparseInverseConv1d(_Inverse):
     """One axis: back to the places of the convolution with this indice_key."""
 
-    kind = "inverse"
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(1, *args, **kwargs)
+    kind, axes = "inverse", 1
 
 
 class SparseInverseConv2d(_Inverse):
     """Two axes: back to the places of the convolution with this indice_key."""
 
-    kind = "inverse"
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(2, *args, **kwargs)
+    kind, axes = "inverse", 2
 
 
 class SparseInverseConv3d(_Inverse):
     """Three axes: back to the places of the convolution with this indice_key."""
 
-    kind = "inverse"
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(3, *args, **kwargs)
+    kind, axes = "inverse", 3

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import nn
@@ -19,7 +18,6 @@ class SparseConvolution(nn.Module):
     """What the sparse convolutions share: a weight [*kernel_size, C / G, D] over a kernel map. Initialised as torch's convolutions.
 
     Args:
-        axes: 1, 2 or 3.
         in_channels, out_channels: C and D.
         kernel_size, stride, padding, dilation: int, or one per axis.
         groups: of channels.
@@ -29,12 +27,14 @@ class SparseConvolution(nn.Module):
         ValueError: groups that do not divide the channels, sizes that are not positive.
     """
 
+    axes = 0  # 1, 2 or 3, by class
+
     def __init__(
-        self, axes: int, in_channels: int, out_channels: int, kernel_size: Sizes, stride: Sizes = 1, padding: Sizes = 0,
-        dilation: Sizes = 1, groups: int = 1, bias: bool = True,
+        self, in_channels: int, out_channels: int, kernel_size: Sizes, stride: Sizes = 1, padding: Sizes = 0, dilation: Sizes = 1,
+        groups: int = 1, bias: bool = True,
     ) -> None:  # fmt: skip
         super().__init__()
-        name = type(self).__name__
+        name, axes = type(self).__name__, self.axes
         if groups < 1 or in_channels % groups or out_channels % groups:
             raise ValueError(f"{name}: groups must divide {in_channels} and {out_channels} channels, got {groups}")
         self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
@@ -81,10 +81,15 @@ class _Submanifold(SparseConvolution):
     """Convolution whose result has the places of x: no place becomes active, so sparsity stays."""
 
     def __init__(
-        self, axes: int, in_channels: int, out_channels: int, kernel_size: Sizes, dilation: Sizes = 1, groups: int = 1,
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Sizes,
+        dilation: Sizes = 1,
+        groups: int = 1,
         bias: bool = True,
-    ) -> None:  # fmt: skip
-        super().__init__(axes, in_channels, out_channels, kernel_size, dilation=dilation, groups=groups, bias=bias)
+    ) -> None:
+        super().__init__(in_channels, out_channels, kernel_size, dilation=dilation, groups=groups, bias=bias)
         if any(size % 2 == 0 for size in self.kernel_size):
             raise ValueError(f"{type(self).__name__}: kernel_size must be odd, got {kernel_size}")
 
@@ -97,6 +102,66 @@ class _Transposed(SparseConvolution):
 
     def target(self, places: Places) -> tuple[Places, KernelMap]:
         return places.convolved(self.kernel_size, self.stride, self.padding, self.dilation, transposed=True)
+
+
+# ---------------------------------------------------------------- by axes
+
+
+class SubMConv1d(_Submanifold):
+    """Submanifold convolution, one axis. Arguments as of SparseConvolution without stride and padding."""
+
+    axes = 1
+
+
+class SubMConv2d(_Submanifold):
+    """Submanifold convolution, two axes. Arguments as of SparseConvolution without stride and padding."""
+
+    axes = 2
+
+
+class SubMConv3d(_Submanifold):
+    """Submanifold convolution, three axes. Arguments as of SparseConvolution without stride and padding."""
+
+    axes = 3
+
+
+class SparseConv1d(SparseConvolution):
+    """Convolution onto every place that is reached, one axis. Arguments as of SparseConvolution."""
+
+    axes = 1
+
+
+class SparseConv2d(SparseConvolution):
+    """Convolution onto every place that is reached, two axes. Arguments as of SparseConvolution."""
+
+    axes = 2
+
+
+class SparseConv3d(SparseConvolution):
+    """Convolution onto every place that is reached, three axes. Arguments as of SparseConvolution."""
+
+    axes = 3
+
+
+class SparseConvTranspose1d(_Transposed):
+    """Transposed convolution onto every place that is reached, one axis. Arguments as of SparseConvolution."""
+
+    axes = 1
+
+
+class SparseConvTranspose2d(_Transposed):
+    """Transposed convolution onto every place that is reached, two axes. Arguments as of SparseConvolution."""
+
+    axes = 2
+
+
+class SparseConvTranspose3d(_Transposed):
+    """Transposed convolution onto every place that is reached, three axes. Arguments as of SparseConvolution."""
+
+    axes = 3
+
+
+OF_AXES = {1: SparseConv1d, 2: SparseConv2d, 3: SparseConv3d}
 
 
 class SparseInverseConv(nn.Module):
@@ -112,11 +177,13 @@ class SparseInverseConv(nn.Module):
     def __init__(
         self, in_channels: int, out_channels: int, kernel_size: Sequence[int], groups: int = 1, bias: bool = True
     ) -> None:
-        """kernel_size: of the convolution whose places are returned to."""
+        """kernel_size: one per axis, of the convolution whose places are returned to."""
         super().__init__()
-        self.conv = SparseConvolution(
-            len(kernel_size), in_channels, out_channels, kernel_size, groups=groups, bias=bias
-        )
+        if not isinstance(kernel_size, Sequence) or len(kernel_size) not in OF_AXES:
+            raise ValueError(
+                f"SparseInverseConv: kernel_size must be one to three numbers, one per axis, got {kernel_size!r}"
+            )
+        self.conv = OF_AXES[len(kernel_size)](in_channels, out_channels, kernel_size, groups=groups, bias=bias)
 
     def forward(self, x: SparseTensor) -> SparseTensor:
         conv, origin = self.conv, x.places.origin
@@ -129,69 +196,3 @@ class SparseInverseConv(nn.Module):
             )
         out = sparse_conv(x.features, conv.weight, found.inverse(places.coords), conv.bias, conv.groups)
         return SparseTensor.over(out, places)
-
-
-# ---------------------------------------------------------------- by axes
-
-
-class SubMConv1d(_Submanifold):
-    """Submanifold convolution, one axis. Arguments as of SparseConvolution without stride and padding."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(1, *args, **kwargs)
-
-
-class SubMConv2d(_Submanifold):
-    """Submanifold convolution, two axes. Arguments as of SparseConvolution without stride and padding."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(2, *args, **kwargs)
-
-
-class SubMConv3d(_Submanifold):
-    """Submanifold convolution, three axes. Arguments as of SparseConvolution without stride and padding."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(3, *args, **kwargs)
-
-
-class SparseConv1d(SparseConvolution):
-    """Convolution onto every place that is reached, one axis. Arguments as of SparseConvolution."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(1, *args, **kwargs)
-
-
-class SparseConv2d(SparseConvolution):
-    """Convolution onto every place that is reached, two axes. Arguments as of SparseConvolution."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(2, *args, **kwargs)
-
-
-class SparseConv3d(SparseConvolution):
-    """Convolution onto every place that is reached, three axes. Arguments as of SparseConvolution."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(3, *args, **kwargs)
-
-
-class SparseConvTranspose1d(_Transposed):
-    """Transposed convolution onto every place that is reached, one axis. Arguments as of SparseConvolution."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(1, *args, **kwargs)
-
-
-class SparseConvTranspose2d(_Transposed):
-    """Transposed convolution onto every place that is reached, two axes. Arguments as of SparseConvolution."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(2, *args, **kwargs)
-
-
-class SparseConvTranspose3d(_Transposed):
-    """Transposed convolution onto every place that is reached, three axes. Arguments as of SparseConvolution."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(3, *args, **kwargs)

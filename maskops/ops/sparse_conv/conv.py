@@ -67,7 +67,7 @@ def sparse_conv(
         fail(FUNCTION, "features", f"have {map.rows} rows, as the map", describe(features))
     if weight.dim() > 3:
         weight = weight.flatten(0, -3)
-    reverse = map.reverse() if torch.is_grad_enabled() and features.requires_grad else None
+    reverse = map.reverse(backend) if torch.is_grad_enabled() and features.requires_grad else None
     op = find_op("sparse_conv", features.device.type, backend)
     return op(features, weight, bias, map.map, reverse, integer(FUNCTION, "groups", groups))
 

@@ -1,7 +1,7 @@
 """Rivals of sparse_conv: spconv's CPU backend, where it is installed, and plain PyTorch, one kernel place after the other.
 
 spconv 2.3.8 adds with a race on the CPU: with two threads some rows are wrong, and others on each run (2 to 7% RMS). It is compared
-with one thread, where it agrees, and timed with as many as ours.
+with one thread, where it agrees, and timed with as many as ours. How it is installed: scripts/store_spconv_backbone.py.
 """
 
 from typing import Any

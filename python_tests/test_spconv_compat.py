@@ -1,7 +1,7 @@
 """maskops.compat.spconv: a backbone written for spconv gives spconv's result with one import changed.
 
 data/spconv_backbone.safetensors holds what spconv 2.3.8 (its CPU wheel, one thread) computed with `backbone` below: input, weights
-and result.
+and result; scripts/store_spconv_backbone.py wrote it.
 """
 
 from pathlib import Path
@@ -18,7 +18,6 @@ STORED = load_file(Path(__file__).parent / "data/spconv_backbone.safetensors")
 SHAPE = [9, 12, 11]
 
 
-# ---- backbone
 def backbone(spconv: Any) -> nn.Module:
     """As SECOND's and VoxelNet's middle layers: submanifold blocks, two strides, one way back."""
 
@@ -35,9 +34,6 @@ def backbone(spconv: Any) -> nn.Module:
         *block(spconv.SparseInverseConv3d, 8, 8, 3, indice_key="down1"),
         spconv.SubMConv3d(8, 4, 3, padding=1, indice_key="subm1"),
     )
-
-
-# ---- end
 
 
 def stored_input() -> spconv.SparseConvTensor:

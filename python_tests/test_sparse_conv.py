@@ -206,6 +206,18 @@ def test_errors_name_the_argument() -> None:
         maskops.kernel_map(x.coords, 3, stride=2)
     with pytest.raises(TypeError, match="map must be a KernelMap"):
         maskops.sparse_conv(x.features, torch.zeros(9, 4, 4), x.coords)
+    with pytest.raises(TypeError, match="sparse_conv: bias must be a tensor or None, got int"):
+        maskops.sparse_conv(x.features, torch.zeros(9, 4, 4), x.places.submanifold((3, 3), (1, 1)), bias=3)
+    with pytest.raises(TypeError, match="kernel_map: transposed must be bool, got 'x'"):
+        maskops.kernel_map(x.coords, 3, transposed="x")
+    with pytest.raises(TypeError, match="kernel_map: out_coords must be a tensor or None, got str"):
+        maskops.kernel_map(x.coords, 3, out_coords="x")
+    with pytest.raises(TypeError, match="SubMConv2d: x must be a SparseTensor, got Tensor"):
+        SubMConv2d(4, 4, 3)(x.features)
+    with pytest.raises(TypeError, match=r"SubMConv2d: kernel_size must be int, got 3.5"):
+        SubMConv2d(4, 4, 3.5)
+    with pytest.raises(ValueError, match="features must be float32 or float64"):
+        SparseTensor(x.features.long(), x.coords, (5, 5), 1)
     with pytest.raises(ValueError, match="kernel_size must be odd"):
         SubMConv2d(4, 4, 2)
     with pytest.raises(ValueError, match="groups must divide 4 and 6"):

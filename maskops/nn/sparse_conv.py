@@ -8,10 +8,16 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from maskops._checks import integer, integers
 from maskops.ops.sparse_conv import KernelMap, SparseTensor, sparse_conv
 from maskops.ops.sparse_conv.tensor import Places
 
 Sizes = int | Sequence[int]
+
+
+def check_sparse(module: str, x: object) -> None:
+    if not isinstance(x, SparseTensor):
+        raise TypeError(f"{module}: x must be a SparseTensor, got {type(x).__name__}")
 
 
 class SparseConvolution(nn.Module):
@@ -35,6 +41,10 @@ class SparseConvolution(nn.Module):
     ) -> None:  # fmt: skip
         super().__init__()
         name, axes = type(self).__name__, self.axes
+        in_channels, out_channels, groups = (
+            integer(name, argument, value)
+            for argument, value in (("in_channels", in_channels), ("out_channels", out_channels), ("groups", groups))
+        )
         if groups < 1 or in_channels % groups or out_channels % groups:
             raise ValueError(f"{name}: groups must divide {in_channels} and {out_channels} channels, got {groups}")
         self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
@@ -45,7 +55,7 @@ class SparseConvolution(nn.Module):
             ("dilation", dilation, 1),
         )
         for argument, value, least in given:
-            sizes = tuple(value) if isinstance(value, Sequence) else (value,) * axes
+            sizes = tuple(integers(name, argument, value if isinstance(value, Sequence) else (value,) * axes))
             if len(sizes) != axes or min(sizes) < least:
                 raise ValueError(f"{name}: {argument} must be {axes} numbers of at least {least}, got {value}")
             setattr(self, argument, sizes)
@@ -65,6 +75,7 @@ class SparseConvolution(nn.Module):
         return places.convolved(self.kernel_size, self.stride, self.padding, self.dilation)
 
     def forward(self, x: SparseTensor) -> SparseTensor:
+        check_sparse(type(self).__name__, x)
         places, found = self.target(x.places)
         return SparseTensor.over(sparse_conv(x.features, self.weight, found, self.bias, self.groups), places)
 
@@ -186,6 +197,7 @@ class SparseInverseConv(nn.Module):
         self.conv = OF_AXES[len(kernel_size)](in_channels, out_channels, kernel_size, groups=groups, bias=bias)
 
     def forward(self, x: SparseTensor) -> SparseTensor:
+        check_sparse("SparseInverseConv", x)
         conv, origin = self.conv, x.places.origin
         if origin is None:
             raise ValueError("SparseInverseConv: x must come from a convolution with a stride, got places of their own")

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from maskops._backends import find_op, public
-from maskops._checks import FLOATS, check_is_tensor, check_tensor, describe, fail, integer
+from maskops._checks import FLOATS, check_is_tensor, check_is_tensor_or_none, check_tensor, describe, fail, integer
 from maskops._registry import OpSpec, define_op
 from maskops.ops.sparse_conv.map import INT32, KernelMap, check_rows
 from maskops.reference import sparse_conv as reference
@@ -61,6 +61,7 @@ def sparse_conv(
     """
     check_is_tensor(FUNCTION, "features", features)
     check_is_tensor(FUNCTION, "weight", weight)
+    check_is_tensor_or_none(FUNCTION, "bias", bias)
     if not isinstance(map, KernelMap):
         raise TypeError(f"{FUNCTION}: map must be a KernelMap, got {type(map).__name__}")
     if features.dim() == 2 and features.shape[0] != map.rows:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from maskops._backends import find_op, public
-from maskops._checks import check_is_tensor, check_tensor, fail, integer, integers
+from maskops._checks import boolean, check_is_tensor, check_is_tensor_or_none, check_tensor, fail, integer, integers
 from maskops._registry import OpSpec, define_op, dynamic_size
 from maskops.reference import sparse_conv as reference
 
@@ -98,6 +98,8 @@ def kernel_map(
         [[-1, 0, -1], [0, 1, 2], [1, -1, -1]]
     """
     check_is_tensor(FUNCTION, "coords", coords)
+    check_is_tensor_or_none(FUNCTION, "out_coords", out_coords)
+    boolean(FUNCTION, "transposed", transposed)
     axes = max(coords.shape[-1] - 1, 1) if coords.dim() else 1
     size, stride, dilation = (per_axis(name, value, axes) for name, value in
                               (("kernel_size", kernel_size), ("stride", stride), ("dilation", dilation)))  # fmt: skip

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from maskops._checks import check_is_tensor, check_tensor, fail, integer, integers
+from maskops._checks import FLOATS, check_is_tensor, check_tensor, fail, integer, integers
 from maskops.ops.sparse_conv.map import INT32, MOST_AXES, KernelMap, kernel_map, shape_after
 
 FUNCTION = "SparseTensor"
@@ -98,7 +98,7 @@ class SparseTensor:
         shape = tuple(integers(FUNCTION, "spatial_shape", spatial_shape))
         if not 1 <= len(shape) <= MOST_AXES or any(size < 0 for size in shape):
             fail(FUNCTION, "spatial_shape", "be one to three sizes of at least 0", list(shape))
-        check_tensor(FUNCTION, "features", features, "[N, C]", (features.dtype,), (None, None), features)
+        check_tensor(FUNCTION, "features", features, "[N, C]", FLOATS, (None, None), features)
         check_tensor(FUNCTION, "coords", coords, "[N, 1 + axes]", INT32, (len(features), 1 + len(shape)), features)
         batch_size = integer(FUNCTION, "batch_size", batch_size)
         stride = tuple(stride) if isinstance(stride, Sequence) else (stride,) * len(shape)
@@ -120,6 +120,7 @@ class SparseTensor:
         """Like SparseTensor, for coords that may repeat: rows of one place become their sum, mean, max or min; ascending."""
         if reduce not in REDUCTIONS:
             fail(FUNCTION, "reduce", f"be one of {REDUCTIONS}", repr(reduce))
+        check_is_tensor(FUNCTION, "features", features)
         check_tensor(FUNCTION, "coords", coords, "[N, 1 + axes]", INT32, (len(features), None), features)
         unique, number = torch.unique(coords, dim=0, return_inverse=True)
         how = reduce if reduce in ("sum", "mean") else f"a{reduce}"

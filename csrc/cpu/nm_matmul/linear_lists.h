@@ -179,6 +179,12 @@ static inline void transpose_tile(const ListTile<S>& from, ListTile<S>& to) {
 
 // ---- lists
 
+// The cache lines of some bytes: to be read, into the L2 cache, or to be written, into the L1 cache.
+template <int kWrite>
+static inline void touch(const void* p, int64_t bytes) {
+  for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(static_cast<const char*>(p) + at, kWrite, kWrite ? 3 : 2);
+}
+
 // Where the lists of one span go, one pair after the other. Offsets are bytes from the first packed column of the span. Whole
 // vectors are stored: kListSlack elements past the end of the lists get lost.
 constexpr int64_t kListSlack = 32;
@@ -190,6 +196,12 @@ struct ListWriter {
   PairCounts* counts;
   int column_bytes;  // of the packed matrix: a column of a panel
   int most_shared;
+
+  // The lines after the next one, where the lists of the next pair, of `slots` kept weights, will end.
+  inline void touch_next(int64_t slots) const {
+    touch<1>(reinterpret_cast<const char*>(values) + 64, slots * int64_t(sizeof(S)));
+    touch<1>(reinterpret_cast<const char*>(offsets) + 64, slots * int64_t(sizeof(uint16_t)));
+  }
 };
 
 #if MASKOPS_ISA_LEVEL == 2

@@ -26,12 +26,6 @@ inline void prefetch(const Ahead& ahead, int64_t i) {
   for (int64_t line = 0; line < ahead.lines; ++line) __builtin_prefetch(ahead.at + i * ahead.stride + line * 64, 0, 2);
 }
 
-// The cache lines of some bytes: to be read, into the L2 cache, or to be written, into the L1 cache.
-template <int kWrite>
-inline void touch(const char* p, int64_t bytes) {
-  for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(p + at, kWrite, kWrite ? 3 : 2);
-}
-
 // Sums of N vectors += value * the packed column at an offset. An address of two registers would split each multiply-add with an
 // operand in memory into two operations on Intel, so the sum of both is computed first.
 template <class V, int N>
@@ -204,17 +198,15 @@ struct Chunk {
       for (int64_t r = 0; r < count; r += 2) {
         const char* next = static_cast<const char*>(p.weight.values) + (row + r + 2) * row_bytes + blocks.begin * span_bytes;
         for (int64_t b = blocks.begin; b < blocks.end; ++b, next += span_bytes) {
-          touch<0>(next, span_bytes), touch<0>(next + row_bytes, span_bytes);
+          touch<0>(next, span_bytes);
+          touch<0>(next + row_bytes, span_bytes);
           first.read(reader, row + r, b, int(panels.row_bytes));
           if (r + 1 < count) second.read(reader, row + r + 1, b, int(panels.row_bytes));
           else second.count = 0, second.kept = 0;
           ListWriter<S> end = end_of(b);  // by value: what is written through it cannot change it
           write_lists(first, second, end);
           end_of(b) = end;
-          // Where the lists of the next pair will go, which is long after those of the other blocks.
-          const int64_t slots = 2 * reader.slots;
-          touch<1>(reinterpret_cast<const char*>(end.values + 16), slots * int64_t(sizeof(S)));
-          touch<1>(reinterpret_cast<const char*>(end.offsets + 32), slots * int64_t(sizeof(uint16_t)));
+          end.touch_next(2 * reader.slots);
         }
       }
       return;
@@ -236,11 +228,14 @@ struct Chunk {
     reader.read(row, min_of<int64_t>(kTileSide, p.weight.outputs - row), tile, use.tiles[0]);
     transpose_tile<V>(use.tiles[0], use.tiles[1]);
     const ListTile<S>& columns = use.tiles[1];
-    const int64_t count = shape.tile_rows(tile);
+    const int64_t count = shape.tile_rows(tile), slots = 2 * reader.slots;
+    ListWriter<S> end = end_of(b);
     for (int64_t i = 0; i < count; i += 2) {
+      end.touch_next(slots);
       const int64_t first = row_of(i, count), second = i + 1 < count ? row_of(i + 1, count) : first;
-      write_lists(columns.kept[first], i + 1 < count ? columns.kept[second] : 0, columns.dense[first], columns.dense[second], end_of(b));
+      write_lists(columns.kept[first], i + 1 < count ? columns.kept[second] : 0, columns.dense[first], columns.dense[second], end);
     }
+    end_of(b) = end;
   }
 
   // The row of a tile at place i. Columns of one group rarely keep a weight in the same row, so pairs are made across two groups.

@@ -270,6 +270,27 @@ def test_gradients_of_the_three_forms() -> None:
         )
 
 
+@pytest.mark.parametrize("n,m,rows", [(2, 4, 300), (1, 4, 30), (3, 5, 140)])
+def test_large_products(n: int, m: int, rows: int) -> None:
+    """Several chunks of outputs, sections of inputs and panels of rows, none of them whole; the same bits for any threads."""
+    dense = pruned(1100, 901, n, m)
+    weight, grad_out, threads = maskops.nm_compress(dense, n, m), torch.randn(rows, 1100), torch.get_num_threads()
+    x, values = torch.randn(rows, 901).requires_grad_(), weight.values.clone().requires_grad_()
+    results = []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        y = maskops.nm_linear(x, weight._replace(values=values), backend="native")
+        results.append((y.detach(), *torch.autograd.grad(y, (x, values), grad_out)))
+    torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    wide_x, wide, wide_out = x.detach().double(), dense.double(), grad_out.double()
+    grad_dense = torch.where(dense != 0, wide_out.T @ wide_x, 0)
+    expected = wide_x @ wide.T, wide_out @ wide, maskops.nm_compress(grad_dense, n, m).values
+    for actual, exact in zip(results[0], expected, strict=True):
+        torch.testing.assert_close(actual.double(), exact, rtol=1e-4, atol=1e-3)
+
+
 def test_state_survives_files(tmp_path: Path) -> None:
     weight = maskops.nm_compress(pruned(4, 21, 3, 5), 3, 5)
     save_file(weight.state_dict(), tmp_path / "weight.safetensors")

@@ -36,15 +36,15 @@ XEON = Machine("Intel Xeon", "avx512", "avx512", False, 1)
 @pytest.mark.parametrize(
     ("sizes", "pattern", "dtype", "machine", "low", "high"),
     [  # sizes: rows, outputs, inputs; measured dense time / sparse time, one thread
-        ((2048, 384, 1536), (2, 4), torch.float32, XEON, 0.75, 0.99),  # MiniLM: 0.89
+        ((2048, 384, 1536), (2, 4), torch.float32, XEON, 0.9, 1.25),  # MiniLM: 0.99 to 1.11
         ((1, 384, 384), (2, 4), torch.float32, XEON, 0.3, 0.8),  # 0.42
         ((1, 3072, 3072), (2, 4), torch.float32, XEON, 1.1, 2.0),  # 1.6
-        ((512, 1536, 768), (2, 4), torch.float32, XEON, 1.0, 1.3),  # 1.14
-        ((512, 1536, 1536), (1, 4), torch.float32, XEON, 1.3, 1.9),  # 1.54
+        ((512, 1536, 768), (2, 4), torch.float32, XEON, 1.0, 1.4),  # 1.16
+        ((512, 1536, 1536), (1, 4), torch.float32, XEON, 1.6, 2.4),  # 2.04
         ((512, 1536, 1536), (2, 4), torch.bfloat16, XEON, 1.5, 2.5),  # 2.2
         ((512, 1536, 1536), (2, 4), torch.bfloat16, XEON._replace(amx=True), 0.1, 0.6),
-        ((2048, 1536, 1536), (2, 4), torch.float32, XEON._replace(isa="avx2"), 0.4, 0.7),  # 0.54
-        ((512, 1536, 1536), (2, 4), torch.float32, XEON._replace(isa="portable"), 0.2, 0.4),  # 0.24
+        ((2048, 1536, 1536), (2, 4), torch.float32, XEON._replace(isa="avx2"), 0.5, 0.9),  # 0.76
+        ((512, 1536, 1536), (2, 4), torch.float32, XEON._replace(isa="portable"), 0.2, 0.4),  # 0.27
         ((1, 1536, 1536), (3, 4), torch.float32, XEON, 0.05, 0.25),  # 0.14, no shuffles for this pattern
         ((1, 384, 384), (2, 4), torch.float64, XEON, 0.05, 0.4),  # 0.10
     ],

@@ -14,12 +14,31 @@ inline namespace MASKOPS_ISA_NS {
 
 constexpr int kTileSide = 64;  // one bit of a word per column
 
+// Columns of a span: as many whole groups as fit.
+static inline int64_t span_of(const NmLayout& layout) { return kTileSide / layout.m * layout.m; }
+
 struct PairCounts {
   uint8_t both, first, second, unused;
 };
 
-// Columns of a span: as many whole groups as fit.
-static inline int64_t span_of(const NmLayout& layout) { return kTileSide / layout.m * layout.m; }
+// A little fewer than two rows of a span keep in common by chance. With so many most pairs have lists of one length, and the
+// processor guesses where they end; each wrong guess would cost as much as two to three kept weights.
+static inline int most_shared(const NmLayout& layout) {
+  const int64_t mean = span_of(layout) * layout.n * layout.n / (int64_t{layout.m} * layout.m);
+  return int(max_of<int64_t>(0, mean - 2));
+}
+
+// The columns that both rows of a pair keep, at most `most` of them: the others stand in the lists of either row.
+static inline uint64_t shared_columns(uint64_t a, uint64_t b, int most) {
+  uint64_t shared = a & b;
+#if MASKOPS_ISA_LEVEL == 2
+  const uint64_t some = (uint64_t{1} << most) - 1;  // the lowest of them; every CPU with AVX-512 has BMI2
+  asm("pdep %1, %2, %0" : "=r"(shared) : "r"(shared), "r"(some));
+#else
+  for (int excess = __builtin_popcountll(shared) - most; excess > 0; --excess) shared &= shared - 1;
+#endif
+  return shared;
+}
 
 template <class S>
 struct ListTile {
@@ -160,6 +179,12 @@ static inline void transpose_tile(const ListTile<S>& from, ListTile<S>& to) {
 
 // ---- lists
 
+// The cache lines of some bytes: to be read, into the L2 cache, or to be written, into the L1 cache.
+template <int kWrite>
+static inline void touch(const void* p, int64_t bytes) {
+  for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(static_cast<const char*>(p) + at, kWrite, kWrite ? 3 : 2);
+}
+
 // Where the lists of one span go, one pair after the other. Offsets are bytes from the first packed column of the span. Whole
 // vectors are stored: kListSlack elements past the end of the lists get lost.
 constexpr int64_t kListSlack = 32;
@@ -170,6 +195,13 @@ struct ListWriter {
   uint16_t* offsets;
   PairCounts* counts;
   int column_bytes;  // of the packed matrix: a column of a panel
+  int most_shared;
+
+  // The lines after the next one, where the lists of the next pair, of `slots` kept weights, will end.
+  inline void touch_next(int64_t slots) const {
+    touch<1>(reinterpret_cast<const char*>(values) + 64, slots * int64_t(sizeof(S)));
+    touch<1>(reinterpret_cast<const char*>(offsets) + 64, slots * int64_t(sizeof(uint16_t)));
+  }
 };
 
 #if MASKOPS_ISA_LEVEL == 2
@@ -209,19 +241,20 @@ static inline void write_kept(uint64_t bits, const S* dense, ListWriter<S>& to) 
   }
 }
 
-static inline PairCounts count_pair(uint64_t a, uint64_t b) {
-  const int both = __builtin_popcountll(a & b);
+static inline PairCounts count_pair(uint64_t a, uint64_t b, uint64_t shared) {
+  const int both = __builtin_popcountll(shared);
   return {uint8_t(both), uint8_t(__builtin_popcountll(a) - both), uint8_t(__builtin_popcountll(b) - both), 0};
 }
 
 // A pair of rows from the columns that each keeps and its values there.
 template <class S>
 static inline void write_lists(uint64_t a, uint64_t b, const S* first, const S* second, ListWriter<S>& to) {
-  *to.counts++ = count_pair(a, b);
-  write_kept<true>(a & b, first, to);
-  write_kept<false>(a & b, second, to);
-  write_kept<true>(a & ~b, first, to);
-  write_kept<true>(b & ~a, second, to);
+  const uint64_t shared = shared_columns(a, b, to.most_shared);
+  *to.counts++ = count_pair(a, b, shared);
+  write_kept<true>(shared, first, to);
+  write_kept<false>(shared, second, to);
+  write_kept<true>(a & ~shared, first, to);
+  write_kept<true>(b & ~shared, second, to);
 }
 
 #if MASKOPS_ISA_LEVEL == 2
@@ -233,6 +266,7 @@ struct RowSlots {
   int64_t count;
   uint64_t kept;
   __m512i offsets[4], low[4], high[4];  // of the columns in the packed block, and their bits in words of 64
+  __mmask16 real[4], shared[4];         // slots with a column, and those of them that the other row of the pair has too
 
   // The values of vector i; without the mask where it is not needed, as masks compete with the shuffles.
   inline VecF vector(int64_t i) const {
@@ -254,10 +288,11 @@ struct RowSlots {
       const __m512i place = reader.places.read(places, l.row_bytes, first + i * 16);
       __m512i columns = _mm512_add_epi32(place, _mm512_load_si512(reader.starts + i * 16));
       offsets[i] = _mm512_mullo_epi16(columns, bytes);  // below 2^16
+      real[i] = 0xffff;
       if (!whole) {  // a bit that is shifted out is no column
         const __mmask16 some = VecF::first(min_of<int64_t>(16, count - i * 16));
-        const __mmask16 real = _mm512_mask_cmplt_epu32_mask(some, columns, _mm512_set1_epi32(int(width)));
-        columns = _mm512_mask_mov_epi32(_mm512_set1_epi32(64), real, columns);
+        real[i] = _mm512_mask_cmplt_epu32_mask(some, columns, _mm512_set1_epi32(int(width)));
+        columns = _mm512_mask_mov_epi32(_mm512_set1_epi32(64), real[i], columns);
       }
       low[i] = _mm512_sllv_epi64(one, _mm512_cvtepu32_epi64(_mm512_castsi512_si256(columns)));
       high[i] = _mm512_sllv_epi64(one, _mm512_cvtepu32_epi64(_mm512_extracti64x4_epi64(columns, 1)));
@@ -266,26 +301,35 @@ struct RowSlots {
     kept = uint64_t(_mm512_reduce_or_epi64(bits));
   }
 
-  // The slots whose columns are in `wanted`.
   template <bool kOffsets>
-  inline void write(uint64_t wanted, ListWriter<float>& to) const {
-    const __m512i words = _mm512_set1_epi64(int64_t(wanted));
+  inline void write(int64_t i, __mmask16 here, ListWriter<float>& to) const {
+    const int some = __builtin_popcount(here);
+    write_some(here, vector(i), some, to);
+    if (kOffsets) write_offsets(here, offsets[i], some, to);
+  }
+
+  // The slots whose columns are in `both`, then the others.
+  template <bool kOffsets>
+  inline void write_shared(uint64_t both, ListWriter<float>& to) {
+    const __m512i words = _mm512_set1_epi64(int64_t(both));
     for (int64_t i = 0; i * 16 < count; ++i) {
-      const __mmask16 here = _mm512_kunpackb(_mm512_test_epi64_mask(high[i], words), _mm512_test_epi64_mask(low[i], words));
-      const int some = __builtin_popcount(here);
-      write_some(here, vector(i), some, to);
-      if (kOffsets) write_offsets(here, offsets[i], some, to);
+      shared[i] = _mm512_kunpackb(_mm512_test_epi64_mask(high[i], words), _mm512_test_epi64_mask(low[i], words));
+      write<kOffsets>(i, shared[i], to);
     }
+  }
+  inline void write_others(ListWriter<float>& to) const {
+    for (int64_t i = 0; i * 16 < count; ++i) write<true>(i, __mmask16(real[i] & ~shared[i]), to);
   }
 };
 
 template <class T>
-static inline void write_lists(const RowSlots<T>& a, const RowSlots<T>& b, ListWriter<float>& to) {
-  *to.counts++ = count_pair(a.kept, b.kept);
-  a.template write<true>(a.kept & b.kept, to);
-  b.template write<false>(a.kept & b.kept, to);
-  a.template write<true>(a.kept & ~b.kept, to);
-  b.template write<true>(b.kept & ~a.kept, to);
+static inline void write_lists(RowSlots<T>& a, RowSlots<T>& b, ListWriter<float>& to) {
+  const uint64_t shared = shared_columns(a.kept, b.kept, to.most_shared);
+  *to.counts++ = count_pair(a.kept, b.kept, shared);
+  a.template write_shared<true>(shared, to);
+  b.template write_shared<false>(shared, to);
+  a.write_others(to);
+  b.write_others(to);
 }
 
 #endif

@@ -10,8 +10,9 @@ namespace maskops {
 inline namespace MASKOPS_ISA_NS {
 namespace {
 
-constexpr int64_t kChunkRows = 256;                  // each panel is read once per chunk
-constexpr int64_t kSectionBytes = int64_t{768} << 10;  // of lists, about
+constexpr int64_t kChunkRows = 512;                     // each panel is read once per chunk
+constexpr int64_t kLeastRows = 128;                     // of a chunk, where more chunks would share the work among the threads
+constexpr int64_t kSectionBytes = int64_t{1200} << 10;  // of lists, about
 
 // ---- the inner loop
 
@@ -23,6 +24,16 @@ struct Ahead {
 inline void prefetch(const Ahead& ahead, int64_t i) {
   if (i >= ahead.count) return;
   for (int64_t line = 0; line < ahead.lines; ++line) __builtin_prefetch(ahead.at + i * ahead.stride + line * 64, 0, 2);
+}
+
+// Sums of N vectors += value * the packed column at an offset. An address of two registers would split each multiply-add with an
+// operand in memory into two operations on Intel, so the sum of both is computed first.
+template <class V, int N>
+inline void add_column(V (&sums)[N], typename V::scalar value, const char* x, uint16_t offset) {
+  const auto* column = reinterpret_cast<const typename V::scalar*>(in_register(x + offset));
+  const V factor = V::all(value);
+#pragma GCC unroll 8
+  for (int i = 0; i < N; ++i) sums[i] = fma(factor, V::load(column + i * V::width), sums[i]);
 }
 
 // Pairs of rows by N vectors. sums [2 pairs][N vectors] start as `init` [2 pairs], where that is given.
@@ -39,7 +50,7 @@ void multiply_pairs(int64_t pairs, const PairCounts* counts, const typename V::s
       first[i] = init ? V::all(init[2 * pair]) : V::load(sums + i * W);
       second[i] = init ? V::all(init[2 * pair + 1]) : V::load(sums + (N + i) * W);
     }
-    const int64_t both = counts[pair].both;
+    const int64_t both = counts[pair].both, ones = counts[pair].first, others = counts[pair].second, alike = min_of(ones, others);
     for (const uint16_t* stop = offsets + both; offsets < stop; ++offsets, ++values) {
       const S* column = reinterpret_cast<const S*>(x + *offsets);
       const V a = V::all(values[0]), b = V::all(values[both]);
@@ -51,18 +62,15 @@ void multiply_pairs(int64_t pairs, const PairCounts* counts, const typename V::s
       }
     }
     values += both;
-    for (const uint16_t* stop = offsets + counts[pair].first; offsets < stop; ++offsets, ++values) {
-      const S* column = reinterpret_cast<const S*>(x + *offsets);
-      const V a = V::all(*values);
-#pragma GCC unroll 8
-      for (int i = 0; i < N; ++i) first[i] = fma(a, V::load(column + i * W), first[i]);
+    // One of each row in turn: a sum is not waited for, and there is one loop whose end has to be guessed.
+    for (const uint16_t* stop = offsets + alike; offsets < stop; ++offsets, ++values) {
+      add_column<V, N>(first, values[0], x, offsets[0]);
+      add_column<V, N>(second, values[ones], x, offsets[ones]);
     }
-    for (const uint16_t* stop = offsets + counts[pair].second; offsets < stop; ++offsets, ++values) {
-      const S* column = reinterpret_cast<const S*>(x + *offsets);
-      const V b = V::all(*values);
-#pragma GCC unroll 8
-      for (int i = 0; i < N; ++i) second[i] = fma(b, V::load(column + i * W), second[i]);
-    }
+    for (int64_t i = 0; i < ones - alike; ++i) add_column<V, N>(first, values[i], x, offsets[i]);
+    offsets += ones, values += ones;  // past those of the second row that were used above
+    for (int64_t i = 0; i < others - alike; ++i) add_column<V, N>(second, values[i], x, offsets[i]);
+    offsets += others - alike, values += others - alike;
 #pragma GCC unroll 8
     for (int i = 0; i < N; ++i) {
       first[i].store(sums + i * W);
@@ -137,12 +145,16 @@ struct ChunkBuffers {
 NmPlan plan(const NmProduct& p, const NmPanels& panels, int64_t threads) {
   NmPlan plan{};
   const ListShape shape(p);
-  const Blocks chunks = Blocks::of(shape.tiles(), max_of<int64_t>(1, kChunkRows / shape.unit), 1);
+  const int64_t least = max_of<int64_t>(1, kLeastRows / shape.unit), tiles = max_of<int64_t>(1, shape.tiles());
+  const int64_t number = round_up(parts_of(tiles, max_of<int64_t>(1, kChunkRows / shape.unit)), threads);
+  const Blocks chunks = Blocks::of(shape.tiles(), max_of(least, parts_of(tiles, number)), 1);
   plan.chunk = chunks.size;
   plan.chunks = chunks.number();
-  // Lists are made again for each split, so panels are split only where there are too few chunks to share.
-  const int64_t wanted = threads == 1 ? 1 : 4 * threads;
-  plan.splits = max_of<int64_t>(1, min_of(panels.count, parts_of(wanted, max_of<int64_t>(1, plan.chunks))));
+  // Lists are made again for each split of the panels, so there are only as many as give the threads about the same share.
+  const auto uneven = [&](int64_t items) { return 10 * parts_of(items, threads) * threads > 11 * items; };
+  const int64_t most = min_of(panels.count, parts_of(4 * threads, max_of<int64_t>(1, plan.chunks)));
+  plan.splits = 1;
+  while (plan.splits < most && uneven(plan.chunks * plan.splits)) ++plan.splits;
   plan.items = plan.chunks * plan.splits;
   with_storage(p.dtype, [&]<class T>() {
     using S = typename VecFor<T>::type::scalar;
@@ -182,12 +194,19 @@ struct Chunk {
 #if MASKOPS_ISA_LEVEL == 2
     if constexpr (sizeof(S) == 4) {
       RowSlots<T> first, second;
+      const int64_t row_bytes = p.weight.values_stride * int64_t(sizeof(T)), span_bytes = reader.slots * int64_t(sizeof(T));
       for (int64_t r = 0; r < count; r += 2) {
-        for (int64_t b = blocks.begin; b < blocks.end; ++b) {
+        const char* next = static_cast<const char*>(p.weight.values) + (row + r + 2) * row_bytes + blocks.begin * span_bytes;
+        for (int64_t b = blocks.begin; b < blocks.end; ++b, next += span_bytes) {
+          touch<0>(next, span_bytes);
+          touch<0>(next + row_bytes, span_bytes);
           first.read(reader, row + r, b, int(panels.row_bytes));
           if (r + 1 < count) second.read(reader, row + r + 1, b, int(panels.row_bytes));
           else second.count = 0, second.kept = 0;
-          write_lists(first, second, end_of(b));
+          ListWriter<S> end = end_of(b);  // by value: what is written through it cannot change it
+          write_lists(first, second, end);
+          end_of(b) = end;
+          end.touch_next(2 * reader.slots);
         }
       }
       return;
@@ -209,11 +228,14 @@ struct Chunk {
     reader.read(row, min_of<int64_t>(kTileSide, p.weight.outputs - row), tile, use.tiles[0]);
     transpose_tile<V>(use.tiles[0], use.tiles[1]);
     const ListTile<S>& columns = use.tiles[1];
-    const int64_t count = shape.tile_rows(tile);
+    const int64_t count = shape.tile_rows(tile), slots = 2 * reader.slots;
+    ListWriter<S> end = end_of(b);
     for (int64_t i = 0; i < count; i += 2) {
+      end.touch_next(slots);
       const int64_t first = row_of(i, count), second = i + 1 < count ? row_of(i + 1, count) : first;
-      write_lists(columns.kept[first], i + 1 < count ? columns.kept[second] : 0, columns.dense[first], columns.dense[second], end_of(b));
+      write_lists(columns.kept[first], i + 1 < count ? columns.kept[second] : 0, columns.dense[first], columns.dense[second], end);
     }
+    end_of(b) = end;
   }
 
   // The row of a tile at place i. Columns of one group rarely keep a weight in the same row, so pairs are made across two groups.
@@ -226,9 +248,10 @@ struct Chunk {
   void make_lists(Range some_tiles, Range some_blocks) {
     tiles = some_tiles, blocks = some_blocks;
     pairs = (tiles.end - tiles.begin - 1) * shape.pairs + parts_of(shape.tile_rows(tiles.end - 1), 2);
+    const int most = most_shared(p.weight.layout);
     for (int64_t i = 0; i < blocks.end - blocks.begin; ++i) {
       use.ends[i] = {use.values + i * use.block_values, use.offsets + i * use.block_values, use.counts + i * use.block_pairs,
-                     int(panels.row_bytes)};
+                     int(panels.row_bytes), most};
     }
     if (!p.transposed) {
       for (int64_t tile = tiles.begin; tile < tiles.end; ++tile) list_rows(tile);

@@ -54,24 +54,29 @@ static inline V load_at(const char* p, int i) {
   return V::load(reinterpret_cast<const typename V::scalar*>(p) + i * V::width);
 }
 
-// Two chains of additions per sum: one would wait for itself. Not unrolled further: the compiler would compute all addresses in
-// advance, and load them from the stack.
+// N vectors of a panel. The addresses of the columns are computed first and kept: one of two registers, base and offset, would split
+// each multiply-add with an operand in memory into two operations on Intel.
+template <class V, int C, int N>
+inline void dot_vectors(const char* grad, const char* x, const int64_t (&at)[C], V (&even)[C], V (&odd)[C]) {
+  const char* columns[C];
+#pragma GCC unroll 8
+  for (int c = 0; c < C; ++c) columns[c] = in_register(x + at[c]);
+#pragma GCC unroll 8
+  for (int i = 0; i < N; ++i) {
+    const V g = loaded_once(load_at<V>(grad, i));
+    V(&sums)[C] = i % 2 == 0 ? even : odd;  // two chains of additions per sum: one would wait for itself
+#pragma GCC unroll 8
+    for (int c = 0; c < C; ++c) sums[c] = fma(g, load_at<V>(columns[c], i), sums[c]);
+  }
+}
+
 template <class V, int C>
 inline void dot_panel(int64_t vectors, const char* grad, const char* x, const int64_t (&at)[C], V (&even)[C], V (&odd)[C]) {
+  if (vectors == kPanelVectors) return dot_vectors<V, C, kPanelVectors>(grad, x, at, even, odd);
   int64_t i = 0;
 #pragma GCC unroll 1
-  for (; i + 2 <= vectors; i += 2, grad += 2 * sizeof(V), x += 2 * sizeof(V)) {
-    const V g = loaded_once(load_at<V>(grad, 0)), h = loaded_once(load_at<V>(grad, 1));
-#pragma GCC unroll 8
-    for (int c = 0; c < C; ++c) {
-      even[c] = fma(g, load_at<V>(x + at[c], 0), even[c]);
-      odd[c] = fma(h, load_at<V>(x + at[c], 1), odd[c]);
-    }
-  }
-  if (i == vectors) return;
-  const V g = loaded_once(load_at<V>(grad, 0));
-#pragma GCC unroll 8
-  for (int c = 0; c < C; ++c) even[c] = fma(g, load_at<V>(x + at[c], 0), even[c]);
+  for (; i + 2 <= vectors; i += 2, grad += 2 * sizeof(V), x += 2 * sizeof(V)) dot_vectors<V, C, 2>(grad, x, at, even, odd);
+  if (i < vectors) dot_vectors<V, C, 1>(grad, x, at, even, odd);
 }
 
 // to[c] (+)= v[c] summed over its elements.

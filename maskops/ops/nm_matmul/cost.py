@@ -14,7 +14,7 @@ from maskops import _extension
 VECTOR = {"portable": 4, "avx2": 8, "avx512": 16}  # float32 in a vector
 _TORCH_ISA = {"AVX512": "avx512", "AVX2": "avx2"}
 CALIBRATED_ON = "Intel"
-FEW_ROWS, GATHERED_ROWS = 64, 4  # up to which csrc/cpu/nm_matmul/linear_few.cpp takes over, with and without shuffles
+GATHERED_ROWS = 4  # up to which csrc/cpu/nm_matmul/linear_few.cpp takes over without shuffles
 
 
 class Machine(NamedTuple):
@@ -91,7 +91,8 @@ def against_dense(
 
 # Times in nanoseconds. The constants were read off medians of interleaved calls on a Xeon of the Sapphire Rapids line without AMX
 # (torch 2.13): K 384 to 3072, N 384 to 3072, M 1 to 2048, patterns 1:4, 2:4, 4:8, 3:4, all three instruction sets, one thread. The
-# ratio of both times is off by a fifth (root mean square); of 80 float32 points one lies on the wrong side of 1 by more than 15%.
+# ratio of both times is off by about a fifth. Of 28 float32 points with 64 to 1536 rows, measured twice on a shared host,
+# the ratios themselves differed by 15%: the sparse product loses more of its speed to neighbours.
 
 
 def dense_time(M: int, N: int, K: int, dtype: torch.dtype, machine: Machine) -> float:
@@ -108,16 +109,17 @@ def dense_time(M: int, N: int, K: int, dtype: torch.dtype, machine: Machine) -> 
 def sparse_time(
     M: int, N: int, K: int, n: int, m: int, dtype: torch.dtype, machine: Machine
 ) -> float:  # fmt: skip
-    """The kernel of nm_linear: shuffles for few rows, a gather for fewer, else lists of places that 64 rows and more share."""
+    """The kernel of nm_linear: shuffles for few rows, a gather for fewer, else lists of places that all rows share."""
     share, wide = n / m, dtype == torch.float64
     # As csrc/cpu/nm_matmul/linear_few.cpp decides.
     shuffles = machine.isa == "avx512" and not wide and 16 % n == 0 and 16 // n * m <= 64
-    if shuffles and M <= FEW_ROWS:
+    most = 28 if 4 * n <= m else 48 if m == 4 else 36
+    if shuffles and most >= M:
         per_weight = 0.05 + 0.14 * share + 0.02 * M
     elif M <= GATHERED_ROWS:
         per_weight = 3 * share * M
     else:
-        product = (0.3 + 1.1 * share) * 0.0156 * max(M, 64)
-        per_weight = (share + product) * (2.4 if wide else 1) * VECTOR["avx512"] / VECTOR[machine.isa]
+        product = (0.23 + 0.7 * share + 0.7 * share**2) * 0.0156 * max(M, 64)
+        per_weight = (0.7 * share + product) * (2.4 if wide else 1) * VECTOR["avx512"] / VECTOR[machine.isa]
     pack = 1.0 * M * K  # of x, which narrow outputs do not amortise: not divided by the threads
     return 30e3 + pack + N * K * per_weight / machine.threads

@@ -150,13 +150,39 @@ def case_sparse_conv(batch: int, count: int) -> tuple[Callable, tuple]:
     return f, (*(t.requires_grad_() for t in leaves), places(batch, count))
 
 
+def case_sparse_pool(pool: Callable) -> Callable:
+    def case(batch: int, count: int) -> tuple[Callable, tuple]:
+        def f(x: Tensor, coords: Tensor) -> Tensor:
+            return pool(x, maskops.kernel_map(coords, 3))
+
+        return f, (torch.randn(batch * count, DIM, requires_grad=True), places(batch, count))
+
+    return case
+
+
+def case_sparse_global_pool(batch: int, count: int) -> tuple[Callable, tuple]:
+    x, coords = torch.randn(batch * count, DIM, requires_grad=True), places(batch, count)
+    return lambda x, coords: maskops.sparse_global_pool(x, coords[:, 0], 9), (x, coords)
+
+
+def case_voxelize(batch: int, count: int) -> tuple[Callable, tuple]:
+    def f(points: Tensor, index: Tensor) -> Tensor:
+        found = maskops.voxelize(points, (0.5, 0.5), (0, 0, 4, 4), batch_index=index, batch_size=9)
+        return found.slice(found.tensor.features)
+
+    points = torch.rand(batch * count, DIM) * 5
+    return f, (points.requires_grad_(), places(batch, count)[:, 0])
+
+
 CASES = {
     "split_tokens": case_split, "random_masking": case_masking, "gather_tokens": case_gather, "restore_tokens": case_restore,
     "pack_tokens": case_pack, "unpack_tokens": case_unpack, "patchify": case_patchify, "unpatchify": case_unpatchify,
     "embed_patches": case_embed, "masked_patch_loss": case_loss, "nm_mask": case_nm_mask, "nm_compress": case_nm_compress,
     "nm_linear": case_nm_linear, "pack_bitmask": case_pack_bitmask, "bitmask_linear": case_bitmask_linear,
     "nm_soft_linear": case_nm_soft_linear, "masked_attention": case_masked_attention, "kernel_map": case_kernel_map,
-    "sparse_conv": case_sparse_conv,
+    "sparse_conv": case_sparse_conv, "sparse_max_pool": case_sparse_pool(maskops.sparse_max_pool),
+    "sparse_avg_pool": case_sparse_pool(maskops.sparse_avg_pool), "sparse_global_pool": case_sparse_global_pool,
+    "voxelize": case_voxelize,
 }  # fmt: skip
 
 
@@ -233,7 +259,8 @@ AUTOCAST = {
     "gather_tokens": torch.float32, "restore_tokens": torch.float32, "pack_tokens": torch.float32,
     "unpack_tokens": torch.float32, "patchify": torch.float32, "unpatchify": torch.float32, "embed_patches": torch.bfloat16,
     "masked_patch_loss": torch.float32, "nm_linear": torch.bfloat16, "bitmask_linear": torch.bfloat16,
-    "nm_soft_linear": torch.bfloat16, "sparse_conv": torch.bfloat16,
+    "nm_soft_linear": torch.bfloat16, "sparse_conv": torch.bfloat16, "sparse_max_pool": torch.float32,
+    "sparse_avg_pool": torch.float32, "sparse_global_pool": torch.float32, "voxelize": torch.float32,
 }  # fmt: skip
 
 

@@ -174,6 +174,11 @@ def case_voxelize(batch: int, count: int) -> tuple[Callable, tuple]:
     return f, (points.requires_grad_(), places(batch, count)[:, 0])
 
 
+def case_neighbour_fill(batch: int, count: int) -> tuple[Callable, tuple]:
+    x, mask = torch.randn(batch, 3, count, DIM, requires_grad=True), torch.rand(batch, 1, count, DIM) < 0.5
+    return lambda x, mask: maskops.neighbour_fill(x, mask, 2)[0], (x, mask)
+
+
 CASES = {
     "split_tokens": case_split, "random_masking": case_masking, "gather_tokens": case_gather, "restore_tokens": case_restore,
     "pack_tokens": case_pack, "unpack_tokens": case_unpack, "patchify": case_patchify, "unpatchify": case_unpatchify,
@@ -182,7 +187,7 @@ CASES = {
     "nm_soft_linear": case_nm_soft_linear, "masked_attention": case_masked_attention, "kernel_map": case_kernel_map,
     "sparse_conv": case_sparse_conv, "sparse_max_pool": case_sparse_pool(maskops.sparse_max_pool),
     "sparse_avg_pool": case_sparse_pool(maskops.sparse_avg_pool), "sparse_global_pool": case_sparse_global_pool,
-    "voxelize": case_voxelize,
+    "voxelize": case_voxelize, "neighbour_fill": case_neighbour_fill,
 }  # fmt: skip
 
 
@@ -260,7 +265,8 @@ AUTOCAST = {
     "unpack_tokens": torch.float32, "patchify": torch.float32, "unpatchify": torch.float32, "embed_patches": torch.bfloat16,
     "masked_patch_loss": torch.float32, "nm_linear": torch.bfloat16, "bitmask_linear": torch.bfloat16,
     "nm_soft_linear": torch.bfloat16, "sparse_conv": torch.bfloat16, "sparse_max_pool": torch.float32,
-    "sparse_avg_pool": torch.float32, "sparse_global_pool": torch.float32, "voxelize": torch.float32,
+    "sparse_avg_pool": torch.float32, "sparse_global_pool": torch.float32,
+    "neighbour_fill": torch.float32, "voxelize": torch.float32,
 }  # fmt: skip
 
 

@@ -44,6 +44,14 @@ inline void check_spread(const Tensor& x, const Tensor& order, const Tensor& beg
   check_tensor(op, "inverse", inverse, "[N]", kInt32, {kAny}, x);
 }
 
+inline void check_fill(const Tensor& x, const Tensor& mask, int64_t iterations, double eps) {
+  const char* op = "sparse_conv_fill";
+  check_tensor(op, "x", x, "[B, C, H, W]", kFloats, {kAny, kAny, kAny, kAny}, x);
+  check_tensor(op, "mask", mask, "[B, 1, H, W]", kBool, {x.size(0), 1, x.size(2), x.size(3)}, x);
+  if (iterations < 0) fail(op, "iterations", "be at least 0", iterations);
+  if (!(eps >= 0 && eps < 1e300)) fail(op, "eps", "be at least 0 and finite", "another number");
+}
+
 inline void check_voxelize(const Tensor& points, const std::optional<Tensor>& batch_index, const std::vector<double>& voxel_size,
                            const std::vector<double>& low, const Sizes& shape, int64_t batch_size) {
   const char* op = "sparse_conv_voxelize";

@@ -1,6 +1,6 @@
 """Triton kernels of sparse_conv; one launcher per op, with the op's name and arguments."""
 
-from maskops.kernels.sparse_conv import conv, pool, voxelize
+from maskops.kernels.sparse_conv import conv, fill, pool, voxelize
 from maskops.kernels.sparse_conv.conv import (
     _sparse_conv_grad_weight,
     sparse_conv,
@@ -8,6 +8,7 @@ from maskops.kernels.sparse_conv.conv import (
     sparse_conv_outputs,
     sparse_conv_reverse,
 )
+from maskops.kernels.sparse_conv.fill import sparse_conv_fill
 from maskops.kernels.sparse_conv.pool import (
     _sparse_conv_max_backward,
     sparse_conv_max_pool,
@@ -18,8 +19,8 @@ from maskops.kernels.sparse_conv.pool import (
 )
 from maskops.kernels.sparse_conv.voxelize import sparse_conv_voxelize
 
-AOT_SAMPLES = {**conv.AOT_SAMPLES, **pool.AOT_SAMPLES, **voxelize.AOT_SAMPLES}
-LIMITS = {**conv.LIMITS, **pool.LIMITS, **voxelize.LIMITS}
+AOT_SAMPLES = {**conv.AOT_SAMPLES, **pool.AOT_SAMPLES, **fill.AOT_SAMPLES, **voxelize.AOT_SAMPLES}
+LIMITS = {**conv.LIMITS, **pool.LIMITS, **fill.LIMITS, **voxelize.LIMITS}
 
 __all__ = [
     "AOT_SAMPLES",
@@ -27,6 +28,7 @@ __all__ = [
     "_sparse_conv_grad_weight",
     "_sparse_conv_max_backward",
     "sparse_conv",
+    "sparse_conv_fill",
     "sparse_conv_map",
     "sparse_conv_max_pool",
     "sparse_conv_outputs",

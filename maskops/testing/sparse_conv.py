@@ -7,6 +7,7 @@ from torch import Tensor
 
 from maskops.reference import sparse_conv as reference
 from maskops.testing import ErrorSample, Sample, randn
+from maskops.testing import sparse_conv_fill as fill
 from maskops.testing import sparse_conv_pool as pool
 
 G = torch.Generator
@@ -154,6 +155,7 @@ SAMPLES = [
     Sample(GRAD_WEIGHT, "groups", _grad_weight("plane", (12, 20), groups=4)),
     Sample(GRAD_WEIGHT, "depthwise", _grad_weight("plane", (21, 21), groups=21)),
     *pool.SAMPLES,
+    *fill.SAMPLES,
 ]
 
 
@@ -194,6 +196,7 @@ ERRORS = [
     ErrorSample(CONV, "groups", _at(5, lambda g: 3), ValueError, "groups must divide 16 and 32 channels"),
     ErrorSample(GRAD_WEIGHT, "grad", _at(0, lambda g: g[1:]), ValueError, "grad must have shape"),
     *pool.ERRORS,
+    *fill.ERRORS,
 ]
 
 
@@ -212,4 +215,5 @@ TRAFFIC = {
     CONV: _conv_bytes,
     GRAD_WEIGHT: lambda grad, x, map, groups: (grad.numel() + x.numel()) * x.element_size() + 4 * map.numel(),
     **pool.TRAFFIC,
+    **fill.TRAFFIC,
 }

@@ -4,6 +4,7 @@ Size letters: N active places read, M written, K places of the kernel, C and D c
 """
 
 from maskops.ops.sparse_conv.conv import sparse_conv
+from maskops.ops.sparse_conv.fill import downsample_mask, neighbour_fill
 from maskops.ops.sparse_conv.map import KernelMap, kernel_map
 from maskops.ops.sparse_conv.pool import sparse_avg_pool, sparse_max_pool
 from maskops.ops.sparse_conv.segments import Segments, sparse_global_pool
@@ -15,7 +16,9 @@ __all__ = [
     "Segments",
     "SparseTensor",
     "Voxels",
+    "downsample_mask",
     "kernel_map",
+    "neighbour_fill",
     "sparse_avg_pool",
     "sparse_conv",
     "sparse_global_pool",

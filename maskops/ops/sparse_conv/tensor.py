@@ -173,7 +173,9 @@ class SparseTensor:
 
     def replace(self, features: Tensor) -> SparseTensor:
         """The same places with other features [N, *]."""
-        if features.dim() != 2 or features.shape[0] != self.coords.shape[0]:  # no len: it makes a number of a traced size
+        if (
+            features.dim() != 2 or features.shape[0] != self.coords.shape[0]
+        ):  # no len: it makes a number of a traced size
             fail(FUNCTION, "features", f"have shape [{self.coords.shape[0]}, *]", list(features.shape))
         return self.over(features, self.places)
 

@@ -30,7 +30,11 @@ def _ring_kernel(x_ptr, known_ptr, out_ptr, now_ptr, C, H, W, eps_ptr, ACC: tl.c
     # A place that knows nothing stays 0, also with eps = 0.
     filled = tl.where(count > 0, total / tl.where(count > 0, count + tl.load(eps_ptr), 1.0), 0.0)
     tl.store(out_ptr + plane * H * W + at, tl.where(known, own, filled), mask=inside)
-    tl.store(now_ptr + image + at, (known | (count > 0)).to(tl.uint8), mask=inside & (tl.program_id(0) // blocks % C + at * 0 == 0))
+    tl.store(
+        now_ptr + image + at,
+        (known | (count > 0)).to(tl.uint8),
+        mask=inside & (tl.program_id(0) // blocks % C + at * 0 == 0),
+    )
 
 
 def sparse_conv_fill(x, mask, iterations, eps):

@@ -69,8 +69,14 @@ def downsample_mask(
     Returns:
         bool [B, 1, H', W'].
 
+    Notes:
+        The largest value of the mask under the kernel; nothing is known outside of the image.
+
     Raises:
-        ValueError: wrong dtype, shape or sizes.
+        ValueError: wrong dtype, shape or sizes.  TypeError: an argument of another type.
+
+    Source:
+        Balasubramanian, Feizi, 2023 (arXiv 2211.14646).
 
     Example:
         >>> maskops.downsample_mask(torch.tensor([[[[True, False, False, False]]]]), (1, 2), stride=(1, 2)).tolist()

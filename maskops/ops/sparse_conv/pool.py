@@ -51,6 +51,9 @@ def sparse_max_pool(features: Tensor, map: KernelMap, *, backend: str = "auto") 
     Raises:
         ValueError: wrong dtype, shape or device.  TypeError: an argument of another type.
 
+    Source:
+        Graham: Sparse 3D convolutional neural networks, 2015 (arXiv 1505.02890).
+
     Example:
         >>> coords = torch.tensor([[0, 4], [0, 5], [0, 9]], dtype=torch.int32)
         >>> maskops.sparse_max_pool(torch.tensor([[1.0], [2.0], [-3.0]]), maskops.kernel_map(coords, 3)).tolist()
@@ -84,6 +87,9 @@ def sparse_avg_pool(
 
     Raises:
         ValueError: wrong dtype, shape or device.  TypeError: an argument of another type.
+
+    Source:
+        Graham: Sparse 3D convolutional neural networks, 2015 (arXiv 1505.02890).
 
     Example:
         >>> coords = torch.tensor([[0, 4], [0, 5], [0, 9]], dtype=torch.int32)

@@ -73,6 +73,9 @@ def sparse_global_pool(
     Raises:
         ValueError: wrong dtype, shape, device or reduce.  IndexError: a sample that is not in [0, batch_size).
 
+    Source:
+        Graham: Sparse 3D convolutional neural networks, 2015 (arXiv 1505.02890).
+
     Example:
         >>> maskops.sparse_global_pool(torch.tensor([[1.0], [5.0], [3.0]]), torch.tensor([0, 2, 0]), 3).tolist()
         [[2.0], [0.0], [5.0]]

@@ -109,18 +109,18 @@ def voxelize(
     if outside == "raise":
         _refuse(points, inverse, range)
     begin = (count.cumsum(0) - count).int()
-    segments = Segments(order, begin, count, inverse)
-    used = (
-        segments
-        if max_points is None and reduce != "first"
-        else _first_of_each(segments, 1 if reduce == "first" else max_points)
-    )
-    features = reduce_segments(FUNCTION, points, used, "sum" if reduce == "first" else reduce, backend)
+    features, counts = _reduced(points, Segments(order, begin, count, inverse), reduce, max_points, backend)
     tensor = SparseTensor.over(features, Places(coords, tuple(shape), batch_size, (1,) * len(shape)))
-    counts = used.count if max_points is not None else count
-    if reduce == "first" and max_points is not None:
-        counts = count.clamp(max=max_points)
-    return Voxels(tensor, inverse, counts, dropped, segments)
+    return Voxels(tensor, inverse, counts, dropped, Segments(order, begin, count, inverse))
+
+
+def _reduced(points: Tensor, segments: Segments, reduce: str, most: int | None, backend: str) -> tuple[Tensor, Tensor]:
+    """(a row for each segment, of its first `most` points, how many those are)"""
+    counts = segments.count if most is None else segments.count.clamp(max=most)
+    if reduce == "first":
+        most, reduce = 1, "sum"
+    used = segments if most is None else _first_of_each(segments, most)
+    return reduce_segments(FUNCTION, points, used, reduce, backend), counts
 
 
 def _first_of_each(segments: Segments, most: int) -> Segments:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch._dynamo.testing
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -291,7 +292,8 @@ def cloud(count: int, seed: int) -> tuple[Tensor, Tensor]:
 def test_backbone_compiles_to_one_graph_for_any_number_of_points() -> None:
     torch._dynamo.reset()
     model = Backbone()
-    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=counter)
     for count in (50, 90, 400):
         args = cloud(count, count)
         out, expected = compiled(*args), model(*args)
@@ -299,6 +301,7 @@ def test_backbone_compiles_to_one_graph_for_any_number_of_points() -> None:
         own, plain = (torch.autograd.grad(y.square().sum(), list(model.parameters())) for y in (out, expected))
         for a, b in zip(own, plain, strict=True):
             torch.testing.assert_close(a, b)
+    assert counter.frame_count == 1
 
 
 def test_backbone_is_exported_and_takes_other_points() -> None:

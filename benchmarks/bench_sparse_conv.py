@@ -100,6 +100,64 @@ def share_of_forward(made: Inputs) -> dict[str, Any]:
     return {"of_forward": quantiles(times["both"])[1] / quantiles(times["forward"])[1]}
 
 
+# ---------------------------------------------------------------- points to voxels
+
+RANGE, VOXEL = (0.0, -40.0, -3.0, 70.4, 40.0, 1.0), (0.05, 0.05, 0.1)
+
+
+def make_points(points: int) -> Any:
+    """Points of a scan, around the ground and near the sensor as LiDAR has them; a tenth lies out of range."""
+
+    def inputs(device: torch.device, seed: int) -> Inputs:
+        g = torch.Generator().manual_seed(seed)
+        distance, angle = 75 * torch.rand(points, generator=g) ** 2 + 2, (torch.rand(points, generator=g) - 0.5) * 2.4
+        height = -1.7 + 0.6 * torch.randn(points, generator=g).abs()
+        found = torch.stack(
+            [distance * angle.cos(), distance * angle.sin(), height, torch.rand(points, generator=g)], 1
+        )
+        made: Inputs = {"points": found.to(device)}
+        if spconv is not None and device.type == "cpu":
+            from spconv.pytorch.utils import PointToVoxel
+
+            made["to_voxels"] = PointToVoxel(VOXEL, RANGE, 4, points, 5, device=device)
+        return made
+
+    return inputs
+
+
+def voxels(points: Tensor, backend: str = "auto", **_: Any) -> Tensor:
+    return maskops.voxelize(points, VOXEL, RANGE, max_points=5, backend=backend).tensor.features
+
+
+def voxels_of_spconv(points: Tensor, to_voxels: Any, **_: Any) -> Tensor:
+    rows, _, count = to_voxels(points)
+    return rows.sum(1) / count[:, None]
+
+
+def gate_voxels(made: Inputs) -> None:
+    """As many voxels, and the same rows, but for points at an edge, which spconv divides in float32."""
+    own = voxels(**made)
+    if "to_voxels" in made:
+        other = voxels_of_spconv(**made)
+        assert abs(len(own) - len(other)) <= 1e-3 * len(own), f"{len(own)} voxels, spconv has {len(other)}"
+        torch.testing.assert_close(own.mean(0), other.mean(0), rtol=1e-3, atol=1e-3)
+
+
+def voxel_cases() -> list[Case]:
+    rivals = {SPCONV: voxels_of_spconv} if spconv is not None else {}
+    absent = {} if spconv is not None else {SPCONV: WHY_NOT}
+    common = {
+        "dtype": torch.float32, "work": lambda made: 2 * made["points"].numel() * 4, "kind": "bytes", "sets": "one", "rounds": 20,
+    }  # fmt: skip
+    return [
+        Case(
+            f"voxelize, {count} points, mean of at most 5", "fwd", make=make_points(count), ours=voxels, rivals=rivals,
+            absent=absent, gate=gate_voxels, quick=count < 100000, **common,
+        )
+        for count in (20000, 200000)
+    ]  # fmt: skip
+
+
 def cases() -> list[Case]:
     absent = {} if spconv is not None else {SPCONV: WHY_NOT}
     out = []
@@ -133,4 +191,4 @@ def cases() -> list[Case]:
                 f"{name}, map reused", "fwd+bwd", ours=ours, rivals={PLAIN: plain}, after=share_of_forward, **common
             )
             out.append(both)
-    return out
+    return out + voxel_cases()

@@ -132,6 +132,23 @@ def test_hostile_places() -> None:
         assert torch.equal(own, plain)
 
 
+@pytest.mark.parametrize(
+    "size,dilation", [((3, 3, 3), (1, 1, 1)), ((1, 1, 7), (1, 1, 1)), ((5, 3, 1), (1, 2, 1)), ((3, 1, 5), (2, 1, 3))]
+)
+def test_the_half_that_is_mirrored_equals_the_one_that_is_looked_up(size: tuple, dilation: tuple) -> None:
+    """A copy of the places as those of the result is looked up whole; places lie across the 64 that share an entry, and below 0."""
+    g, threads = torch.Generator().manual_seed(0), torch.get_num_threads()
+    coords = places(g, 4000, 2, 12, 12, 200) - torch.tensor([0, 5, 0, 70], dtype=torch.int32)
+    whole = maskops.kernel_map(coords, size, dilation=dilation, out_coords=coords.clone()).map
+    assert torch.equal(whole, maskops.kernel_map(coords, size, dilation=dilation, backend="reference").map)
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            assert torch.equal(maskops.kernel_map(coords, size, dilation=dilation).map, whole)
+    finally:
+        torch.set_num_threads(threads)
+
+
 def test_reverse_of_a_submanifold_is_its_mirror_image() -> None:
     x = tensor(2, 1, 9, 9, 9, count=300)
     found = x.places.submanifold((3, 3, 3), (1, 1, 1))

@@ -18,6 +18,8 @@ struct ConvGeometry {
   bool divides;  // places of the question are divided by the stride, not multiplied
 
   MASKOPS_HOST_DEVICE int64_t places() const { return static_cast<int64_t>(size[0]) * size[1] * size[2]; }
+  // Whether the kernel places of an axis read neighbours side by side.
+  MASKOPS_HOST_DEVICE bool is_run(int axis) const { return !divides && dilation[axis] == 1; }
   // The place on one axis that kernel place k reads for place `at`; false where there is none (also past 32 bits).
   MASKOPS_HOST_DEVICE bool source(int axis, int32_t at, int32_t k, int32_t* place) const {
     const int64_t shift = static_cast<int64_t>(k) * dilation[axis] - padding[axis];

@@ -14,6 +14,15 @@ from maskops.nn.sparse_conv import (
     SubMConv2d,
     SubMConv3d,
 )
+from maskops.nn.sparse_conv_pool import (
+    SparseAvgPool1d,
+    SparseAvgPool2d,
+    SparseAvgPool3d,
+    SparseGlobalPool,
+    SparseMaxPool1d,
+    SparseMaxPool2d,
+    SparseMaxPool3d,
+)
 from maskops.nn.visible_tokens import PatchEmbed, TokenRestore
 
 __all__ = [
@@ -22,13 +31,20 @@ __all__ = [
     "NMLinear",
     "PatchEmbed",
     "SoftNMLinear",
+    "SparseAvgPool1d",
+    "SparseAvgPool2d",
+    "SparseAvgPool3d",
     "SparseConv1d",
     "SparseConv2d",
     "SparseConv3d",
     "SparseConvTranspose1d",
     "SparseConvTranspose2d",
     "SparseConvTranspose3d",
+    "SparseGlobalPool",
     "SparseInverseConv",
+    "SparseMaxPool1d",
+    "SparseMaxPool2d",
+    "SparseMaxPool3d",
     "SubMConv1d",
     "SubMConv2d",
     "SubMConv3d",

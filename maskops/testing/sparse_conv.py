@@ -7,6 +7,8 @@ from torch import Tensor
 
 from maskops.reference import sparse_conv as reference
 from maskops.testing import ErrorSample, Sample, randn
+from maskops.testing import sparse_conv_fill as fill
+from maskops.testing import sparse_conv_pool as pool
 
 G = torch.Generator
 MAP, OUTPUTS, REVERSE = "sparse_conv_map", "sparse_conv_outputs", "sparse_conv_reverse"
@@ -152,6 +154,8 @@ SAMPLES = [
     Sample(GRAD_WEIGHT, "space", _grad_weight("space", (20, 37))),
     Sample(GRAD_WEIGHT, "groups", _grad_weight("plane", (12, 20), groups=4)),
     Sample(GRAD_WEIGHT, "depthwise", _grad_weight("plane", (21, 21), groups=21)),
+    *pool.SAMPLES,
+    *fill.SAMPLES,
 ]
 
 
@@ -191,6 +195,8 @@ ERRORS = [
     ErrorSample(CONV, "map_row", _at(3, lambda m: m + 99), IndexError, r"sparse_conv: map\[\d+, \d+\] must be in"),
     ErrorSample(CONV, "groups", _at(5, lambda g: 3), ValueError, "groups must divide 16 and 32 channels"),
     ErrorSample(GRAD_WEIGHT, "grad", _at(0, lambda g: g[1:]), ValueError, "grad must have shape"),
+    *pool.ERRORS,
+    *fill.ERRORS,
 ]
 
 
@@ -208,4 +214,6 @@ TRAFFIC = {
     REVERSE: lambda map, rows: 4 * (map.numel() + map.shape[0] * rows),
     CONV: _conv_bytes,
     GRAD_WEIGHT: lambda grad, x, map, groups: (grad.numel() + x.numel()) * x.element_size() + 4 * map.numel(),
+    **pool.TRAFFIC,
+    **fill.TRAFFIC,
 }

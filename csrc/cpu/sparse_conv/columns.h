@@ -12,6 +12,13 @@
 
 namespace maskops {
 
+// By arithmetic: std::popcount is a call into a table where the instruction may be missing.
+inline int64_t count_bits(uint64_t x) {
+  x -= x >> 1 & 0x5555555555555555ull;
+  x = (x & 0x3333333333333333ull) + (x >> 2 & 0x3333333333333333ull);
+  return static_cast<int64_t>(((x + (x >> 4)) & 0x0f0f0f0f0f0f0f0full) * 0x0101010101010101ull >> 56);
+}
+
 struct Column {
   int32_t batch, high, middle, word;  // word: the place on the last axis / 64, rounded down
   uint64_t bits;                      // 0: an empty entry of the table
@@ -74,13 +81,13 @@ class Columns {
     int64_t next = 0;
     for (int64_t i = 0; i <= mask_; ++i) {
       table_.get()[i].first = next;
-      next += std::popcount(table_.get()[i].bits);
+      next += count_bits(table_.get()[i].bits);
     }
     return next;
   }
 
   // The number of a place that is there.
-  static int64_t number_of(const Column& column, uint64_t bit) { return column.first + std::popcount(column.bits & (bit - 1)); }
+  static int64_t number_of(const Column& column, uint64_t bit) { return column.first + count_bits(column.bits & (bit - 1)); }
 
   template <class Visit>
   void each(const Visit& visit) const {

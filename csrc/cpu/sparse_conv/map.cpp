@@ -31,6 +31,8 @@ struct Places {
   }
 };
 
+bool same_line(const Place& a, const Place& b) { return a.batch == b.batch && a.at[0] == b.at[0] && a.at[1] == b.at[1]; }
+
 std::string text_of(const int32_t* row, int64_t columns) {
   return join_sizes(std::vector<int64_t>(row, row + columns));
 }
@@ -64,19 +66,20 @@ class PlacesByNumber {
     int32_t word = 0, high = 0, middle = 0;
     bool some = false;
   };
-  static void forget(const ConvGeometry& g, const Place& place, Cursor* cursors) {
-    for (int32_t k0 = 0; k0 < g.size[0]; ++k0) {
-      int32_t high = 0;
-      const bool some = g.source(0, place.at[0], k0, &high);
-      for (int32_t k1 = 0; k1 < g.size[1]; ++k1, ++cursors) {
-        *cursors = Cursor{nullptr, 0, high, 0, false};
-        cursors->some = some && g.source(1, place.at[1], k1, &cursors->middle);
-      }
+  static void forget(const ConvGeometry& g, const Place& place, std::vector<Cursor>& cursors) {
+    for (int64_t line = 0; line < static_cast<int64_t>(cursors.size()); ++line) {
+      Cursor& cursor = cursors[static_cast<size_t>(line)];
+      cursor = Cursor{};
+      cursor.some = g.source(0, place.at[0], static_cast<int32_t>(line / g.size[1]), &cursor.high) &&
+                    g.source(1, place.at[1], static_cast<int32_t>(line % g.size[1]), &cursor.middle);
     }
   }
-  void find(const ConvGeometry& g, const Place& place, Cursor& cursor, int32_t* to, int64_t stride) const {
+  void find(const ConvGeometry& g, const Place& place, Cursor& cursor, int32_t k2_end, int32_t* to, int64_t stride) const {
     int32_t last = 0;
-    for (int32_t k2 = 0; k2 < g.size[2]; ++k2, to += stride) {
+    if (g.is_run(2) && cursor.some && g.source(2, place.at[2], 0, &last) && (last & 63) + k2_end <= 64) {
+      return find_run(place, cursor, last, k2_end, to, stride);
+    }
+    for (int32_t k2 = 0; k2 < k2_end; ++k2, to += stride) {
       *to = -1;
       if (!cursor.some || !g.source(2, place.at[2], k2, &last)) continue;
       const int32_t word = Columns::word_of(last);
@@ -90,6 +93,22 @@ class PlacesByNumber {
   }
 
  private:
+  // count neighbours from `last` on, all of one column: their rows stand one after the other, so that one look-up finds them all.
+  void find_run(const Place& place, Cursor& cursor, int32_t last, int32_t count, int32_t* to, int64_t stride) const {
+    const int32_t word = Columns::word_of(last);
+    if (cursor.column == nullptr || word != cursor.word) {
+      cursor.column = columns_.at(place.batch, cursor.high, cursor.middle, word);
+      cursor.word = word;
+    }
+    uint64_t window = cursor.column->bits >> (last & 63);
+    const int32_t* row = row_of_.data();
+    if (window != 0) row += Columns::number_of(*cursor.column, Columns::bit_of(last));
+    for (int32_t k2 = 0; k2 < count; ++k2, to += stride, window >>= 1) {
+      *to = -1;
+      if (window & 1) *to = *row++;
+    }
+  }
+
   [[noreturn]] static void fail_repeated(const char* op, const Tensor& coords, int64_t again) {
     const int64_t columns = coords.size(1);
     const int32_t *data = int32_data(coords), *row = data + again * columns;
@@ -102,32 +121,75 @@ class PlacesByNumber {
   std::vector<int32_t> row_of_;
 };
 
+// Every kernel place of rows [begin, end) of the result.
+void find_all(const PlacesByNumber& known, const ConvGeometry& g, const Places& places, int64_t rows, int64_t begin, int64_t end,
+              int32_t* out) {
+  std::vector<PlacesByNumber::Cursor> cursors(static_cast<size_t>(g.size[0]) * static_cast<size_t>(g.size[1]));
+  Place before{};
+  for (int64_t m = begin; m < end; ++m) {
+    const Place place = places[m];
+    if (m == begin || !same_line(place, before)) PlacesByNumber::forget(g, place, cursors);
+    before = place;
+    int32_t* to = out + m;
+    for (PlacesByNumber::Cursor& cursor : cursors) {
+      known.find(g, place, cursor, g.size[2], to, rows);
+      to += g.size[2] * rows;
+    }
+  }
+}
+
+// Of a kernel that lies alike around its place, over places that read one another: what a reads at k, reads a at the opposite place.
+// The first half of the kernel is looked up, the other half, which holds -1, is written from it.
+void find_half(const PlacesByNumber& known, const ConvGeometry& g, const Places& places, int64_t rows, int64_t begin, int64_t end,
+               int32_t* out) {
+  const int64_t K = g.places(), middle = K / 2;
+  std::vector<PlacesByNumber::Cursor> cursors(static_cast<size_t>(middle / g.size[2] + 1));  // up to the line of the middle
+  Place before{};
+  for (int64_t m = begin; m < end; ++m) {
+    const Place place = places[m];
+    if (m == begin || !same_line(place, before)) PlacesByNumber::forget(g, place, cursors);
+    before = place;
+    out[middle * rows + m] = static_cast<int32_t>(m);
+    int64_t k = 0;
+    for (PlacesByNumber::Cursor& cursor : cursors) {
+      const int32_t count = static_cast<int32_t>(std::min<int64_t>(g.size[2], middle - k));
+      known.find(g, place, cursor, count, out + k * rows + m, rows);
+      for (int64_t last = k + count; k < last; ++k) {
+        const int32_t n = out[k * rows + m];
+        if (n >= 0) out[(K - 1 - k) * rows + n] = static_cast<int32_t>(m);
+      }
+    }
+  }
+}
+
+bool is_symmetric(const ConvGeometry& g) {
+  bool same = !g.divides;
+  for (int axis = 0; axis < kConvAxes; ++axis) {
+    same = same && g.stride[axis] == 1 && g.size[axis] % 2 == 1 &&
+           g.padding[axis] == static_cast<int64_t>(g.dilation[axis]) * (g.size[axis] / 2);
+  }
+  return same;
+}
+
 Tensor sparse_conv_map(const Tensor& coords_any, const Tensor& out_coords_any, const Sizes& kernel_size, const Sizes& stride,
                        const Sizes& padding, const Sizes& dilation, bool transposed) {
   check_conv_map(coords_any, out_coords_any, kernel_size, stride, padding, dilation);
-  const Tensor coords = contiguous_or_copy(coords_any), out_coords = contiguous_or_copy(out_coords_any);
+  const bool same = coords_any.const_data_ptr() == out_coords_any.const_data_ptr() && coords_any.size(0) == out_coords_any.size(0) &&
+                    coords_any.stride(0) == out_coords_any.stride(0) && coords_any.stride(1) == out_coords_any.stride(1);
+  const Tensor coords = contiguous_or_copy(coords_any), out_coords = same ? coords : contiguous_or_copy(out_coords_any);
   const ConvGeometry g = geometry_of(kernel_size, stride, padding, dilation, transposed);
   const PlacesByNumber known("sparse_conv_map", coords);
   const Places places{int32_data(out_coords), out_coords.size(1)};
-  const int64_t rows = out_coords.size(0);
-  Tensor map = empty_like_device(coords, {g.places(), rows}, ScalarType::Int);
+  const int64_t rows = out_coords.size(0), K = g.places();
+  Tensor map = empty_like_device(coords, {K, rows}, ScalarType::Int);
   int32_t* out = static_cast<int32_t*>(map.mutable_data_ptr());
-  const int64_t lines = static_cast<int64_t>(g.size[0]) * g.size[1];
-  parallel_for(rows, g.places() * 16, [&](int64_t begin, int64_t end) {
-    std::vector<PlacesByNumber::Cursor> cursors(static_cast<size_t>(lines));
-    Place before{};
-    for (int64_t m = begin; m < end; ++m) {
-      const Place place = places[m];
-      const bool same = place.batch == before.batch && place.at[0] == before.at[0] && place.at[1] == before.at[1];
-      if (m == begin || !same) PlacesByNumber::forget(g, place, cursors.data());
-      before = place;
-      int32_t* to = out + m;
-      for (PlacesByNumber::Cursor& cursor : cursors) {
-        known.find(g, place, cursor, to, rows);
-        to += g.size[2] * rows;
-      }
-    }
-  });
+  if (same && is_symmetric(g)) {
+    int32_t* half = out + (K / 2 + 1) * rows;
+    parallel_for(K / 2 * rows, 4, [&](int64_t begin, int64_t end) { std::fill(half + begin, half + end, -1); });
+    parallel_for(rows, K * 8, [&](int64_t begin, int64_t end) { find_half(known, g, places, rows, begin, end, out); });
+  } else {
+    parallel_for(rows, K * 16, [&](int64_t begin, int64_t end) { find_all(known, g, places, rows, begin, end, out); });
+  }
   return map;
 }
 

@@ -36,6 +36,7 @@ class KernelMap:
     kernel_size: tuple[int, ...]
     symmetric: bool = False
     _reverse: list[Tensor] = field(default_factory=list, repr=False)
+    _counts: list[Tensor] = field(default_factory=list, repr=False)
 
     def reverse(self, backend: str = "auto") -> Tensor:
         """int32 [K, N]: which row of the result reads each row of x. Built once."""
@@ -52,6 +53,12 @@ class KernelMap:
         back = KernelMap(self.reverse(), self.map.shape[1], coords, self.kernel_size)
         back._reverse.append(self.map)
         return back
+
+    def counts(self) -> Tensor:
+        """int32 [M]: how many rows each row of the result reads. Counted once."""
+        if not self._counts:
+            self._counts.append((self.map >= 0).sum(0, dtype=torch.int32))
+        return self._counts[0]
 
     def pairs(self) -> int:
         """How many rows are read in all: a convolution has 2 C D multiplications and additions for each."""
@@ -214,18 +221,19 @@ def _check_outputs(
 
 def _check_reverse(map: Tensor, rows: int) -> None:
     check_tensor("sparse_conv_reverse", "map", map, "[K, M]", INT32, (None, None), map)
-    if not 0 <= rows < 2**31:
+    # A traced size that only the data tells is checked when the program runs.
+    if isinstance(rows, int) and not 0 <= rows < 2**31:
         fail("sparse_conv_reverse", "rows", "be in [0, 2^31)", int(rows))
 
 
-def check_rows(op: str, map: Tensor, rows: int) -> None:
+def check_rows(op: str, map: Tensor, rows: int, name: str = "map") -> None:
     """Every entry of the map is a row, or -1."""
     outside = (map < -1) | (map >= rows)
     if map.device.type != "cpu":
-        torch._assert_async(~outside.any(), f"{op}: map must be in [-1, {rows})")
+        torch._assert_async(~outside.any(), f"{op}: {name} must be in [-1, {rows})")
     elif outside.any():
         at = torch.nonzero(outside)[0].tolist()
-        raise IndexError(f"{op}: map[{at[0]}, {at[1]}] must be in [-1, {rows}), got {int(map[tuple(at)])}")
+        raise IndexError(f"{op}: {name}[{at[0]}, {at[1]}] must be in [-1, {rows}), got {int(map[tuple(at)])}")
 
 
 def _check_reverse_data(map: Tensor, rows: int) -> None:

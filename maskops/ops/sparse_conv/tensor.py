@@ -11,6 +11,7 @@ from torch import Tensor
 
 from maskops._checks import FLOATS, check_is_tensor, check_tensor, fail, integer, integers
 from maskops.ops.sparse_conv.map import INT32, MOST_AXES, KernelMap, kernel_map, shape_after
+from maskops.ops.sparse_conv.segments import Segments, reduce_segments
 
 FUNCTION = "SparseTensor"
 REDUCTIONS = ("sum", "mean", "max", "min")
@@ -117,16 +118,32 @@ class SparseTensor:
     def reduced(
         cls, features: Tensor, coords: Tensor, spatial_shape: Sequence[int], batch_size: int, reduce: str = "sum"
     ) -> SparseTensor:
-        """Like SparseTensor, for coords that may repeat: rows of one place become their sum, mean, max or min; ascending."""
+        """Like SparseTensor, for coords that may repeat: rows of one place become their sum, mean, max or min; ascending.
+
+        Differentiable and deterministic, as sparse_global_pool."""
         if reduce not in REDUCTIONS:
             fail(FUNCTION, "reduce", f"be one of {REDUCTIONS}", repr(reduce))
         check_is_tensor(FUNCTION, "features", features)
         check_tensor(FUNCTION, "coords", coords, "[N, 1 + axes]", INT32, (len(features), None), features)
         unique, number = torch.unique(coords, dim=0, return_inverse=True)
-        how = reduce if reduce in ("sum", "mean") else f"a{reduce}"
-        joined = features.new_zeros((len(unique), features.shape[1]))
-        at = number[:, None].expand_as(features)
-        return cls(joined.scatter_reduce(0, at, features, how, include_self=False), unique, spatial_shape, batch_size)
+        segments = Segments.of(number, len(unique))
+        sign = -1 if reduce == "min" else 1
+        joined = reduce_segments(FUNCTION, sign * features, segments, "max" if reduce == "min" else reduce, "auto")
+        return cls(sign * joined, unique, spatial_shape, batch_size)
+
+    @classmethod
+    def stack(cls, tensors: Sequence[SparseTensor]) -> SparseTensor:
+        """The samples of several tensors over grids of one shape, one batch after the other."""
+        if not tensors:
+            fail(FUNCTION, "tensors", "hold at least one", "none")
+        first, before, coords = tensors[0].places, 0, []
+        for x in tensors:
+            if x.places.shape != first.shape or x.places.stride != first.stride:
+                fail(FUNCTION, "tensors", f"all have the grid {first.shape}, stride {first.stride}", x.places.shape)
+            coords.append(torch.cat([x.coords[:, :1] + before, x.coords[:, 1:]], 1))
+            before += x.batch_size
+        places = Places(torch.cat(coords), first.shape, before, first.stride)
+        return cls.over(torch.cat([x.features for x in tensors]), places)
 
     @classmethod
     def from_dense(cls, x: Tensor, active: Tensor | None = None) -> SparseTensor:
@@ -156,8 +173,10 @@ class SparseTensor:
 
     def replace(self, features: Tensor) -> SparseTensor:
         """The same places with other features [N, *]."""
-        if features.dim() != 2 or len(features) != len(self.coords):
-            fail(FUNCTION, "features", f"have shape [{len(self.coords)}, *]", list(features.shape))
+        if (
+            features.dim() != 2 or features.shape[0] != self.coords.shape[0]
+        ):  # no len: it makes a number of a traced size
+            fail(FUNCTION, "features", f"have shape [{self.coords.shape[0]}, *]", list(features.shape))
         return self.over(features, self.places)
 
     def dense(self) -> Tensor:
@@ -196,6 +215,14 @@ class SparseTensor:
 
     def __mul__(self, other: SparseTensor | Tensor | float) -> SparseTensor:
         return self._combined("*", other, torch.mul)
+
+    def __truediv__(self, other: SparseTensor | Tensor | float) -> SparseTensor:
+        return self._combined("/", other, torch.div)
+
+    def __neg__(self) -> SparseTensor:
+        return self.replace(-self.features)
+
+    __radd__, __rmul__ = __add__, __mul__
 
     def _combined(self, sign: str, other: SparseTensor | Tensor | float, function: Callable) -> SparseTensor:
         if isinstance(other, SparseTensor):

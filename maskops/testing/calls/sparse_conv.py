@@ -27,5 +27,43 @@ def case_sparse_conv(batch: int, count: int) -> tuple[Callable, tuple]:
     return f, (*(t.requires_grad_() for t in leaves), places(batch, count))
 
 
-CALLS = {"kernel_map": case_kernel_map, "sparse_conv": case_sparse_conv}
+def case_sparse_pool(pool: Callable) -> Callable:
+    def case(batch: int, count: int) -> tuple[Callable, tuple]:
+        def f(x: Tensor, coords: Tensor) -> Tensor:
+            return pool(x, maskops.kernel_map(coords, 3))
+
+        return f, (torch.randn(batch * count, DIM, requires_grad=True), places(batch, count))
+
+    return case
+
+
+def case_sparse_global_pool(batch: int, count: int) -> tuple[Callable, tuple]:
+    x, coords = torch.randn(batch * count, DIM, requires_grad=True), places(batch, count)
+    return lambda x, coords: maskops.sparse_global_pool(x, coords[:, 0], 9), (x, coords)
+
+
+def case_voxelize(batch: int, count: int) -> tuple[Callable, tuple]:
+    def f(points: Tensor, index: Tensor) -> Tensor:
+        found = maskops.voxelize(points, (0.5, 0.5), (0, 0, 4, 4), batch_index=index, batch_size=9)
+        return found.slice(found.tensor.features)
+
+    points = torch.rand(batch * count, DIM) * 5
+    return f, (points.requires_grad_(), places(batch, count)[:, 0])
+
+
+def case_neighbour_fill(batch: int, count: int) -> tuple[Callable, tuple]:
+    x, mask = torch.randn(batch, 3, count, DIM, requires_grad=True), torch.rand(batch, 1, count, DIM) < 0.5
+    return lambda x, mask: maskops.neighbour_fill(x, mask, 2)[0], (x, mask)
+
+
+CALLS = {
+    "kernel_map": case_kernel_map,
+    "sparse_conv": case_sparse_conv,
+    "sparse_max_pool": case_sparse_pool(maskops.sparse_max_pool),
+    "sparse_avg_pool": case_sparse_pool(maskops.sparse_avg_pool),
+    "sparse_global_pool": case_sparse_global_pool,
+    "voxelize": case_voxelize,
+    "neighbour_fill": case_neighbour_fill,
+}
 AUTOCAST = {"sparse_conv": torch.bfloat16}
+AUTOCAST |= {name: torch.float32 for name in CALLS if name not in ("kernel_map", "sparse_conv")}

@@ -150,13 +150,40 @@ def case_sparse_conv(batch: int, count: int) -> tuple[Callable, tuple]:
     return f, (*(t.requires_grad_() for t in leaves), places(batch, count))
 
 
+def case_sampling(draw: Callable) -> Callable:
+    """A mask of [batch, count], drawn by draw(batch, count, x, seed)."""
+
+    def case(batch: int, count: int) -> tuple[Callable, tuple]:
+        def f(x: Tensor, seed: Tensor) -> Tensor:
+            return draw(x.shape[0], x.shape[1], x, seed)
+
+        return f, (torch.rand(batch, count), seed_tensor(3, None, torch.device("cpu")))
+
+    return case
+
+
+SAMPLING = {
+    "random_words": lambda B, N, x, seed: maskops.random_words((B, N), seed=seed),
+    "bernoulli_masking": lambda B, N, x, seed: maskops.bernoulli_masking(B, N, x, seed=seed),
+    "weighted_masking": lambda B, N, x, seed: maskops.weighted_masking(x, num_keep=4, seed=seed).ids_keep,
+    "corrupt_tokens": lambda B, N, x, seed: maskops.corrupt_tokens((x * 9).long(), x > 0.5, 99, 9, seed=seed),
+    "sample_gates": lambda B, N, x, seed: maskops.sample_gates(x, seed=seed),
+    "colour_masking": lambda B, N, x, seed: maskops.colour_masking(B, (5, 6), num_keep=7, seed=seed).ids_keep,
+    "block_masking": lambda B, N, x, seed: maskops.block_masking(B, (5, 6), 12, seed=seed).ids_keep,
+    "multiblock_masking": lambda B, N, x, seed: maskops.multiblock_masking(B, (6, 5), seed=seed).targets,
+    "span_masking": lambda B, N, x, seed: maskops.span_masking(B, N, 0.5, span=3, equalise=True, seed=seed),
+    "group_masking": lambda B, N, x, seed: maskops.group_masking((x * 9).long() - 1, 0.4, num_groups=8, seed=seed),
+    "draw_spans": lambda B, N, x, seed: maskops.draw_spans((x[:, 0] * 90).long(), max_spans=3, seed=seed),
+}  # fmt: skip
+
+
 CASES = {
     "split_tokens": case_split, "random_masking": case_masking, "gather_tokens": case_gather, "restore_tokens": case_restore,
     "pack_tokens": case_pack, "unpack_tokens": case_unpack, "patchify": case_patchify, "unpatchify": case_unpatchify,
     "embed_patches": case_embed, "masked_patch_loss": case_loss, "nm_mask": case_nm_mask, "nm_compress": case_nm_compress,
     "nm_linear": case_nm_linear, "pack_bitmask": case_pack_bitmask, "bitmask_linear": case_bitmask_linear,
     "nm_soft_linear": case_nm_soft_linear, "masked_attention": case_masked_attention, "kernel_map": case_kernel_map,
-    "sparse_conv": case_sparse_conv,
+    "sparse_conv": case_sparse_conv, **{name: case_sampling(draw) for name, draw in SAMPLING.items()},
 }  # fmt: skip
 
 

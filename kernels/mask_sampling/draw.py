@@ -25,15 +25,21 @@ def log2_fraction(m):
 
 
 @triton.jit
+def _shift_up(x, exponent, SHIFT: tl.constexpr):
+    small = x < (1 << (63 - SHIFT))
+    return tl.where(small, x << SHIFT, x), tl.where(small, exponent - SHIFT, exponent)
+
+
+@triton.jit
 def fixed_log2(x):
     """log2 of int64 x in [1, 2^63), 26 bits after the point."""
-    exponent = tl.zeros_like(x) + 62
-    for i in tl.static_range(6):
-        shift: tl.constexpr = 32 >> i
-        limit: tl.constexpr = 1 << (63 - shift)
-        small = x < limit
-        x = tl.where(small, x << shift, x)
-        exponent -= tl.where(small, shift, 0)
+    exponent = tl.full(x.shape, 62, tl.int64)
+    x, exponent = _shift_up(x, exponent, 32)
+    x, exponent = _shift_up(x, exponent, 16)
+    x, exponent = _shift_up(x, exponent, 8)
+    x, exponent = _shift_up(x, exponent, 4)
+    x, exponent = _shift_up(x, exponent, 2)
+    x, exponent = _shift_up(x, exponent, 1)
     return (exponent << 26) + log2_fraction(x >> 31)
 
 
@@ -213,5 +219,5 @@ def mask_sampling_colour(seed, taps, B, h, w):
     args = (noise, taps, across, across.numel(), S, T, fh, fw, w)
     launch(_across_kernel, cdiv(across.numel(), 256), *args, BLOCK=256, num_warps=4)
     args = (across, taps, out, out.numel(), S, T, fh, h, w)
-    launch(_down_kernel, cdiv(out.numel(), 256), *args, BLOCK=256, num_warps=4)
+    launch(_down_kernel, cdiv(out.numel(), 128), *args, BLOCK=128, num_warps=4)
     return out

@@ -89,21 +89,21 @@ def _multiblock_kernel(seed_ptr, target_ptr, context_ptr, targets_ptr, kept_ptr,
     if SHARED:
         size_counter = tl.zeros([], tl.int64) - 1
     seed, offset = tl.load(seed_ptr), tl.load(seed_ptr + 1)
-    w0, w1, w2, w3 = philox4x32(size_counter, offset, seed)
+    w0, w1, _, _ = philox4x32(size_counter, offset, seed)
     t_size, c_size = 2 * _below(w0, A), 2 * _below(w1, A_context)
     height, width = tl.load(target_ptr + t_size), tl.load(target_ptr + t_size + 1)
     c_height, c_width = tl.load(context_ptr + c_size), tl.load(context_ptr + c_size + 1)
     for t in range(targets):
-        w0, w1, w2, w3 = philox4x32((b << 32) + 1 + t, offset, seed)
+        w0, w1, _, _ = philox4x32((b << 32) + 1 + t, offset, seed)
         place = _inside(cell, w, _below(w0, h - height), _below(w1, w - width), height, width)
         tl.store(targets_ptr + (b * targets + t) * h * w + cell, place.to(tl.uint8), mask=cell < h * w)
     a = tl.zeros([], tl.int32)
     last = TRIES_PER_TARGET * targets
     while a <= last:
-        w0, w1, w2, w3 = philox4x32((b << 32) + 1 + targets + a, offset, seed)
+        w0, w1, _, _ = philox4x32((b << 32) + 1 + targets + a, offset, seed)
         rest = _inside(cell, w, _below(w0, h - c_height), _below(w1, w - c_width), c_height, c_width).to(tl.int32)
         for t in range(targets - a // TRIES_PER_TARGET):
-            w0, w1, w2, w3 = philox4x32((b << 32) + 1 + t, offset, seed)
+            w0, w1, _, _ = philox4x32((b << 32) + 1 + t, offset, seed)
             place = _inside(cell, w, _below(w0, h - height), _below(w1, w - width), height, width)
             rest = tl.where(place, 0, rest)
         tl.store(kept_ptr + b * h * w + cell, rest.to(tl.uint8), mask=cell < h * w)
@@ -199,7 +199,7 @@ def _intervals_kernel(seed_ptr, spans_ptr, length_ptr, out_ptr, max_spans, SLOTS
     count = tl.zeros([], tl.int32)
     c = tl.zeros([], tl.int64)
     while (c < wanted * wanted) & (count < wanted):
-        w0, w1, w2, w3 = philox4x32((b << 32) + c, tl.load(seed_ptr + 1), tl.load(seed_ptr))
+        w0, w1, _, _ = philox4x32((b << 32) + c, tl.load(seed_ptr + 1), tl.load(seed_ptr))
         first, second = w0.to(tl.int64), w1.to(tl.int64)
         begin = (tl.minimum(first, second) * length) >> 32
         end = (tl.maximum(first, second) * length + 2147483648) >> 32

@@ -8,7 +8,9 @@ from maskops.reference.mask_sampling.split import philox, philox_words
 LOG_BITS = 26  # after the point of a logarithm
 # log2(1 + f) / f on [0, 1) and -log2(1 - v) / v on (0, 1/2], highest power first, 30 bits after the point.
 LOG2_TERMS = (8138037, -45835024, 121388650, -211833397, 296051740, -384859663, 516142836, -774533280, 1549081959)
-NEAR_ONE_TERMS = (2234586229, -2631372645, 1951859503, -316848838, 418019985, 376077536, 516932629, 774529857, 1549082040)  # fmt: skip
+NEAR_ONE_TERMS = (
+    2234586229, -2631372645, 1951859503, -316848838, 418019985, 376077536, 516932629, 774529857, 1549082040,
+)  # fmt: skip
 LOG2_OF_LOG2_E = 35484911  # -log2(ln 2)
 LOG2_E = 96817624.0  # to the 24 bits of a float
 

@@ -47,7 +47,7 @@ def _shapes(count: int, steepest: float) -> Tensor:
 
 def _blocks(
     counts: list[int], h: int, w: int, smallest: int = 4, largest: int = 4096, tries: int = 10, fill: bool = True
-):  # noqa: ANN202
+) -> Callable:
     return _seeded(
         lambda g: (torch.tensor(counts, dtype=torch.int64), _shapes(9, 3.3), h, w, smallest, largest, tries, fill)
     )
@@ -88,10 +88,16 @@ SAMPLES = [
     ),
     Sample("mask_sampling_bernoulli", "empty", _seeded(lambda g: (torch.full((1, 1), 9), 0, 8))),
     Sample("mask_sampling_bernoulli", "no_tokens", _seeded(lambda g: (torch.full((1, 1), 9), 4, 0))),
-    *(Sample("mask_sampling_race", f"{b}x{n}", _seeded(lambda g, b=b, n=n: _weights(g, b, n))) for b, n in ((3, 37), (0, 4), (2, 0), (1, 1031))),
+    *(
+        Sample("mask_sampling_race", f"{b}x{n}", _seeded(lambda g, b=b, n=n: _weights(g, b, n)))
+        for b, n in ((3, 37), (0, 4), (2, 0), (1, 1031))
+    ),
     *(
         Sample("mask_sampling_corrupt", name, _seeded(lambda g, a=a: _tokens(g, *a)))
-        for name, a in (("bert", (3, 37, 0.8, 0.1)), ("all_masks", (2, 5, 1.0, 0.0)), ("all_random", (1, 9, 0.0, 1.0)), ("empty", (0, 3, 0.8, 0.1)))
+        for name, a in (
+            ("bert", (3, 37, 0.8, 0.1)), ("all_masks", (2, 5, 1.0, 0.0)), ("all_random", (1, 9, 0.0, 1.0)),
+            ("empty", (0, 3, 0.8, 0.1)),
+        )
     ),
     *(
         Sample("mask_sampling_gate", f"straight_through_{kind}_{n}", _seeded(lambda g, n=n, k=kind: (_logits(g, n), k == "gumbel")))
@@ -128,7 +134,7 @@ SAMPLES = [
     Sample("mask_sampling_groups", "no_tokens", _groups(2, 0, 3, True, False)),
     Sample("mask_sampling_intervals", "some", _seeded(lambda g: (torch.tensor([0, 1, 3, 6]), torch.tensor([50, 40, 0, 300]), 6))),
     Sample("mask_sampling_intervals", "many", _seeded(lambda g: (torch.tensor([9]), torch.tensor([10**6]), 12))),
-    Sample("mask_sampling_intervals", "no_rows", _seeded(lambda g: (torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64), 3))),
+    Sample("mask_sampling_intervals", "no_rows", _seeded(lambda g: (torch.arange(0), torch.arange(0), 3))),
 ]  # fmt: skip
 
 

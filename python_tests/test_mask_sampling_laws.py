@@ -6,7 +6,7 @@
     I-JEPA at 14 x 14: share of a target and of the context   .17, .42            .17, .43
     colours, share of equal neighbours: red green blue purple .87 .66 .59 .58     .87 .66 .58 .60
 
-CAE's neighbour share (.867) is in models/test_cae.py, with the law of the blocks written image by image; spans are in test_mask_sampling_sequences.py.
+CAE's neighbour share (.867) is in models/test_cae.py, with the law of its blocks; spans are in test_mask_sampling_sequences.py.
 """
 
 import math

@@ -10,19 +10,25 @@ image draws noise of its own.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
 import maskops
 from maskops import TokenSplit
+from maskops.models.images import rows_of
 from maskops.models.mae import MAE, MAEConfig, MAEOutput
+
+if TYPE_CHECKING:
+    from maskops.train import Step
 
 
 @dataclass(frozen=True)
 class ColorMAEConfig(MAEConfig):
     """MAEConfig with the colour of the masks ("red", "green", "blue", "purple") and the widths of its filters, in patches."""
 
+    system: ClassVar[str] = "colormae"
     colour: str = "green"
     sigma: tuple[float, ...] | None = None
 
@@ -38,6 +44,7 @@ class ColorMAE(MAE):
         torch.Size([2, 4])
     """
 
+    Config = ColorMAEConfig
     config: ColorMAEConfig
 
     def forward(  # type: ignore[override]
@@ -58,3 +65,17 @@ class ColorMAE(MAE):
                 device=images.device,
             )  # fmt: skip
         return super().forward(images, split=split)
+
+    def training_loss(self, images: Tensor, step: Step) -> Tensor:
+        """The loss of this process's rows of a step of maskops.train."""
+        c = self.config
+        split = maskops.colour_masking(
+            step.total,
+            c.grid,
+            num_keep=c.num_keep,
+            colour=c.colour,
+            sigma=c.sigma,
+            seed=step.seed,
+            device=images.device,
+        )
+        return self(images, split=rows_of(split, step.first, step.first + len(images))).loss

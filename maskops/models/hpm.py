@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,9 @@ from maskops import TokenSplit
 from maskops.models.mae import MAE, MAEConfig
 from maskops.nn import TokenRestore
 from maskops.nn.transformer import Transformer, init_linear_and_norm, sincos_positions
+
+if TYPE_CHECKING:
+    from maskops.train import Step
 
 
 class HPMOutput(NamedTuple):
@@ -48,6 +51,7 @@ class HPMConfig(MAEConfig):
     of the visible patches, which does not tell much about whole images after a short training.
     """
 
+    system: ClassVar[str] = "hpm"
     hard_share: float = 0.5
     whole: bool = True
     decay: float = 0.999
@@ -98,6 +102,8 @@ class HPM(nn.Module):
         (torch.Size([2, 12]), 6)
     """
 
+    Config = HPMConfig
+
     def __init__(self, config: HPMConfig) -> None:
         super().__init__()
         self.config = config
@@ -142,6 +148,20 @@ class HPM(nn.Module):
         errors, hardness = errors.gather(1, split.ids_mask), hardness.gather(1, split.ids_mask)
         reconstruction, ranking = errors.mean(), rank_loss(hardness, errors.detach())
         return HPMOutput(reconstruction + ranking, reconstruction, ranking, errors, hardness, pred, split)
+
+    def training_loss(self, images: Tensor, step: Step) -> Tensor:
+        """The loss of this process's rows of a step of maskops.train: guided masks, whose random part is drawn for all rows."""
+        c, rows = self.config, slice(step.first, step.first + len(images))
+        words = maskops.random_words((step.total, c.num_patches), seed=step.seed, device=images.device)[rows].double()
+        order = self.hardness(images).argsort(1, descending=True, stable=True)
+        noise = words.scatter_add(1, order[:, : c.num_hard(step.progress)], torch.full_like(words, 2.0**32))
+        split = maskops.random_masking(
+            *words.shape, num_keep=c.num_keep, noise=noise, device=images.device, order="ascending"
+        )
+        return self(images, split=split).loss
+
+    def after_step(self, step: Step) -> None:
+        self.update_teacher()
 
 
 def rank_loss(hardness: Tensor, errors: Tensor) -> Tensor:

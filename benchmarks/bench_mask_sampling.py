@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from _harness import Case, Inputs
+from _mask_laws import cases as law_cases
 from torch import Tensor
 
 import maskops
@@ -112,4 +113,4 @@ def cases() -> list[Case]:
                 gate=gate_split, work=bytes_of_split, asked=asked, **common,
             ),
         ]  # fmt: skip
-    return out
+    return out + law_cases()

@@ -1,4 +1,4 @@
-"""The command maskops: pretrain, prune, info, bench, demo. Exit codes: 0 good, 1 failed, 2 wrong use, 130 interrupted."""
+"""The command maskops: pretrain, prune, systems, masks, info, bench, demo. Exit: 0 good, 1 failed, 2 wrong use, 130 interrupted."""
 
 import platform
 import subprocess
@@ -22,6 +22,8 @@ class System(str, Enum):
     """Systems that can be pre-trained."""
 
     mae = "mae"
+    colormae = "colormae"
+    hpm = "hpm"
 
 
 class Size(str, Enum):
@@ -160,6 +162,30 @@ def prune(
         f"{method.value} {nm}: held-out perplexity {result.dense:.3f} dense, {result.pruned:.3f} pruned; "
         f"{result.dense_bytes / 1e6:.2f} MB dense, {result.pruned_bytes / 1e6:.2f} MB pruned: {result.folder}"
     )
+
+
+@app.command()
+def systems() -> None:
+    """The published systems that the library is to serve, the ops they use, and which of them work."""
+    from maskops.systems import table
+
+    print(table())
+
+
+@app.command()
+def masks(
+    out: Annotated[Path, typer.Option(help="Where the picture goes.")] = Path("masks.png"),
+    seed: Annotated[int, typer.Option(min=0, help="Of the masks.")] = 0,
+) -> None:
+    """Draw a picture of every mask law."""
+    _need("matplotlib")
+    from maskops.demo.masks import draw
+
+    try:
+        draw(out, seed)
+    except (OSError, ValueError) as error:
+        _fail(error, 2)
+    print(out)
 
 
 @app.command()

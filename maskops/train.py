@@ -29,7 +29,11 @@ from maskops.checkpoint import CheckpointError
 from maskops.data import Crop, GlobalBatches, ImageFolder
 from maskops.progress import TrainingProgress
 
-SYSTEMS = {"mae": "maskops.models.mae:MAE"}
+SYSTEMS = {
+    "mae": "maskops.models.mae:MAE",
+    "colormae": "maskops.models.colormae:ColorMAE",
+    "hpm": "maskops.models.hpm:HPM",
+}
 """What can be pre-trained: name -> module and class of its model."""
 
 _LOG_EVERY = 10  # steps between two looks at the losses, each of which waits for the device

@@ -17,8 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import maskops
 from maskops import TokenSplit
-from maskops.models.images import ImageConfig, block_masking
+from maskops.models.images import ImageConfig
 from maskops.nn import PatchEmbed
 from maskops.nn.transformer import CrossBlock, Transformer, init_linear_and_norm, sincos_positions
 
@@ -120,13 +121,13 @@ class CAE(nn.Module):
             images: [B, C, H, W].
             codes: int64 [B, N], of every patch, in [0, config.codes).
             split: a ready TokenSplit that masks the same number of patches in every image.
-            generator: where the mask is drawn from otherwise, as in block_masking.
+            generator: where the mask is drawn from otherwise, as in maskops.block_masking.
         """
         c = self.config
         if tuple(codes.shape) != (len(images), c.num_patches):
             raise ValueError(f"CAE: codes must be [B, N] = [{len(images)}, {c.num_patches}], got {list(codes.shape)}")
         if split is None:
-            split = block_masking(len(images), c.grid, c.num_mask, generator=generator, device=images.device)
+            split = maskops.block_masking(len(images), c.grid, c.num_mask, generator=generator, device=images.device)
         elif split.ids_keep.shape[1] + split.ids_mask.shape[1] != c.num_patches:
             widths = f"{split.ids_keep.shape[1]} and {split.ids_mask.shape[1]}"
             raise ValueError(f"CAE: split must mask as many patches in every image, got up to {widths} kept and masked")

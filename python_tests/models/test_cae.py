@@ -23,7 +23,6 @@ from torch import Tensor, nn
 
 import maskops
 from maskops.models.cae import CAE, CAEConfig
-from maskops.models.images import block_masking
 from maskops.nn import MaskedAttention
 from maskops.testing.works import train
 
@@ -73,7 +72,7 @@ def pretrain(model: CAE, images: Tensor, codes: Tensor, steps: int) -> CAE:
 def accuracy(model: CAE, images: Tensor, codes: Tensor) -> tuple[float, float]:
     """Of the masked patches of new images: the share whose code is told, and the share of their most frequent code."""
     images, codes = images[KNOWN:], codes[KNOWN:]
-    split = block_masking(len(images), (4, 4), 8, generator=torch.Generator().manual_seed(5))
+    split = maskops.block_masking(len(images), (4, 4), 8, generator=torch.Generator().manual_seed(5))
     with torch.no_grad():
         told = model(images, codes, split=split).logits.argmax(-1)
     asked = codes.gather(1, split.ids_mask)
@@ -154,7 +153,12 @@ def sample() -> tuple[CAE, Tensor, Tensor, maskops.TokenSplit]:
     torch.manual_seed(0)
     config = CAEConfig(24, 4, **{**TINY, "regressor_depth": 2, "decoder_depth": 2})
     images, codes = torch.randn(3, 1, 24, 24, dtype=torch.float64), torch.randint(CODES, (3, 36))
-    return CAE(config).double(), images, codes, block_masking(3, (6, 6), 18, generator=torch.Generator().manual_seed(0))
+    return (
+        CAE(config).double(),
+        images,
+        codes,
+        maskops.block_masking(3, (6, 6), 18, generator=torch.Generator().manual_seed(0)),
+    )
 
 
 def test_published_count() -> None:
@@ -243,7 +247,7 @@ def masked_neighbours(mask: Tensor) -> Tensor:
 
 
 def test_blocks_follow_the_law() -> None:
-    split = block_masking(2000, (14, 14), 98, generator=torch.Generator().manual_seed(0))
+    split = maskops.block_masking(2000, (14, 14), 98, generator=torch.Generator().manual_seed(0))
     assert (split.mask.sum(1) == 98).all() and split.ids_mask.shape == (2000, 98)
     share = masked_neighbours(split.mask.view(-1, 14, 14))
     assert abs(share.mean() - 0.867) < 0.004 and abs(share.std() - 0.023) < 0.002
@@ -256,7 +260,7 @@ def test_blocks_are_those_of_the_literal_law() -> None:
     random = np.random.default_rng(0)
     for h, w, count in ((14, 14, 98), (4, 7, 10)):
         want = torch.from_numpy(np.stack([literal_blocks(h, w, count, random) for _ in range(1500)]))
-        got = block_masking(1500, (h, w), count, generator=torch.Generator().manual_seed(1)).mask.view(-1, h, w)
+        got = maskops.block_masking(1500, (h, w), count, generator=torch.Generator().manual_seed(1)).mask.view(-1, h, w)
         assert (want.float().mean(0) - got.float().mean(0)).abs().max() < 0.075  # 4 deviations
         assert abs(masked_neighbours(want).mean() - masked_neighbours(got).mean()) < 0.01
 
@@ -266,12 +270,12 @@ def test_blocks_are_those_of_the_literal_law() -> None:
 )
 def test_blocks_of_odd_sizes(arguments: tuple) -> None:
     images, (h, w), count = arguments
-    split = block_masking(images, (h, w), count)
+    split = maskops.block_masking(images, (h, w), count)
     assert split.mask.shape == (images, h * w) and (split.mask.sum(1) == count).all()
 
 
 def test_blocks_repeat_with_the_generator() -> None:
-    masks = [block_masking(8, (14, 14), 98, generator=torch.Generator().manual_seed(s)).mask for s in (0, 0, 1)]
+    masks = [maskops.block_masking(8, (14, 14), 98, generator=torch.Generator().manual_seed(s)).mask for s in (0, 0, 1)]
     assert torch.equal(masks[0], masks[1]) and not torch.equal(masks[0], masks[2])
     assert not torch.equal(masks[0][0], masks[0][1])
 
@@ -295,6 +299,6 @@ def test_errors() -> None:
         with pytest.raises(ValueError, match=f"CAEConfig: {message}"):
             CAEConfig(24, 4, **{**TINY, **change})
     with pytest.raises(ValueError, match=r"block_masking: num_mask must be in \[0, 16\], got 17"):
-        block_masking(1, (4, 4), 17)
-    with pytest.raises(ValueError, match=r"block_masking: aspect must be in \(0, 1\], got 0"):
-        block_masking(1, (4, 4), 3, aspect=0)
+        maskops.block_masking(1, (4, 4), 17)
+    with pytest.raises(ValueError, match=r"block_masking: aspect must be in \[0.001, 1\], got 0"):
+        maskops.block_masking(1, (4, 4), 3, aspect=0)

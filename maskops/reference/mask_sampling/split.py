@@ -9,21 +9,26 @@ Split = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def philox_words(seed: Tensor, count: int) -> Tensor:
-    """The first `count` 32-bit words of Philox4x32-10 as int64 in [0, 2^32).  seed int64 [2] = (seed, offset).
+    """The first `count` 32-bit words of Philox4x32-10 as int64 in [0, 2^32).  seed int64 [2] = (seed, offset)."""
+    return philox(seed, torch.arange((count + 3) // 4, device=seed.device)).flatten()[:count]
 
-    Counter (i, offset) with i = word // 4, key = seed.  Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011.
+
+def philox(seed: Tensor, counters: Tensor) -> Tensor:
+    """The four words of every counter, int64 [..., 4]: counter (counter, offset), key = seed.
+
+    Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011.
     """
-    low, device = 0xFFFFFFFF, seed.device
-    i = torch.arange((count + 3) // 4, device=device)
+    low = 0xFFFFFFFF
     seed_value, offset = seed[0], seed[1]
-    c = [i & low, (i >> 32) & low, (offset & low).expand_as(i), ((offset >> 32) & low).expand_as(i)]
+    c = [counters & low, (counters >> 32) & low, (offset & low).expand_as(counters)]
+    c.append(((offset >> 32) & low).expand_as(counters))
     k = [seed_value & low, (seed_value >> 32) & low]
     for _ in range(10):
         high0, low0 = _multiply(0xD2511F53, c[0])
         high1, low1 = _multiply(0xCD9E8D57, c[2])
         c = [high1 ^ c[1] ^ k[0], low1, high0 ^ c[3] ^ k[1], low0]
         k = [(k[0] + 0x9E3779B9) & low, (k[1] + 0xBB67AE85) & low]
-    return torch.stack(c, 1).flatten()[:count]
+    return torch.stack(c, -1)
 
 
 def _multiply(a: int, b: Tensor) -> tuple[Tensor, Tensor]:

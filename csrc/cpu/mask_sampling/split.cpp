@@ -13,7 +13,7 @@
 #include <vector>
 
 #include "common/parallel.h"
-#include "common/philox.h"
+#include "cpu/mask_sampling/draw.h"
 #include "math/mask_sampling_check.h"
 
 namespace maskops {
@@ -57,16 +57,6 @@ void sort_uniform(Scratch& scratch, int64_t count) {
     moves += i - j;
     // Uniform noise needs less than one move per token; if it is not uniform after all, do not go quadratic.
     if (moves > 16 * count) return std::sort(sorted, sorted + count);
-  }
-}
-
-// One row of the drawn noise: words [first, first + tokens) of the stream.
-void draw(const PhiloxKey& key, int64_t first, int64_t tokens, uint32_t* noise) {
-  int64_t n = 0;
-  while (n < tokens) {
-    const uint64_t word = static_cast<uint64_t>(first + n);
-    const PhiloxWords words = philox(key, word >> 2);
-    for (uint64_t w = word & 3; w < 4 && n < tokens; ++w) noise[n++] = words.word[w];
   }
 }
 
@@ -189,12 +179,14 @@ Split mask_sampling_uniform(const Tensor& seed_any, const Tensor& num_keep, std:
   const bool* masked = mask ? static_cast<const bool*>(mask->const_data_ptr()) : nullptr;
   const int64_t* words = static_cast<const int64_t*>(seed.const_data_ptr());
   const PhiloxKey key = PhiloxKey::of(words[0], words[1]);
+  const DrawKernels& kernels = pick_DrawKernels();
   auto order_row = [&](int64_t b, int64_t length, Scratch& scratch) {
     // The noise of the row may use `starts` of the sort only after it is read, so it has a buffer of its own.
     thread_local std::vector<uint32_t> noise;
-    noise.resize(tokens);
-    draw(key, b * tokens, tokens, noise.data());
-    order_drawn_row(noise.data(), masked ? masked + b * tokens : nullptr, length, scratch);
+    const int64_t first = b * tokens, skipped = first % 4;
+    noise.resize(skipped + tokens + kWordsSlack);
+    kernels.words(key, static_cast<uint64_t>(first / 4), skipped + tokens, noise.data());
+    order_drawn_row(noise.data() + skipped, masked ? masked + b * tokens : nullptr, length, scratch);
   };
   return split_rows(num_keep, lengths, tokens, max_keep, max_mask, ascending, order_row);
 }

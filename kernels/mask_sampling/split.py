@@ -7,7 +7,7 @@ work, all of it parallel, and the rank is at once the slot of the token.
 import torch
 import triton
 import triton.language as tl
-from maskops.kernels._common import Arg, cdiv, cu_seqlens_of, launch, philox4x32, write_padding
+from maskops.kernels._common import cdiv, cu_seqlens_of, launch, philox4x32, write_padding
 
 
 @triton.jit
@@ -131,22 +131,3 @@ def mask_sampling_rank(noise, num_keep, lengths, max_keep, max_mask, ascending):
     key = torch.empty(noise.shape, dtype=torch.int64, device=noise.device)
     launch(_noise_keys_kernel, cdiv(key.numel(), 1024), noise.contiguous(), key, key.numel(), BLOCK=1024, num_warps=4)
     return _place(key, num_keep, lengths, max_keep, max_mask, ascending)
-
-
-def _samples():
-    """Calls that reach every kernel in every launch configuration, for scripts/gpu_check.py: op -> argument lists."""
-    counts, lengths, mask = Arg("int64", (64,)), Arg("int64", (64,)), Arg("bool", (64, 196))
-    uniform, rank = [], []
-    for ascending in (False, True):
-        for given in (None, lengths):
-            for hidden in (None, mask):
-                uniform.append((Arg("int64", (2,)), counts, given, hidden, 196, 49, 147, ascending))
-            rank.append((Arg("float", (64, 196)), counts, given, 49, 147, ascending))
-    return {"mask_sampling_uniform": tuple(uniform), "mask_sampling_rank": tuple(rank)}
-
-
-AOT_SAMPLES = _samples()
-LIMITS = {
-    "mask_sampling_uniform": {"dtypes": (), "reason": "takes no floating tensor; N < 2^30"},
-    "mask_sampling_rank": {"dtypes": (torch.float32, torch.float64), "reason": "noise of 16 bits would tie too often"},
-}

@@ -150,13 +150,38 @@ def case_sparse_conv(batch: int, count: int) -> tuple[Callable, tuple]:
     return f, (*(t.requires_grad_() for t in leaves), places(batch, count))
 
 
+def case_cached_attention(batch: int, count: int) -> tuple[Callable, tuple]:
+    def f(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, ids: Tensor) -> Tensor:
+        return maskops.cached_attention(q, k, v, maskops.ContextCache.of(keys, values), 0, ids)
+
+    local = [torch.randn(batch, 3, 4, DIM, requires_grad=True) for _ in range(3)]
+    cached = [torch.randn(1, batch, 3, count, DIM, requires_grad=True) for _ in range(2)]
+    return f, (*local, *cached, tokens(batch, count)[1].ids_keep[:, :4].clone())
+
+
+def case_confidence_select(batch: int, count: int) -> tuple[Callable, tuple]:
+    def f(logits: Tensor, known: Tensor, seed: Tensor) -> Tensor:
+        return maskops.confidence_select(logits, known, 3, temperature=2.0, seed=seed).ids
+
+    return f, (torch.randn(batch, count, DIM), torch.rand(batch, count) < 0.5, seed_tensor(3, None, torch.device("cpu")))
+
+
+def case_select_tokens(batch: int, count: int) -> tuple[Callable, tuple]:
+    return lambda s, k: maskops.select_tokens(s, k, threshold=0.5).ids, (torch.randn(batch, count), torch.rand(batch, count) < 0.5)
+
+
+def case_token_drift(batch: int, count: int) -> tuple[Callable, tuple]:
+    return maskops.token_drift, (torch.randn(batch, count, DIM), torch.randn(batch, count, DIM))
+
+
 CASES = {
     "split_tokens": case_split, "random_masking": case_masking, "gather_tokens": case_gather, "restore_tokens": case_restore,
     "pack_tokens": case_pack, "unpack_tokens": case_unpack, "patchify": case_patchify, "unpatchify": case_unpatchify,
     "embed_patches": case_embed, "masked_patch_loss": case_loss, "nm_mask": case_nm_mask, "nm_compress": case_nm_compress,
     "nm_linear": case_nm_linear, "pack_bitmask": case_pack_bitmask, "bitmask_linear": case_bitmask_linear,
     "nm_soft_linear": case_nm_soft_linear, "masked_attention": case_masked_attention, "kernel_map": case_kernel_map,
-    "sparse_conv": case_sparse_conv,
+    "sparse_conv": case_sparse_conv, "cached_attention": case_cached_attention, "confidence_select": case_confidence_select,
+    "select_tokens": case_select_tokens, "token_drift": case_token_drift,
 }  # fmt: skip
 
 
@@ -234,6 +259,7 @@ AUTOCAST = {
     "unpack_tokens": torch.float32, "patchify": torch.float32, "unpatchify": torch.float32, "embed_patches": torch.bfloat16,
     "masked_patch_loss": torch.float32, "nm_linear": torch.bfloat16, "bitmask_linear": torch.bfloat16,
     "nm_soft_linear": torch.bfloat16, "sparse_conv": torch.bfloat16,
+    "cached_attention": torch.bfloat16,
 }  # fmt: skip
 
 

@@ -125,5 +125,6 @@ define_op(
         check=_check,
         fake=lambda new, cached, kind: new.new_empty(new.shape[:2], dtype=accumulation_dtype(new.dtype)),
         cuda=False,
+        autocast="promote",
     )
 )

@@ -22,7 +22,7 @@ def trained_digits() -> tuple[MaskGIT, Tensor, Tensor, PatchCodebook]:
         generator = torch.Generator().manual_seed(0)
 
         def loss(step: int) -> Tensor:
-            rows = torch.randint(len(tokens) - HELD_OUT, (48,), generator=generator)
+            rows = torch.randint(len(tokens) - HELD_OUT, (32,), generator=generator)
             return model.loss(tokens[rows], classes[rows], seed=generator)
 
         train(model.parameters(), loss, 300, 4e-3)

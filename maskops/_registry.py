@@ -68,7 +68,9 @@ class OpSpec:
         object.__setattr__(self, "mutates", written)
         # Functionalisation under torch.compile takes an op apart only if what it writes is all that it gives.
         if written and (not self.name.endswith("_") or torch._C.parse_schema(self.schema).returns or self.backward):
-            raise ValueError(f"OpSpec: {self.name} writes {written}: it must end in _, return nothing and have no gradient")
+            raise ValueError(
+                f"OpSpec: {self.name} writes {written}: it must end in _, return nothing and have no gradient"
+            )
 
     @property
     def name(self) -> str:

@@ -79,29 +79,25 @@ def pretrain(
     norm_pix: Annotated[bool, typer.Option(help="Predict patches normalised by their mean and deviation.")] = True,
     lr: Annotated[
         float | None,
-        typer.Option(min=0.0, help="mae: for 256 images a step, scaled with the batch, 1.5e-4. maskgit: of a step, by size."),
+        typer.Option(
+            min=0.0, help="mae: for 256 images a step, scaled with the batch, 1.5e-4. maskgit: of a step, by size."
+        ),
     ] = None,
     warmup_epochs: Annotated[float | None, typer.Option(min=0.0, help="Default: 5% of the epochs.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the weights, the crops and the masks.")] = 0,
     workers: Annotated[int, typer.Option(min=0, help="Processes that load images, per training process.")] = 2,
     bf16: Annotated[bool, typer.Option("--bf16", help="Mixed precision in bfloat16.")] = False,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the newest checkpoint in --out, if there is one.")
-    ] = False,
-    save_every: Annotated[
-        int | None, typer.Option(min=1, help="Steps between checkpoints. Default: every 5 minutes.")
-    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in --out.")] = False,
+    save_every: Annotated[int | None, typer.Option(min=1, help="Steps between checkpoints.")] = None,
 ) -> None:
     """Pre-train a model on a folder of images. On several processes or machines: `accelerate launch -m maskops pretrain ...`.
-
     maskgit trains in one process on --data and takes --size, --epochs, --batch-size, --lr, --seed, --resume and --save-every.
     """
     if system is System.maskgit:
-        if images is not None or bf16:
-            _fail("--system maskgit trains on --data, in float32: leave out --images and --bf16", 2)
-        return _pretrain_maskgit(out, data.value, size.value, epochs, batch_size, lr, seed, resume, save_every or 500)
-    if images is None:
-        _fail("--images must be given with --system mae", 2)
+        refused = images is not None or bf16
+        return _pretrain_maskgit(
+            refused, out, data.value, size.value, epochs, batch_size, lr, seed, resume, save_every or 500
+        )
     _need("accelerate", "safetensors", "PIL", "rich")
     from maskops.checkpoint import CheckpointError
     from maskops.data import EmptyFolderError
@@ -109,11 +105,12 @@ def pretrain(
     from maskops.train import Settings, TrainingError
     from maskops.train import pretrain as train
 
-    if not 0 < epochs < 1e6:
-        _fail(f"--epochs must be above 0 and below 1000000, got {epochs}", 2)
-    if not 0 < mask_ratio < 1:
-        _fail(f"--mask-ratio must be above 0 and below 1, got {mask_ratio:g}", 2)
+    _check_epochs(epochs)
     try:
+        if images is None:
+            raise ValueError("--images must be given with --system mae")
+        if not 0 < mask_ratio < 1:
+            raise ValueError(f"--mask-ratio must be above 0 and below 1, got {mask_ratio:g}")
         config = MAEConfig.of_size(
             size.value, image_size=image_size, patch_size=patch_size, mask_ratio=mask_ratio, norm_pix=norm_pix
         )
@@ -138,14 +135,22 @@ def pretrain(
         print(f"{len(result.unreadable)} unreadable images were skipped")
 
 
-def _pretrain_maskgit(out: Path, data: str, size: str, epochs: float, batch_size: int, lr: float | None, *rest: int) -> None:
-    _need("accelerate", "safetensors", "rich", *(("sklearn",) if data == "digits" else ("skimage",)))
+def _check_epochs(epochs: float) -> None:
+    if not 0 < epochs < 1e6:
+        _fail(f"--epochs must be above 0 and below 1000000, got {epochs}", 2)
+
+
+def _pretrain_maskgit(
+    refused: bool, out: Path, data: str, size: str, epochs: float, batch_size: int, lr: float | None, *rest: int
+) -> None:
+    if refused:
+        _fail("--system maskgit trains on --data, in float32: leave out --images and --bf16", 2)
+    _need("safetensors", "rich", *(("sklearn",) if data == "digits" else ("skimage",)))
     from maskops.checkpoint import CheckpointError
     from maskops.maskgit import Settings
     from maskops.maskgit import pretrain as train
 
-    if not 0 < epochs < 1e6:
-        _fail(f"--epochs must be above 0 and below 1000000, got {epochs}", 2)
+    _check_epochs(epochs)
     try:
         result = train(Settings(out, data, size, epochs, batch_size, lr, *rest))
     except (CheckpointError, ValueError, OSError) as error:
@@ -153,7 +158,9 @@ def _pretrain_maskgit(out: Path, data: str, size: str, epochs: float, batch_size
     except KeyboardInterrupt:
         print(f"maskops: interrupted; add --resume to go on from the last checkpoint in {out}", file=sys.stderr)
         raise typer.Exit(130) from None
-    print(f"{result.step} steps, loss {result.loss:.4f}, {result.images_per_second:.0f} images/s: {result.model_folder}")
+    print(
+        f"{result.step} steps, loss {result.loss:.4f}, {result.images_per_second:.0f} images/s: {result.model_folder}"
+    )
 
 
 @app.command()

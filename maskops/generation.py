@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from maskops.ops.feature_reuse import ContextCache, cached_attention, confidence_select
+from maskops.ops.feature_reuse import ContextCache, Selection, cached_attention, confidence_select
 from maskops.ops.masked_attention import masked_attention
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
@@ -82,7 +82,7 @@ class ReCAP:
 
 @dataclass(frozen=True)
 class BlockCache:
-    """Blocks of a sequence from left to right, as diffusion language models decode it.  Wu et al., Fast-dLLM, 2025 (arXiv 2505.22618).
+    """Blocks of a sequence from left to right, as diffusion language models do: Wu et al., Fast-dLLM, 2025 (arXiv 2505.22618).
 
     Args:
         block_size: tokens of a block.
@@ -115,7 +115,7 @@ class BlockCache:
 def token_evaluations(reuse: FullOnly | ReCAP, counts: Sequence[int], prefix: int = 0) -> tuple[int, int]:
     """Positions forwarded by a generation, and by one with as many full steps.
 
-        sum over groups of (N + P) + local steps * (sum of the group's counts + P);   T (N + P)
+    sum over groups of (N + P) + local steps * (sum of the group's counts + P);   T (N + P)
     """
     tokens = sum(counts)
     groups = reuse.groups(counts)
@@ -222,7 +222,9 @@ class MaskedGenerator:
     def explain(self, generation: Generation | None = None) -> str:
         """What the steps are and what they save; of a finished generation also how long each took."""
         if isinstance(self.reuse, BlockCache):
-            lines = [f"blocks of {self.reuse.block_size}, {self.reuse.mode} cache: a full step and then local ones per block"]
+            lines = [
+                f"blocks of {self.reuse.block_size}, {self.reuse.mode} cache: a full step and then local ones per block"
+            ]
         else:
             own, full = token_evaluations(self.reuse, self.counts, self.model.prefix)
             fulls, steps = len(self.reuse.groups(self.counts)), len(self.counts)
@@ -233,7 +235,9 @@ class MaskedGenerator:
             ]
         for i, step in enumerate([] if generation is None else generation.trace):
             decoded = "some" if step.decoded is None else step.decoded
-            lines.append(f"{i:4} {step.kind:5} {step.positions:6} positions {decoded:>5} decoded {1e3 * step.seconds:9.2f} ms")
+            lines.append(
+                f"{i:4} {step.kind:5} {step.positions:6} positions {decoded:>5} decoded {1e3 * step.seconds:9.2f} ms"
+            )
         return "\n".join(lines)
 
 
@@ -256,7 +260,9 @@ class _Run:
         """Each group: a full step that chooses the tokens of the group, then local steps over them."""
         left = int((~self.known).sum(1).max()) if len(self.tokens) else 0
         if left != sum(map(sum, groups)):
-            raise ValueError(f"generate: the schedule must decode the {left} masked tokens, got {sum(map(sum, groups))}")
+            raise ValueError(
+                f"generate: the schedule must decode the {left} masked tokens, got {sum(map(sum, groups))}"
+            )
         total = sum(map(len, groups))
         with _Bar(total, progress) as bar:
             for g, counts in enumerate(groups):
@@ -297,7 +303,9 @@ class _Run:
 
     # ------------------------------------------------------------ parts of a step
 
-    def select(self, logits: Tensor, known: Tensor, count: int | None, noise: float, threshold: float | None = None):  # noqa: ANN201
+    def select(
+        self, logits: Tensor, known: Tensor, count: int | None, noise: float, threshold: float | None = None
+    ) -> Selection:
         step = torch.tensor([self.seed, len(self.trace)], device=logits.device)
         return confidence_select(
             logits, known, count, temperature=noise, seed=step, sample_temperature=self.generator.sample_temperature,

@@ -1,4 +1,4 @@
-"""Train a small MaskGIT on images that packages ship, and draw what it generates: `maskops pretrain --system maskgit`, `maskops generate`.
+"""Train a small MaskGIT on images that packages ship, and draw what it makes: the work of two commands of maskops.
 
 OUT holds losses.jsonl, checkpoints/ and model/; every step draws its batch and masks from (seed, step) alone, so that a resumed run
 gives the losses of an unbroken one.
@@ -156,7 +156,10 @@ def generate(
     labels = (torch.arange(rows * columns) % columns) % model.config.classes
     reused = recap(model, setting, temperature=temperature)
     full = MaskedGenerator(
-        model, mask_schedule("pow", SETTINGS[setting].steps, model.num_tokens, at_least_one=True), FullOnly(), temperature=temperature
+        model,
+        mask_schedule("pow", SETTINGS[setting].steps, model.num_tokens, at_least_one=True),
+        FullOnly(),
+        temperature=temperature,
     )
     panels = [("real", _real(tokens, classes, labels))]
     for name, generator in ((f"{SETTINGS[setting].steps} full steps", full), (f"ReCAP {setting}", reused)):

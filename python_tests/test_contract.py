@@ -220,7 +220,8 @@ def test_expanded_inputs(op: str) -> None:
     """A stride of zero, as a mask token expanded over the batch has; not of what is written."""
     given = zip(FIRST_SAMPLE[op].arguments(), OPS[op].arguments, strict=True)
     args = tuple(
-        a[:1].expand_as(a) if testing.is_float(a) and a.dim() and name not in OPS[op].mutates else a for a, name in given
+        a[:1].expand_as(a) if testing.is_float(a) and a.dim() and name not in OPS[op].mutates else a
+        for a, name in given
     )
     solid = tuple(a.clone(memory_format=torch.contiguous_format) if isinstance(a, Tensor) else a for a in args)
     expected, actual = run("native", op, solid, False)[0], run("native", op, args, False)[0]
@@ -257,7 +258,10 @@ def test_nothing_is_written_by_a_call_that_fails(sample: ErrorSample, backend: s
     before = [a.clone() if isinstance(a, Tensor) else a for a in bad]
     with pytest.raises(sample.error):
         op_of(backend, sample.op)(*bad)
-    assert all(not isinstance(a, Tensor) or torch.equal(a.nan_to_num(7), b.nan_to_num(7)) for a, b in zip(bad, before, strict=True))
+    assert all(
+        not isinstance(a, Tensor) or torch.equal(a.nan_to_num(7), b.nan_to_num(7))
+        for a, b in zip(bad, before, strict=True)
+    )
 
 
 def test_every_namespace_has_the_same_schema() -> None:

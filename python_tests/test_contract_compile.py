@@ -163,11 +163,18 @@ def case_confidence_select(batch: int, count: int) -> tuple[Callable, tuple]:
     def f(logits: Tensor, known: Tensor, seed: Tensor) -> Tensor:
         return maskops.confidence_select(logits, known, 3, temperature=2.0, seed=seed).ids
 
-    return f, (torch.randn(batch, count, DIM), torch.rand(batch, count) < 0.5, seed_tensor(3, None, torch.device("cpu")))
+    return f, (
+        torch.randn(batch, count, DIM),
+        torch.rand(batch, count) < 0.5,
+        seed_tensor(3, None, torch.device("cpu")),
+    )
 
 
 def case_select_tokens(batch: int, count: int) -> tuple[Callable, tuple]:
-    return lambda s, k: maskops.select_tokens(s, k, threshold=0.5).ids, (torch.randn(batch, count), torch.rand(batch, count) < 0.5)
+    return lambda s, k: maskops.select_tokens(s, k, threshold=0.5).ids, (
+        torch.randn(batch, count),
+        torch.rand(batch, count) < 0.5,
+    )
 
 
 def case_token_drift(batch: int, count: int) -> tuple[Callable, tuple]:

@@ -1,4 +1,4 @@
-"""What is special to feature_reuse: exactness of local steps, in-place writes, published counts, random choices, batch invariance."""
+"""What is special to feature_reuse: exact local steps, writes in place, published counts, random choices, batch invariance."""
 
 import math
 
@@ -51,7 +51,9 @@ def test_local_attention_equals_attention_over_all_tokens() -> None:
     cache.write_(0, new_k, new_v, ids)
     full = maskops.masked_attention(q, cache.keys[0], cache.values[0])
     assert (torch.where(real, local - rows(full, ids), 0).abs() < 1e-5).all()
-    assert (torch.where(real, stale - rows(full, ids), 0).abs() > 1e-3).any(), "without exclude the old features count too"
+    assert (torch.where(real, stale - rows(full, ids), 0).abs() > 1e-3).any(), (
+        "without exclude the old features count too"
+    )
 
 
 def test_all_tokens_local_and_parts_merge() -> None:
@@ -148,7 +150,9 @@ def test_a_row_does_not_depend_on_its_batch(dtype: torch.dtype) -> None:
     for b in range(B):
         one = slice(b, b + 1)
         alone = ContextCache.of(cache.keys[:, one], cache.values[:, one], cache.valid[:, one])
-        assert torch.equal(maskops.cached_attention(q[one], k[one, :, :U], v[one, :, :U], alone, 0, ids[one])[0], out[b])
+        assert torch.equal(
+            maskops.cached_attention(q[one], k[one, :, :U], v[one, :, :U], alone, 0, ids[one])[0], out[b]
+        )
         other = maskops.confidence_select(logits[one], known[one], first_row=b, **options)
         assert torch.equal(other.ids[0], found.ids[b]) and torch.equal(other.tokens[0], found.tokens[b])
         assert torch.equal(other.confidence[0], found.confidence[b])
@@ -160,7 +164,9 @@ def test_a_row_does_not_depend_on_its_batch(dtype: torch.dtype) -> None:
 
 def test_samples_follow_the_distribution() -> None:
     p = torch.tensor([0.5, 0.25, 0.0, 0.2, 0.05])
-    tokens = maskops.confidence_select(p.log().expand(1, 40000, 5), torch.zeros(1, 40000, dtype=torch.bool), 1, seed=1).tokens
+    tokens = maskops.confidence_select(
+        p.log().expand(1, 40000, 5), torch.zeros(1, 40000, dtype=torch.bool), 1, seed=1
+    ).tokens
     share = torch.bincount(tokens[0], minlength=5) / 40000
     assert (share - p).abs().max() < 0.01 and share[2] == 0
     sharp = maskops.confidence_select(p.expand(1, 40000, 5), tokens < 0, 1, seed=1, probs=True).tokens
@@ -199,7 +205,9 @@ def test_threshold_decodes_all_that_is_sure_and_at_least_one() -> None:
 )
 def test_wrong_choices_are_refused(change: dict, match: str) -> None:
     with pytest.raises(ValueError, match=match):
-        maskops.confidence_select(torch.zeros(1, 2, 3), torch.zeros(1, 2, dtype=torch.bool), **{"num_select": 1, **change})
+        maskops.confidence_select(
+            torch.zeros(1, 2, 3), torch.zeros(1, 2, dtype=torch.bool), **{"num_select": 1, **change}
+        )
 
 
 # ---------------------------------------------------------------- schedules and drift
@@ -207,7 +215,11 @@ def test_wrong_choices_are_refused(change: dict, match: str) -> None:
 
 def published(kind: str, steps: int, tokens: int) -> list[int]:
     """The loop of parallel_decode.py, counted by hand: mask_len = floor(N gamma), max(1, min(unknown - 1, mask_len))."""
-    gamma = {"cosine": lambda r: math.cos(math.pi / 2 * r), "linear": lambda r: 1 - r, "log": lambda r: -math.log2(r) / math.log2(tokens)}
+    gamma = {
+        "cosine": lambda r: math.cos(math.pi / 2 * r),
+        "linear": lambda r: 1 - r,
+        "log": lambda r: -math.log2(r) / math.log2(tokens),
+    }
     unknown, counts = tokens, []
     for step in range(steps):
         ratio = min(max(gamma[kind]((step + 1) / steps), 1e-6), 1)

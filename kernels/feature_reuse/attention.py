@@ -17,7 +17,9 @@ CONFIGS = {
 def _rows(ptr, row, stride, seen, D, d0, BLOCK: tl.constexpr):
     """Rows x channels [d0, d0 + BLOCK), zeros where a row is not seen: what is hidden is never loaded."""
     d = d0 + tl.arange(0, BLOCK)
-    return tl.load(ptr + (row.to(tl.int64) * stride)[:, None] + d[None, :], mask=seen[:, None] & (d < D)[None, :], other=0.0)
+    return tl.load(
+        ptr + (row.to(tl.int64) * stride)[:, None] + d[None, :], mask=seen[:, None] & (d < D)[None, :], other=0.0
+    )
 
 
 @triton.jit
@@ -42,8 +44,8 @@ def _add_keys(q_ptr, m, real, sq_u, k_ptr, sk_n, v_ptr, sv_n, n, seen, scale2, m
 
 
 @triton.jit
-def _attention_kernel(q_ptr, k_ptr, v_ptr, k_cache_ptr, v_cache_ptr, seen_ptr, ids_ptr, out_ptr, lse_ptr, scale, H, U, N, D, D16, sq_b,
-                      sq_h, sq_u, sk_b, sk_h, sk_u, sv_b, sv_h, sv_u, sc_b, sc_h, sc_n, sw_b, sw_h, sw_n, ACC: tl.constexpr,
+def _attention_kernel(q_ptr, k_ptr, v_ptr, k_cache_ptr, v_cache_ptr, seen_ptr, ids_ptr, out_ptr, lse_ptr, scale, H, U, N, D, D16,
+                      sq_b, sq_h, sq_u, sk_b, sk_h, sk_u, sv_b, sv_h, sv_u, sc_b, sc_h, sc_n, sw_b, sw_h, sw_n, ACC: tl.constexpr,
                       PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
                       CHUNK: tl.constexpr):  # fmt: skip
     # One program owns BLOCK_M local queries of one head of out [B, H, U, D]. It walks over the cache BLOCK_N keys at a time, where

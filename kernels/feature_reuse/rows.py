@@ -7,8 +7,8 @@ from maskops.kernels._common import accumulator, cdiv, launch, row_tile, rows_of
 
 
 @triton.jit
-def _write_kernel(ids_ptr, k_ptr, v_ptr, k_cache_ptr, v_cache_ptr, valid_ptr, U, N, width, D, sx_b, sx_h, sx_u, sx_d, sy_b, sy_h, sy_u,
-                  sy_d, sk_b, sk_h, sk_n, sk_d, sv_b, sv_h, sv_n, sv_d, sm_b, sm_n, BLOCK: tl.constexpr):  # fmt: skip
+def _write_kernel(ids_ptr, k_ptr, v_ptr, k_cache_ptr, v_cache_ptr, valid_ptr, U, N, width, D, sx_b, sx_h, sx_u, sx_d, sy_b, sy_h,
+                  sy_u, sy_d, sk_b, sk_h, sk_n, sk_d, sv_b, sv_h, sv_n, sv_d, sm_b, sm_n, BLOCK: tl.constexpr):  # fmt: skip
     # One program owns a local slot of a row: the keys and values of all heads of its token, width = H * D values each, BLOCK at a
     # time. Slots of a row name different tokens, so no two programs write the same place.
     slot = tl.program_id(0).to(tl.int64)
@@ -38,7 +38,7 @@ def feature_reuse_write_(k_cache, v_cache, valid, k, v, ids):
 
 @triton.jit
 def _exclude_kernel(valid_ptr, ids_ptr, seen_ptr, B, N, U, BLOCK: tl.constexpr):
-    # One program owns a row of valid [L, B, N]: it copies the flags, and when all of its threads have, clears those of the row's ids.
+    # One program owns a row of valid [L, B, N]: it copies the flags and, when all of its threads have, clears those of the ids.
     row = tl.program_id(0).to(tl.int64)
     for n0 in range(0, N, BLOCK):
         n = n0 + tl.arange(0, BLOCK)

@@ -22,7 +22,8 @@ def _weights(x, top, inverse, PROBS: tl.constexpr):
 
 @triton.jit
 def _sample_kernel(logits_ptr, known_ptr, seed_ptr, token_ptr, confidence_ptr, first_row, inverse, noise, N, V, s_b, s_n,
-                   GREEDY: tl.constexpr, NOISY: tl.constexpr, PROBS: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+                   GREEDY: tl.constexpr, NOISY: tl.constexpr, PROBS: tl.constexpr, ACC: tl.constexpr,
+                   BLOCK: tl.constexpr):  # fmt: skip
     # One program owns a row of logits [B N, V] and walks over it BLOCK values at a time: once for the highest value and the sum of
     # the weights, then, with the row in cache, for the value at which the running sum passes the random number.
     row = tl.program_id(0).to(tl.int64)
@@ -50,7 +51,7 @@ def _sample_kernel(logits_ptr, known_ptr, seed_ptr, token_ptr, confidence_ptr, f
             total = total * tl.exp((tl.where(before == float("-inf"), level, before) - level) * by)
         total += tl.sum(_weights(x, level, by, PROBS), 0)
     good = (total > 0) & (total < float("inf"))
-    w0, w1, w2, w3 = philox4x32(first_row * N + row, tl.load(seed_ptr + 1), tl.load(seed_ptr))
+    w0, w1, _w2, _w3 = philox4x32(first_row * N + row, tl.load(seed_ptr + 1), tl.load(seed_ptr))
     weight = tl.zeros([], ACC)
     if GREEDY:
         token = tl.where(good, best, -1)

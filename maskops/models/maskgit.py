@@ -1,7 +1,7 @@
 """MaskGIT: a bidirectional transformer that predicts masked tokens of an image, and the codebook of patches that makes them tokens.
 
-B images, N tokens of a grid, V codes, D channels. Chang et al., 2022 (arXiv 2202.04200). Generation: maskops.generation, with ReCAP's
-settings in maskops.models.recap.
+B images, N tokens of a grid, V codes, D channels. Chang et al., 2022 (arXiv 2202.04200). Generation: maskops.generation, with
+ReCAP's settings in maskops.models.recap.
 """
 
 from __future__ import annotations
@@ -91,7 +91,9 @@ class MaskGIT(nn.Module):
     def forward(self, tokens: Tensor, condition: Tensor | None = None) -> Tensor:
         return self.logits(tokens, None, condition)
 
-    def loss(self, tokens: Tensor, condition: Tensor | None = None, *, seed: maskops.ops.mask_sampling.Seed = None) -> Tensor:
+    def loss(
+        self, tokens: Tensor, condition: Tensor | None = None, *, seed: maskops.ops.mask_sampling.Seed = None
+    ) -> Tensor:
         """Cross entropy of masked tokens.  tokens [B, N], all known."""
         B, N = tokens.shape
         generator = seed if isinstance(seed, torch.Generator) else None
@@ -131,7 +133,9 @@ class PatchCodebook(nn.Module):
         patches = maskops.patchify(images, patch).flatten(0, 1)
         distinct = patches.unique(dim=0)
         if len(distinct) < vocab:
-            raise ValueError(f"PatchCodebook.fit: vocab must be at most the {len(distinct)} distinct patches, got {vocab}")
+            raise ValueError(
+                f"PatchCodebook.fit: vocab must be at most the {len(distinct)} distinct patches, got {vocab}"
+            )
         order = torch.randperm(len(distinct), generator=torch.Generator().manual_seed(seed))
         book = cls(distinct[order[:vocab]], patch)
         for _ in range(rounds):
@@ -163,7 +167,7 @@ def digits() -> tuple[Tensor, Tensor, PatchCodebook]:
 
 
 def faces(vocab: int = 128) -> tuple[Tensor, Tensor, PatchCodebook]:
-    """The 100 faces of scikit-image's lfw_subset and their mirror images as 64 tokens, patches of 3 x 3: tokens, classes (all 0), codebook."""
+    """The 100 faces of scikit-image's lfw_subset and their mirror images as 64 patches of 3 x 3: tokens, classes, codebook."""
     from skimage.data import lfw_subset
 
     images = torch.from_numpy(lfw_subset()[:100, :24, :24].copy()).float()[:, None]

@@ -16,7 +16,11 @@ B, H, N, U = 3, 2, 70, 9
 
 def ragged_ids(g: G, batch: int, tokens: int, slots: int) -> Tensor:
     """int64 [B, U]: a full first row, an empty last one (of several), holes anywhere between."""
-    ids = torch.stack([torch.randperm(tokens, generator=g)[:slots] for _ in range(batch)]) if batch else torch.empty(0, slots).long()
+    ids = (
+        torch.stack([torch.randperm(tokens, generator=g)[:slots] for _ in range(batch)])
+        if batch
+        else torch.empty(0, slots).long()
+    )
     holes = torch.rand(batch, slots, generator=g) < 0.3
     if batch:
         holes[0] = False
@@ -35,7 +39,9 @@ def _tokens(g: G, dtype: torch.dtype, layout: str, batch: int, heads: int, token
 def _write(batch: int = B, tokens: int = N, slots: int = U, channels: int = 5, layout: str = "packed") -> Callable:
     def make(dtype: torch.dtype, g: G) -> tuple:
         caches = [_tokens(g, dtype, layout, batch, H, tokens, channels) for _ in range(2)]
-        local = [_tokens(g, dtype, "plain" if layout == "packed" else layout, batch, H, slots, channels) for _ in range(2)]
+        local = [
+            _tokens(g, dtype, "plain" if layout == "packed" else layout, batch, H, slots, channels) for _ in range(2)
+        ]
         valid = torch.rand(batch, tokens, generator=g) < 0.5
         local[0][:, :, :1] = math.nan  # is copied as anything else
         return *caches, valid, *local, ragged_ids(g, batch, tokens, slots)
@@ -75,7 +81,11 @@ def _sample(
     first_row: int = 0, strided: bool = False, broken: bool = False,
 ) -> Callable:  # fmt: skip
     def make(dtype: torch.dtype, g: G) -> tuple:
-        logits = randn(g, dtype, batch, tokens, values + 3)[..., 3:] * 3 if strided else randn(g, dtype, batch, tokens, values) * 3
+        logits = (
+            randn(g, dtype, batch, tokens, values + 3)[..., 3:] * 3
+            if strided
+            else randn(g, dtype, batch, tokens, values) * 3
+        )
         known = torch.rand(batch, tokens, generator=g) < 0.3
         if batch > 1:
             known[0], known[-1] = False, True
@@ -207,7 +217,10 @@ ERRORS = [
     ErrorSample(SAMPLE, "known", _with(1, lambda m: m.long()), ValueError, r"confidence_select: known must be bool \[B, N\]"),
     ErrorSample(SAMPLE, "values", _with(0, lambda x: x[..., :0]), ValueError, r"logits must have V of at least 1, got 0"),
     ErrorSample(SAMPLE, "row", _with(3, lambda r: -1), ValueError, r"first_row must be at least 0, got -1"),
-    ErrorSample(SAMPLE, "temperature", _with(4, lambda t: -0.5), ValueError, r"sample_temperature must be finite and at least 0, got -0.5"),
+    ErrorSample(
+        SAMPLE, "temperature", _with(4, lambda t: -0.5), ValueError,
+        r"sample_temperature must be finite and at least 0, got -0.5",
+    ),
     ErrorSample(SAMPLE, "noise", _with(5, lambda t: math.inf), ValueError, r"temperature must be finite and at least 0, got inf"),
     ErrorSample(RANK, "dtype", _with(0, lambda s: s.half()), ValueError, r"select_tokens: score must be float32 or float64"),
     ErrorSample(RANK, "counts", _with(2, _set(1, -3)), ValueError, r"num_select\[1\] must be at least 0, got -3"),
@@ -232,7 +245,9 @@ def exclude_bytes(valid: Tensor, ids: Tensor) -> int:
     return 2 * valid.numel() + _bytes(ids)
 
 
-def attention_bytes(q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, seen: Tensor, ids: Tensor, scale: float) -> int:
+def attention_bytes(
+    q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, seen: Tensor, ids: Tensor, scale: float
+) -> int:
     cached = int(seen.sum()) * k_cache.shape[1] * k_cache.shape[3] * k_cache.element_size()
     return 2 * cached + 4 * _bytes(q) + _bytes(seen, ids)
 

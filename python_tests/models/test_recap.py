@@ -33,7 +33,9 @@ def run_of(tokens: Tensor, classes: Tensor | None, model: MaskGIT) -> _Run:
 
 def unknown_of(known: Tensor, count: int) -> Tensor:
     """int64 [B, count]: some unknown tokens of each row."""
-    return torch.rand(known.shape, generator=torch.Generator().manual_seed(2)).masked_fill(known, 2).argsort(1)[:, :count]
+    return (
+        torch.rand(known.shape, generator=torch.Generator().manual_seed(2)).masked_fill(known, 2).argsort(1)[:, :count]
+    )
 
 
 def test_a_local_step_is_exact_until_a_token_changes() -> None:
@@ -71,7 +73,7 @@ def test_local_logits_are_nearer_to_full_ones_than_old_logits() -> None:
 
 
 def distance(generator: MaskedGenerator, seed: int) -> float:
-    _, tokens, classes, book = trained_digits()
+    _, tokens, _, book = trained_digits()
     labels = torch.arange(300) % 10
     made = generator.generate(300, labels, seed=seed)
     assert made.tokens.min() >= 0
@@ -142,13 +144,17 @@ def test_guidance_caches_both_branches_and_rows_stand_alone() -> None:
     counts = maskops.mask_schedule("cosine", 6, 64)
     generator = MaskedGenerator(model, counts, ReCAP(0, 1), guidance=1.5, temperature=2.0)
     made = generator.generate(3, labels, seed=9).tokens
-    assert not torch.equal(made, MaskedGenerator(model, counts, ReCAP(0, 1), temperature=2.0).generate(3, labels, seed=9).tokens)
+    assert not torch.equal(
+        made, MaskedGenerator(model, counts, ReCAP(0, 1), temperature=2.0).generate(3, labels, seed=9).tokens
+    )
     for b in range(3):
         alone = generator.generate(1, labels[b : b + 1], seed=9, first_row=b).tokens
         assert torch.equal(alone[0], made[b])
 
 
-@pytest.mark.parametrize("reuse", [BlockCache(16), BlockCache(16, "prefix", steps=4), BlockCache(20, threshold=0.9)], ids=str)
+@pytest.mark.parametrize(
+    "reuse", [BlockCache(16), BlockCache(16, "prefix", steps=4), BlockCache(20, threshold=0.9)], ids=str
+)
 def test_blocks_are_decoded_from_left_to_right(reuse: BlockCache) -> None:
     model, tokens = trained_digits()[0], trained_digits()[1][:3].clone()
     given = tokens.clone()

@@ -122,7 +122,16 @@ def _backward(ops: Any, ctx: Any, grad: Tensor, grad_lse: Tensor) -> tuple:
         grad, grad_lse, none, q, keys, values, out, lse, none, tiles, words, None, None, ctx.scale, 0.0
     )
     cached = k_cache.shape[2]
-    return grad_q, grad_k[:, :, cached:], grad_v[:, :, cached:], grad_k[:, :, :cached], grad_v[:, :, :cached], None, None, None
+    return (
+        grad_q,
+        grad_k[:, :, cached:],
+        grad_v[:, :, cached:],
+        grad_k[:, :, :cached],
+        grad_v[:, :, :cached],
+        None,
+        None,
+        None,
+    )
 
 
 def _tiles_of(allowed: Tensor) -> tuple[Tensor, Tensor]:

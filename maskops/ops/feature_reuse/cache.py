@@ -45,7 +45,13 @@ class ContextCache:
         self, num_layers: int, batch: int, max_tokens: int, heads: int, head_dim: int, dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
     ) -> None:  # fmt: skip
-        sizes = {"num_layers": num_layers, "batch": batch, "max_tokens": max_tokens, "heads": heads, "head_dim": head_dim}
+        sizes = {
+            "num_layers": num_layers,
+            "batch": batch,
+            "max_tokens": max_tokens,
+            "heads": heads,
+            "head_dim": head_dim,
+        }
         for name, size in sizes.items():
             if integer(CLASS, name, size) < 0:
                 fail(CLASS, name, "be at least 0", size)
@@ -136,7 +142,7 @@ class ContextCache:
         return found[0], found[1]
 
     def exclude(self, ids: Tensor, *, backend: str = "auto") -> CacheView:
-        """All valid tokens but ids int64 [B, U] (-1: empty slot), of every layer, as a view: nothing is copied but a bool [L, B, N].
+        """All valid tokens but ids int64 [B, U] (-1: empty slot), of every layer: a view, which copies no more than valid.
 
         Make it once for all layers of a local step and give it to cached_attention as `exclude`.
 
@@ -144,7 +150,9 @@ class ContextCache:
             ValueError: wrong dtype, shape or device.  IndexError: an id out of range or twice in a row.
         """
         check_is_tensor(EXCLUDE, "ids", ids)
-        return CacheView(self, find_op("feature_reuse_exclude", self.valid.device.type, backend, EXCLUDE)(self.valid, ids))
+        return CacheView(
+            self, find_op("feature_reuse_exclude", self.valid.device.type, backend, EXCLUDE)(self.valid, ids)
+        )
 
     def reset_rows_(self, rows: Tensor) -> None:
         """Forget the rows of the batch where bool rows [B] is true."""
@@ -165,7 +173,9 @@ class ContextCache:
         for name in ("keys", "values", "valid"):
             own, given = getattr(self, name), state.get(name)
             if given is None or given.shape != own.shape or given.dtype != own.dtype:
-                fail(f"{CLASS}.load_state_dict", name, f"be {describe(own)}", None if given is None else describe(given))
+                fail(
+                    f"{CLASS}.load_state_dict", name, f"be {describe(own)}", None if given is None else describe(given)
+                )
             own.copy_(given)
 
     def __repr__(self) -> str:

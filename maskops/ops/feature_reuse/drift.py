@@ -99,7 +99,7 @@ def refresh_tokens_(
         fail(REFRESH, "ratio", "be in [0, 1]", ratio)
     layer = integer(REFRESH, "layer", layer)
     check_is_tensor(REFRESH, "values", values)
-    keys, cached, valid = cache.layer(layer)
+    _, cached, valid = cache.layer(layer)
     check_tensor(REFRESH, "values", values, "[B, H, N, D]", (cached.dtype,), cached.shape, cached)
     rows = [t.transpose(1, 2).flatten(2) for t in (values, cached)]
     drift = token_drift(*rows, kind, backend=backend)

@@ -1,5 +1,6 @@
 """mask_schedule: how many tokens each step of masked generation decodes."""
 
+import itertools
 import math
 from collections.abc import Callable
 
@@ -76,7 +77,7 @@ def _differences(shares: list[float], steps: int, N: int) -> list[int]:
     if steps > N:
         fail(FUNCTION, "steps", f"be at most num_tokens = {N} with at_least_one", steps)
     done = [0, *(math.floor(N * (1 - share)) for share in shares[:-1]), N]
-    counts = [max(1, b - a) for a, b in zip(done, done[1:], strict=False)]
+    counts = [max(1, b - a) for a, b in itertools.pairwise(done)]
     surplus = sum(counts) - N
     for t in reversed(range(steps)):
         taken = min(surplus, counts[t] - 1)

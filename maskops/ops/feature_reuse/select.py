@@ -159,7 +159,9 @@ def _rank(
     function: str, score: Tensor, known: Tensor, num_select: int | Tensor | None, lowest: float, by_threshold: bool, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     if by_threshold == (num_select is not None):
-        got = f"{num_select if not isinstance(num_select, Tensor) else 'a tensor'} and {'one' if by_threshold else None}"
+        got = (
+            f"{num_select if not isinstance(num_select, Tensor) else 'a tensor'} and {'one' if by_threshold else None}"
+        )
         fail(function, "num_select or threshold", "be given, one of them", got)
     columns, counts = None, num_select
     if num_select is not None and not isinstance(num_select, Tensor):

@@ -101,8 +101,7 @@ def pretrain(
     _need("accelerate", "safetensors", "PIL", "rich")
     from maskops.checkpoint import CheckpointError
     from maskops.data import EmptyFolderError
-    from maskops.models.mae import MAEConfig
-    from maskops.train import Settings, TrainingError
+    from maskops.train import Settings, TrainingError, model_class
     from maskops.train import pretrain as train
 
     _check_epochs(epochs)
@@ -111,7 +110,7 @@ def pretrain(
             raise ValueError("--images must be given with --system mae")
         if not 0 < mask_ratio < 1:
             raise ValueError(f"--mask-ratio must be above 0 and below 1, got {mask_ratio:g}")
-        config = MAEConfig.of_size(
+        config = model_class(system.value).Config.of_size(
             size.value, image_size=image_size, patch_size=patch_size, mask_ratio=mask_ratio, norm_pix=norm_pix
         )
         result = train(

@@ -140,7 +140,7 @@ def load(folder: Path) -> tuple[MaskGIT, str]:
 
 def generate(
     folder: Path, out: Path, setting: str = "8+8", *, rows: int = 6, seed: int = 0, temperature: float = 20.0,
-    say: Callable[[str], None] = print,
+    sample_temperature: float = 0.8, say: Callable[[str], None] = print,
 ) -> None:  # fmt: skip
     """Draw real images, images of as many full steps, and images of ReCAP, with their times, into the picture `out`.
 
@@ -154,13 +154,10 @@ def generate(
     tokens, classes, book = DATA[data]()
     columns = min(10, max(model.config.classes, 8))
     labels = (torch.arange(rows * columns) % columns) % model.config.classes
-    reused = recap(model, setting, temperature=temperature)
-    full = MaskedGenerator(
-        model,
-        mask_schedule("pow", SETTINGS[setting].steps, model.num_tokens, at_least_one=True),
-        FullOnly(),
-        temperature=temperature,
-    )
+    options = {"temperature": temperature, "sample_temperature": sample_temperature}
+    reused = recap(model, setting, **options)
+    counts = mask_schedule("pow", SETTINGS[setting].steps, model.num_tokens, at_least_one=True)
+    full = MaskedGenerator(model, counts, FullOnly(), **options)
     panels = [("real", _real(tokens, classes, labels))]
     for name, generator in ((f"{SETTINGS[setting].steps} full steps", full), (f"ReCAP {setting}", reused)):
         generator.generate(len(labels), labels, seed=seed)  # warm

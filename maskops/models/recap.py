@@ -1,6 +1,6 @@
 """ReCAP: masked generation of which some steps compute only the tokens that they are about to decode.
 
-Liu et al., 2025 (arXiv 2505.19089). Training-free, for any MaskedModel: MaskGIT, MAGE, and by order MAR.
+Liu et al., 2025 (arXiv 2505.19089). Training-free, for any MaskedModel, as MaskGIT and MAGE are.
 """
 
 from __future__ import annotations

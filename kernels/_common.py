@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+LOG2E, LN2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
 _recorded = None
 
 
@@ -79,6 +80,35 @@ def rows_of(x):
 def accumulator(x):
     """(torch dtype, Triton dtype) in which sums over x are kept."""
     return (torch.float64, tl.float64) if x.dtype == torch.float64 else (torch.float32, tl.float32)
+
+
+def bits_of(value):
+    """The bits of a float64 as an int, see float_of."""
+    return torch.tensor(value, dtype=torch.float64, device="cpu").view(torch.int64).item()
+
+
+@triton.jit
+def float_of(bits):
+    """A float64 argument: Triton itself passes floats as float32."""
+    return (tl.zeros([], tl.int64) + bits).to(tl.float64, bitcast=True)
+
+
+def heads_of(x):
+    """(x, its strides of batch, head and row), copied unless 16-byte loads can read every row: channels side by side, their number
+    and the strides multiples of 16. Channels that a copy adds are zeros."""
+    D = x.shape[3]
+    if D % 16:
+        padded = x.new_zeros((*x.shape[:3], cdiv(D, 16) * 16))
+        padded[..., :D] = x
+        x = padded
+    elif x.stride(3) != 1 or any(stride % 16 for stride in strides_of(x)):
+        x = x.contiguous()
+    return x, strides_of(x)
+
+
+def strides_of(x):
+    """Of the first three axes, 0 where there is but one."""
+    return tuple(0 if size == 1 else stride for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True))
 
 
 class PatchGrid(NamedTuple):

@@ -27,7 +27,7 @@ class OpSpec:
     """All that one op is, besides its kernels.
 
     Args:
-        schema: the one statement of argument names, order, defaults and results.
+        schema: the one statement of argument names, order, defaults, results, and of what is written: `Tensor(a!) cache`.
         family: the family's name, which is the name of its files.
         reference: plain PyTorch definition.
         check: shapes, dtypes, devices; called with all arguments by every Python implementation and the fake.
@@ -56,6 +56,7 @@ class OpSpec:
     autocast_skips: tuple[str, ...] = ()
     arguments: tuple[str, ...] = field(init=False)
     defaults: tuple = field(init=False)
+    mutates: tuple[str, ...] = field(init=False)
 
     def __post_init__(self) -> None:
         if self.autocast not in AUTOCAST_POLICIES:
@@ -63,6 +64,13 @@ class OpSpec:
         arguments = torch._C.parse_schema(self.schema).arguments
         object.__setattr__(self, "arguments", tuple(a.name for a in arguments))
         object.__setattr__(self, "defaults", tuple(a.default_value for a in arguments))
+        written = tuple(a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write)
+        object.__setattr__(self, "mutates", written)
+        # Functionalisation under torch.compile takes an op apart only if what it writes is all that it gives.
+        if written and (not self.name.endswith("_") or torch._C.parse_schema(self.schema).returns or self.backward):
+            raise ValueError(
+                f"OpSpec: {self.name} writes {written}: it must end in _, return nothing and have no gradient"
+            )
 
     @property
     def name(self) -> str:

@@ -1,4 +1,7 @@
-"""The command maskops: pretrain, prune, systems, masks, info, bench, demo. Exit: 0 good, 1 failed, 2 wrong use, 130 interrupted."""
+"""The command maskops: pretrain, generate, prune, systems, masks, info, bench, demo.
+
+Exit codes: 0 good, 1 failed, 2 wrong use, 130 interrupted.
+"""
 
 import platform
 import subprocess
@@ -24,6 +27,14 @@ class System(str, Enum):
     mae = "mae"
     colormae = "colormae"
     hpm = "hpm"
+    maskgit = "maskgit"
+
+
+class Data(str, Enum):
+    """Names in maskops.models.maskgit.DATA."""
+
+    digits = "digits"
+    faces = "faces"
 
 
 class Size(str, Enum):
@@ -60,9 +71,10 @@ def _root() -> None:
 
 @app.command()
 def pretrain(
-    images: Annotated[Path, typer.Option(help="Folder of images, searched with its subfolders.")],
     out: Annotated[Path, typer.Option(help="Where losses.jsonl, checkpoints/ and model/ go.")],
+    images: Annotated[Path | None, typer.Option(help="mae: folder of images, searched with its subfolders.")] = None,
     system: Annotated[System, typer.Option(help="What to train.")] = System.mae,
+    data: Annotated[Data, typer.Option(help="maskgit: images that scikit-learn or scikit-image ships.")] = Data.digits,
     epochs: Annotated[float, typer.Option(min=0.0, help="Passes over the images.")] = 100,
     batch_size: Annotated[int, typer.Option(min=1, help="Images per step and process.")] = 64,
     mask_ratio: Annotated[float, typer.Option(help="Share of patches that are masked, above 0 and below 1.")] = 0.75,
@@ -71,38 +83,45 @@ def pretrain(
     patch_size: Annotated[int, typer.Option(min=1, help="Height and width of a patch.")] = 16,
     norm_pix: Annotated[bool, typer.Option(help="Predict patches normalised by their mean and deviation.")] = True,
     lr: Annotated[
-        float, typer.Option(min=0.0, help="Learning rate for 256 images a step; scaled with the batch.")
-    ] = 1.5e-4,
+        float | None,
+        typer.Option(
+            min=0.0, help="mae: for 256 images a step, scaled with the batch, 1.5e-4. maskgit: of a step, by size."
+        ),
+    ] = None,
     warmup_epochs: Annotated[float | None, typer.Option(min=0.0, help="Default: 5% of the epochs.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the weights, the crops and the masks.")] = 0,
     workers: Annotated[int, typer.Option(min=0, help="Processes that load images, per training process.")] = 2,
     bf16: Annotated[bool, typer.Option("--bf16", help="Mixed precision in bfloat16.")] = False,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the newest checkpoint in --out, if there is one.")
-    ] = False,
-    save_every: Annotated[
-        int | None, typer.Option(min=1, help="Steps between checkpoints. Default: every 5 minutes.")
-    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in --out.")] = False,
+    save_every: Annotated[int | None, typer.Option(min=1, help="Steps between checkpoints.")] = None,
 ) -> None:
-    """Pre-train a model on a folder of images. On several processes or machines: `accelerate launch -m maskops pretrain ...`."""
+    """Pre-train a model on a folder of images. On several processes or machines: `accelerate launch -m maskops pretrain ...`.
+    maskgit trains in one process on --data and takes --size, --epochs, --batch-size, --lr, --seed, --resume and --save-every.
+    """
+    if system is System.maskgit:
+        refused = images is not None or bf16
+        return _pretrain_maskgit(
+            refused, out, data.value, size.value, epochs, batch_size, lr, seed, resume, save_every or 500
+        )
     _need("accelerate", "safetensors", "PIL", "rich")
     from maskops.checkpoint import CheckpointError
     from maskops.data import EmptyFolderError
     from maskops.train import Settings, TrainingError, model_class
     from maskops.train import pretrain as train
 
-    if not 0 < epochs < 1e6:
-        _fail(f"--epochs must be above 0 and below 1000000, got {epochs}", 2)
-    if not 0 < mask_ratio < 1:
-        _fail(f"--mask-ratio must be above 0 and below 1, got {mask_ratio:g}", 2)
+    _check_epochs(epochs)
     try:
+        if images is None:
+            raise ValueError("--images must be given with --system mae")
+        if not 0 < mask_ratio < 1:
+            raise ValueError(f"--mask-ratio must be above 0 and below 1, got {mask_ratio:g}")
         config = model_class(system.value).Config.of_size(
             size.value, image_size=image_size, patch_size=patch_size, mask_ratio=mask_ratio, norm_pix=norm_pix
         )
         result = train(
             config,
             Settings(
-                images, out, epochs, batch_size, lr, seed=seed, workers=workers, bf16=bf16, resume=resume,
+                images, out, epochs, batch_size, 1.5e-4 if lr is None else lr, seed=seed, workers=workers, bf16=bf16, resume=resume,
                 warmup_epochs=0.05 * epochs if warmup_epochs is None else warmup_epochs, save_every=save_every,
             ),
         )  # fmt: skip
@@ -118,6 +137,54 @@ def pretrain(
     )
     if result.unreadable:
         print(f"{len(result.unreadable)} unreadable images were skipped")
+
+
+def _check_epochs(epochs: float) -> None:
+    if not 0 < epochs < 1e6:
+        _fail(f"--epochs must be above 0 and below 1000000, got {epochs}", 2)
+
+
+def _pretrain_maskgit(
+    refused: bool, out: Path, data: str, size: str, epochs: float, batch_size: int, lr: float | None, *rest: int
+) -> None:
+    if refused:
+        _fail("--system maskgit trains on --data, in float32: leave out --images and --bf16", 2)
+    _need("safetensors", "rich", *(("sklearn",) if data == "digits" else ("skimage",)))
+    from maskops.checkpoint import CheckpointError
+    from maskops.maskgit import Settings
+    from maskops.maskgit import pretrain as train
+
+    _check_epochs(epochs)
+    try:
+        result = train(Settings(out, data, size, epochs, batch_size, lr, *rest))
+    except (CheckpointError, ValueError, OSError) as error:
+        _fail(error, 2)
+    except KeyboardInterrupt:
+        print(f"maskops: interrupted; add --resume to go on from the last checkpoint in {out}", file=sys.stderr)
+        raise typer.Exit(130) from None
+    print(
+        f"{result.step} steps, loss {result.loss:.4f}, {result.images_per_second:.0f} images/s: {result.model_folder}"
+    )
+
+
+@app.command()
+def generate(
+    model: Annotated[Path, typer.Option(help="Folder of a finished `pretrain --system maskgit`.")],
+    out: Annotated[Path, typer.Option(help="The picture.")] = Path("out/generated.png"),
+    setting: Annotated[str, typer.Option(help="Full + local steps of ReCAP: 8+8, 12+4, 15+5, 17+7 or 22+10.")] = "8+8",
+    rows: Annotated[int, typer.Option(min=1, help="Rows of images.")] = 6,
+    temperature: Annotated[float, typer.Option(min=0.0, help="Of the noise in the order of decoding.")] = 20.0,
+    seed: Annotated[int, typer.Option(min=0, help="Of samples and noise.")] = 0,
+) -> None:
+    """Draw real images, images of full steps only and images with ReCAP side by side, with their times."""
+    _need("safetensors", "rich", "matplotlib")
+    from maskops.checkpoint import CheckpointError
+    from maskops.maskgit import generate as draw
+
+    try:
+        draw(model, out, setting, rows=rows, temperature=temperature, seed=seed)
+    except (CheckpointError, ValueError, OSError) as error:
+        _fail(error, 2)
 
 
 @app.command()

@@ -7,4 +7,5 @@ FAMILIES = (
     "nm_matmul",
     "masked_attention",
     "sparse_conv",
+    "feature_reuse",
 )

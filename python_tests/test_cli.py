@@ -29,7 +29,7 @@ def run(*args: object, cwd: Path | None = None) -> subprocess.CompletedProcess:
 def test_help_lists_the_commands() -> None:
     done = run("--help")
     assert done.returncode == 0
-    assert all(name in done.stdout for name in ("pretrain", "info", "bench", "demo"))
+    assert all(name in done.stdout for name in ("pretrain", "generate", "info", "bench", "demo"))
 
 
 def test_info() -> None:

@@ -64,7 +64,7 @@ def run(backend: str, op: str, args: tuple, grads: bool = True) -> tuple[list[Te
     args = with_grad(op, args)
     with torch.set_grad_enabled(grads):
         out = op_of(backend, op)(*args)
-    outs = [out] if isinstance(out, Tensor) else list(out)
+    outs = written(op, args) if out is None else [out] if isinstance(out, Tensor) else list(out)
     wanted = [o for o in outs if o.requires_grad]
     if not wanted:
         return [o.detach() for o in outs], []
@@ -73,6 +73,11 @@ def run(backend: str, op: str, args: tuple, grads: bool = True) -> tuple[list[Te
     found = torch.autograd.grad(wanted, inputs, weights, allow_unused=True)
     zeros = [torch.zeros_like(a) if g is None else g for a, g in zip(inputs, found, strict=True)]
     return [o.detach() for o in outs], zeros
+
+
+def written(op: str, args: tuple) -> list[Tensor]:
+    """What an op that writes in place has for a result."""
+    return [a for a, name in zip(args, OPS[op].arguments, strict=True) if name in OPS[op].mutates]
 
 
 def differentiable(op: str) -> bool:
@@ -172,7 +177,7 @@ def test_gradcheck(sample: Sample, backend: str) -> None:
 
 ONCE_DIFFERENTIABLE = (
     "visible_tokens_embed", "masked_loss_patch", "nm_matmul_linear", "nm_matmul_bitmask", "nm_matmul_soft",
-    "masked_attention",
+    "masked_attention", "feature_reuse_attention",
 )  # fmt: skip
 
 
@@ -214,8 +219,12 @@ def test_any_strides(op: str, backend: str) -> None:
 
 @pytest.mark.parametrize("op", [op for op in sorted(OPS) if testing.takes_floats(op)])
 def test_expanded_inputs(op: str) -> None:
-    """A stride of zero, as a mask token expanded over the batch has."""
-    args = tuple(a[:1].expand_as(a) if testing.is_float(a) and a.dim() else a for a in FIRST_SAMPLE[op].arguments())
+    """A stride of zero, as a mask token expanded over the batch has; not of what is written."""
+    given = zip(FIRST_SAMPLE[op].arguments(), OPS[op].arguments, strict=True)
+    args = tuple(
+        a[:1].expand_as(a) if testing.is_float(a) and a.dim() and name not in OPS[op].mutates else a
+        for a, name in given
+    )
     solid = tuple(a.clone(memory_format=torch.contiguous_format) if isinstance(a, Tensor) else a for a in args)
     expected, actual = run("native", op, solid, False)[0], run("native", op, args, False)[0]
     assert all(torch.allclose(a, e, equal_nan=True) for a, e in zip(actual, expected, strict=True))
@@ -239,8 +248,22 @@ def test_inputs_are_not_changed(op: str) -> None:
     args = FIRST_SAMPLE[op].arguments()
     before = [a.clone() if isinstance(a, Tensor) else a for a in args]
     op_of("native", op)(*args)
-    for a, b in zip(args, before, strict=True):
-        assert not isinstance(a, Tensor) or torch.equal(a.nan_to_num(7), b.nan_to_num(7))
+    for a, b, name in zip(args, before, OPS[op].arguments, strict=True):
+        if isinstance(a, Tensor) and name not in OPS[op].mutates:
+            assert torch.equal(a.nan_to_num(7), b.nan_to_num(7))
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize("sample", [e for e in ERRORS if OPS[e.op].mutates], ids=str)
+def test_nothing_is_written_by_a_call_that_fails(sample: ErrorSample, backend: str) -> None:
+    bad = sample.spoil(*FIRST_SAMPLE[sample.op].arguments())
+    before = [a.clone() if isinstance(a, Tensor) else a for a in bad]
+    with pytest.raises(sample.error):
+        op_of(backend, sample.op)(*bad)
+    assert all(
+        not isinstance(a, Tensor) or torch.equal(a.nan_to_num(7), b.nan_to_num(7))
+        for a, b in zip(bad, before, strict=True)
+    )
 
 
 def test_every_namespace_has_the_same_schema() -> None:

@@ -10,11 +10,27 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from maskops.kernels._common import INTERPRETED, accumulator, cdiv, dot_add, launch, philox4x32, rounded, rows_of
+from maskops.kernels._common import (
+    INTERPRETED,
+    LN2,
+    LOG2E,
+    accumulator,
+    bits_of,
+    cdiv,
+    dot_add,
+    float_of,
+    heads_of,
+    launch,
+    philox4x32,
+    rounded,
+    rows_of,
+    strides_of,
+)
+
+__all__ = ["LN2", "LOG2E", "bits_of", "float_of", "heads_of", "strides_of"]  # of _common, for the passes
 
 TILE = tl.constexpr(64)
 EMPTY, FULL = tl.constexpr(-1), tl.constexpr(-2)
-LOG2E, LN2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
 CHANNELS = (32, 64, 128, 256)
 
 # pass -> element size -> channels -> (BLOCK_M, BLOCK_N, CHUNK, warps, stages)
@@ -79,17 +95,6 @@ def options_of(kind, q, careful, extras, entropy):
         # Left to itself, the assembler spills a few registers to keep one more block on a multiprocessor.
         "maxnreg": 255,
     }  # fmt: skip
-
-
-def bits_of(value):
-    """The bits of a float64 as an int, see float_of."""
-    return torch.tensor(value, dtype=torch.float64, device="cpu").view(torch.int64).item()
-
-
-@triton.jit
-def float_of(bits):
-    """A float64 argument: Triton itself passes floats as float32."""
-    return (tl.zeros([], tl.int64) + bits).to(tl.float64, bitcast=True)
 
 
 # ---------------------------------------------------------------- bias, dropout and entropy
@@ -324,21 +329,3 @@ def add_kept(weights, kept, x, total, PRECISION: tl.constexpr):
 def checked(total, dtype: tl.constexpr):
     """As dtype; what an infinite value in full tiles left infinite is NaN, as everywhere."""
     return rounded(tl.where(total - total == 0, total, float("nan")), dtype)
-
-
-def heads_of(x):
-    """(x, its strides of batch, head and row), copied unless 16-byte loads can read every row: channels side by side, their number
-    and the strides multiples of 16. Channels that a copy adds are zeros."""
-    D = x.shape[3]
-    if D % 16:
-        padded = x.new_zeros((*x.shape[:3], cdiv(D, 16) * 16))
-        padded[..., :D] = x
-        x = padded
-    elif x.stride(3) != 1 or any(stride % 16 for stride in strides_of(x)):
-        x = x.contiguous()
-    return x, strides_of(x)
-
-
-def strides_of(x):
-    """Of the first three axes, 0 where there is but one."""
-    return tuple(0 if size == 1 else stride for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True))

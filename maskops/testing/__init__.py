@@ -67,6 +67,8 @@ def takes_floats(op: str) -> bool:
         "sparse_conv_map",
         "sparse_conv_outputs",
         "sparse_conv_reverse",
+        "feature_reuse_exclude",
+        "feature_reuse_rank",
     )
 
 

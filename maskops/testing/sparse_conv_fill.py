@@ -28,8 +28,8 @@ def _fill(
 # The gradient takes fills for constants, which finite differences do not.
 SAMPLES = [
     Sample(FILL, "one_straight_through", _fill((2, 3, 7, 6), 1)),
-    Sample(FILL, "far_straight_through", _fill((2, 5, 20, 17), 1000, 0.02, last=True)),
-    Sample(FILL, "three_straight_through", _fill((3, 2, 8, 9), 3, 0.1, eps=0.0)),
+    Sample(FILL, "far_straight_through", _fill((2, 2, 9, 11), 1000, 0.05, last=True)),
+    Sample(FILL, "three_straight_through", _fill((2, 2, 7, 8), 3, 0.1, eps=0.0)),
     Sample(FILL, "none_known_straight_through", _fill((1, 2, 5, 5), 4, 0.0, eps=0.0)),
     Sample(FILL, "all_known_straight_through", _fill((1, 2, 5, 5), 4, 2.0)),
     Sample(FILL, "no_iteration_straight_through", _fill((2, 2, 5, 5), 0)),

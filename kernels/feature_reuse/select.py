@@ -94,7 +94,7 @@ def feature_reuse_sample(logits, known, seed, first_row, temperature, noise, pro
         _sample_kernel, B * N, logits, known.contiguous().view(torch.uint8), seed.contiguous(), tokens, confidence, first_row,
         bits_of(1 / temperature if temperature > 0 else 1.0), bits_of(noise), N, V, *logits.stride()[:2],
         GREEDY=temperature == 0, NOISY=noise != 0, PROBS=probs, ACC=acc,
-        BLOCK=min(2048, max(16, triton.next_power_of_2(V))), num_warps=4,
+        BLOCK=min(1024, max(16, triton.next_power_of_2(V))), num_warps=4, maxnreg=255,
     )  # fmt: skip
     return tokens, confidence
 

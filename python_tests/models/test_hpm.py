@@ -1,8 +1,11 @@
 """HPM (the Works check): the order of losses is told of new photos, and masks of hard patches are harder to paint.
 
-TABLE
+    claim                                            measured   not trained   loss of the ranks turned   whole=False
+    rank correlation of told and true losses > 0.5   0.56       0.04          -0.64                      -0.07
+    error under hard masks > 1.05 of random masks    1.11       1.01          0.88                       0.89
+
 Other than published the predictor is trained on whole images, as the teacher uses it. Trained on visible patches only (whole=False)
-the teacher's order was -0.21 after 250 steps on crops of 64 x 64: its predictor never saw a visible patch.
+the teacher's order was -0.21 after 250 steps on crops of 64 x 64, too: its predictor never saw a visible patch.
 """
 
 import pytest

@@ -1,6 +1,9 @@
 """MultiMAE (the Works check): depth and classes are read off the colours of a real stereo picture; counts and gradients are exact.
 
-TABLE
+    claim, new crops, only colours visible                 measured        not trained
+    depth error < 0.95 of that from wrong colours          0.88            1.00
+    class error < 0.95 of that from wrong colours          0.84            1.00
+
 Crops are 32 x 32 of the picture at half its size; depth is its disparity, classes are four steps of it. New crops are of the same
 picture, at other places than those trained on, which they overlap. Not shown: on rows of the picture that no crop of the
 training touched, colours did not help the depth (0.975 with the true, 0.968 with wrong colours, 400 steps).
@@ -69,13 +72,11 @@ def told() -> tuple[MultiMAEOutput, MultiMAEOutput]:
 
 def test_depth_comes_from_colours(told: tuple) -> None:
     true, wrong = (out.losses["depth"].item() for out in told)
-    print("depth", true, wrong)
     assert true < 0.95 * wrong, f"{true:.4f} against {wrong:.4f}"
 
 
 def test_classes_come_from_colours(told: tuple) -> None:
     true, wrong = (out.losses["semseg"].item() for out in told)
-    print("semseg", true, wrong)
     assert true < 0.95 * wrong, f"{true:.4f} against {wrong:.4f}"
 
 

@@ -1,8 +1,8 @@
 """MultiMAE (the Works check): depth and classes are read off the colours of a real stereo picture; counts and gradients are exact.
 
     claim, new crops, only colours visible                 measured        not trained
-    depth error < 0.95 of that from wrong colours          0.88            1.00
-    class error < 0.95 of that from wrong colours          0.84            1.00
+    depth error < 0.95 of that from wrong colours          0.85            1.00
+    class error < 0.95 of that from wrong colours          0.88            1.00
 
 Crops are 32 x 32 of the picture at half its size; depth is its disparity, classes are four steps of it. New crops are of the same
 picture, at other places than those trained on, which they overlap. Not shown: on rows of the picture that no crop of the
@@ -33,7 +33,7 @@ STEREO = MultiMAEConfig(
     decoder_heads=4,
 )
 N = STEREO.num_patches
-STEPS = 260
+STEPS = 160
 
 
 def crops(count: int, generator: torch.Generator) -> list[Tensor]:
@@ -64,7 +64,7 @@ def told() -> tuple[MultiMAEOutput, MultiMAEOutput]:
         rows = torch.randint(3000, (32,))
         return model(*(x[rows] for x in known), seed=step).loss
 
-    train(model.parameters(), loss, STEPS, 5e-3)
+    train(model.parameters(), loss, STEPS, 6e-3)
     rgb, depth, classes = crops(300, torch.Generator().manual_seed(1))
     with torch.no_grad():
         return tuple(model(x, depth, classes, split=only_colours(300)) for x in (rgb, rgb.roll(1, 0)))

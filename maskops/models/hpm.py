@@ -153,7 +153,7 @@ class HPM(nn.Module):
         """The loss of this process's rows of a step of maskops.train: guided masks, whose random part is drawn for all rows."""
         c, rows = self.config, slice(step.first, step.first + len(images))
         words = maskops.random_words((step.total, c.num_patches), seed=step.seed, device=images.device)[rows].double()
-        order = self.hardness(images).argsort(1, descending=True, stable=True)
+        order = self.hardness(images).argsort(dim=1, descending=True, stable=True)
         noise = words.scatter_add(1, order[:, : c.num_hard(step.progress)], torch.full_like(words, 2.0**32))
         split = maskops.random_masking(
             *words.shape, num_keep=c.num_keep, noise=noise, device=images.device, order="ascending"

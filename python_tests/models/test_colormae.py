@@ -1,6 +1,10 @@
 """ColorMAE (the Works check): exact counts, clumps by colour, and a network that learns from them.
 
-TABLE
+    claim, new crops, trained on green masks                    measured                     not trained
+    masked patches < 0.9 of the error of the visible mean       0.81 (0.0647 of 0.0800)      18.9
+    error under red masks > 1.1 of that under green ones        1.41                         1.00
+
+Not shown: that green masks make better features than random ones, which is the paper's claim.
 """
 
 import pytest

@@ -1,8 +1,11 @@
 """MultiMAE (the Works check): depth and classes are read off the colours of a real stereo picture; counts and gradients are exact.
 
-TABLE
-Crops are 32 x 32 of the picture at half its size; depth is its real disparity, classes are disparity in four steps. New crops are of
-the same picture, at other places than those trained on, which they overlap. Not shown: on rows of the picture that no crop of the
+    claim, new crops, only colours visible                 measured        not trained
+    depth error < 0.95 of that from wrong colours          0.85            1.00
+    class error < 0.95 of that from wrong colours          0.88            1.00
+
+Crops are 32 x 32 of the picture at half its size; depth is its disparity, classes are four steps of it. New crops are of the same
+picture, at other places than those trained on, which they overlap. Not shown: on rows of the picture that no crop of the
 training touched, colours did not help the depth (0.975 with the true, 0.968 with wrong colours, 400 steps).
 """
 
@@ -30,7 +33,7 @@ STEREO = MultiMAEConfig(
     decoder_heads=4,
 )
 N = STEREO.num_patches
-STEPS = 260
+STEPS = 160
 
 
 def crops(count: int, generator: torch.Generator) -> list[Tensor]:
@@ -61,7 +64,7 @@ def told() -> tuple[MultiMAEOutput, MultiMAEOutput]:
         rows = torch.randint(3000, (32,))
         return model(*(x[rows] for x in known), seed=step).loss
 
-    train(model.parameters(), loss, STEPS, 5e-3)
+    train(model.parameters(), loss, STEPS, 6e-3)
     rgb, depth, classes = crops(300, torch.Generator().manual_seed(1))
     with torch.no_grad():
         return tuple(model(x, depth, classes, split=only_colours(300)) for x in (rgb, rgb.roll(1, 0)))
@@ -69,13 +72,11 @@ def told() -> tuple[MultiMAEOutput, MultiMAEOutput]:
 
 def test_depth_comes_from_colours(told: tuple) -> None:
     true, wrong = (out.losses["depth"].item() for out in told)
-    print("depth", true, wrong)
     assert true < 0.95 * wrong, f"{true:.4f} against {wrong:.4f}"
 
 
 def test_classes_come_from_colours(told: tuple) -> None:
     true, wrong = (out.losses["semseg"].item() for out in told)
-    print("semseg", true, wrong)
     assert true < 0.95 * wrong, f"{true:.4f} against {wrong:.4f}"
 
 

@@ -140,7 +140,8 @@ def multiblock_masking(
         MultiBlock; nothing in it is differentiable. The split is ragged: published code cuts contexts to the shortest.
 
     Notes:
-        u is one of 1024 equally likely numbers. After 20 contexts that keep too little, one target less is left out of the next 20.
+        u is one of 1024 equally likely numbers. As published, corners are below h - height and w - width,
+        so no block reaches the last row or column. After 20 contexts that keep too little, one target less is left out of the next.
 
     Raises:
         ValueError: an argument out of range.

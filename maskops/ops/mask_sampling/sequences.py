@@ -154,18 +154,21 @@ def group_masking(
         key = find_op("mask_sampling_race", device.type, backend, name)(seed, weight)
         order = given.ranked(key, count, "random", backend, name).ids_keep
     most = (groups >= 0).sum(1) if unit == "token" else _present(groups, count)
-    exact = most.double()[:, None] * torch.tensor(ratios, dtype=torch.float64, device=device)
-    budgets = {"round": exact.round, "floor": (exact + 1e-9).floor, "ceil": (exact - 1e-9).ceil}[rounding]().long()
-    budgets = budgets.clamp(
-        min=given.size(name, "at_least", at_least),
-        max=2**62 if at_most is None else given.size(name, "at_most", at_most),
-    )
-    budgets = torch.minimum(budgets, most[:, None]).expand(rows, -1)
+    bounds = given.size(name, "at_least", at_least), 2**62 if at_most is None else given.size(name, "at_most", at_most)
+    budgets = _budgets(most, ratios, rounding, *bounds).expand(rows, -1)
     op = find_op("mask_sampling_groups", device.type, backend, name)
     level = op(order, groups, budgets, unit == "token")
     if not isinstance(mask_ratio, Sequence):
         return level == 0
     return level <= torch.arange(len(ratios), device=device)[:, None, None]
+
+
+def _budgets(most: Tensor, ratios: list[float], rounding: str, at_least: int, at_most: int) -> Tensor:
+    """int64 [B, L]: the rounded ratios of most [B], within bounds and most itself."""
+    exact = most.double()[:, None] * torch.tensor(ratios, dtype=torch.float64, device=most.device)
+    # 0.2 of 35 is a little above 7.
+    whole = {"round": exact.round, "floor": (exact + 1e-9).floor, "ceil": (exact - 1e-9).ceil}[rounding]().long()
+    return torch.minimum(whole.clamp(at_least, at_most), most[:, None])
 
 
 def _present(groups: Tensor, count: int) -> Tensor:

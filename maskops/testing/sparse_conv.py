@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from maskops.reference import sparse_conv as reference
+from maskops.testing import sparse_conv_block as block
 from maskops.testing import ErrorSample, Sample, randn
 
 G = torch.Generator
@@ -152,6 +153,7 @@ SAMPLES = [
     Sample(GRAD_WEIGHT, "space", _grad_weight("space", (20, 37))),
     Sample(GRAD_WEIGHT, "groups", _grad_weight("plane", (12, 20), groups=4)),
     Sample(GRAD_WEIGHT, "depthwise", _grad_weight("plane", (21, 21), groups=21)),
+    *block.SAMPLES,
 ]
 
 
@@ -191,6 +193,7 @@ ERRORS = [
     ErrorSample(CONV, "map_row", _at(3, lambda m: m + 99), IndexError, r"sparse_conv: map\[\d+, \d+\] must be in"),
     ErrorSample(CONV, "groups", _at(5, lambda g: 3), ValueError, "groups must divide 16 and 32 channels"),
     ErrorSample(GRAD_WEIGHT, "grad", _at(0, lambda g: g[1:]), ValueError, "grad must have shape"),
+    *block.ERRORS,
 ]
 
 
@@ -208,4 +211,5 @@ TRAFFIC = {
     REVERSE: lambda map, rows: 4 * (map.numel() + map.shape[0] * rows),
     CONV: _conv_bytes,
     GRAD_WEIGHT: lambda grad, x, map, groups: (grad.numel() + x.numel()) * x.element_size() + 4 * map.numel(),
+    **block.TRAFFIC,
 }

@@ -45,6 +45,23 @@ class ImageConfig:
         return self.grid[0] * self.grid[1]
 
 
+def paint_masked(
+    images: Tensor, pred: Tensor, split: TokenSplit, patch_size: tuple[int, int], norm_pix: bool
+) -> tuple[Tensor, Tensor]:
+    """(the visible patches alone, the visible patches with the prediction in the gaps), both as images.  pred [B, N, V].
+
+    With norm_pix the prediction is of normalised patches; it is shown with the mean and deviation of the true patch, as usual.
+    """
+    patches = maskops.patchify(images, patch_size)
+    pred = pred.to(patches.dtype)
+    if norm_pix:
+        variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
+        pred = pred * (variance + 1e-6).sqrt() + mean
+    masked, size = split.mask[:, :, None], tuple(images.shape[2:])
+    visible = maskops.unpatchify(patches.masked_fill(masked, 0), patch_size, size)
+    return visible, maskops.unpatchify(torch.where(masked, pred, patches), patch_size, size)
+
+
 def block_masking(
     B: int, grid: tuple[int, int], num_mask: int, *, smallest: int = 4, aspect: float = 0.3, tries: int = 10,
     generator: torch.Generator | None = None, device: torch.device | str = "cpu",

@@ -18,9 +18,7 @@ def position_mask(cells: Tensor, H: int, W: int) -> Tensor:
 
 
 def channels_last(x: Tensor, dtype: torch.dtype) -> Tensor:
-    B, C, H, W = x.shape
-    out = torch.empty(B, H, W, C, dtype=dtype, device=x.device)
-    return out.copy_(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+    return torch.empty(x.shape, dtype=dtype, device=x.device, memory_format=torch.channels_last).copy_(x)
 
 
 def _active(x: Tensor, cells: Tensor) -> Tensor:
@@ -62,13 +60,13 @@ def _sparse_conv_block_grad_weight(
 def sparse_conv_block_max_pool(
     x: Tensor, cells: Tensor, kernel_size: list[int], stride: list[int], padding: list[int]
 ) -> tuple[Tensor, Tensor]:
-    (B, C, H, W), (kh, kw) = x.shape, kernel_size
+    (H, W), (kh, kw) = x.shape[2:], kernel_size
     # Windows side by side: [B, C, kh kw, positions]; what pads them is less than anything.
     wide = F.pad(_active(x, cells), (padding[1], padding[1], padding[0], padding[0]), value=-torch.inf)
     seen = F.pad(position_mask(cells, H, W), (padding[1], padding[1], padding[0], padding[0]), value=False)
     windows = wide.unfold(2, kh, stride[0]).unfold(3, kw, stride[1]).flatten(4)
     seen = seen.unfold(2, kh, stride[0]).unfold(3, kw, stride[1]).flatten(4).expand_as(windows)
-    value, tap = windows.max(-1) if windows.numel() else (windows.new_zeros(windows.shape[:-1]),) * 2
+    value = windows.amax(-1)
     tap = (windows == value[..., None]).int().argmax(-1)  # the first of equal ones
     is_nan = windows.isnan()
     tap = torch.where(is_nan.any(-1), is_nan.int().argmax(-1), tap)
@@ -81,7 +79,7 @@ def _sparse_conv_block_max_pool_backward(
     grad: Tensor, taps: Tensor, cells: Tensor, size: list[int], kernel_size: list[int], stride: list[int], padding: list[int]
 ) -> Tensor:  # fmt: skip
     B, C, h, w = grad.shape
-    (H, W), (kh, kw) = size, kernel_size
+    (H, W), kw = size, kernel_size[1]
     wide = torch.where(taps == NOBODY, 0, grad).to(accumulation_dtype(grad.dtype))
     tap = torch.where(taps == NOBODY, 0, taps).long()
     y = torch.arange(h, device=grad.device)[:, None] * stride[0] - padding[0] + tap // kw
@@ -135,7 +133,11 @@ def _sparse_conv_block_norm_sums(grad: Tensor, x: Tensor, mean: Tensor, cells: T
 def _sparse_conv_block_norm_backward(
     grad: Tensor, x: Tensor, mean: Tensor, of_grad: Tensor, of_x: Tensor, constant: Tensor, cells: Tensor
 ) -> Tensor:
-    found = _active(grad, cells) * _spread(of_grad) + (_active(x, cells) - _spread(mean)) * _spread(of_x) + _spread(constant)
+    found = (
+        _active(grad, cells) * _spread(of_grad)
+        + (_active(x, cells) - _spread(mean)) * _spread(of_x)
+        + _spread(constant)
+    )
     return channels_last(_active(found, cells), x.dtype)
 
 
@@ -146,7 +148,9 @@ def _normalised(x: Tensor, cells: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return off * rstd, rstd
 
 
-def sparse_conv_block_layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, cells: Tensor, eps: float) -> Tensor:
+def sparse_conv_block_layer_norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, cells: Tensor, eps: float
+) -> Tensor:
     y = _normalised(x, cells, eps)[0]
     y = y if weight is None else y * weight[:, None, None]
     y = y if bias is None else y + bias[:, None, None]

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from maskops.reference import sparse_conv as reference
-from maskops.testing import sparse_conv_block as block
 from maskops.testing import ErrorSample, Sample, randn
+from maskops.testing import sparse_conv_block as block
 
 G = torch.Generator
 MAP, OUTPUTS, REVERSE = "sparse_conv_map", "sparse_conv_outputs", "sparse_conv_reverse"

@@ -52,8 +52,8 @@ def _conv(
     name: str, *, groups: int = 1, channels: tuple[int, int] | None = None, bias: bool = True, kind: str = "some",
     layout: str = "last", batch: int | None = None,
 ) -> Callable:  # fmt: skip
-    B, C, O, size, parts, kernel, stride, padding = SIZES[name]  # noqa: E741
-    C, O = channels or (C, O)  # noqa: E741
+    B, C, O, size, parts, kernel, stride, padding = SIZES[name]
+    C, O = channels or (C, O)
 
     def make(dtype: torch.dtype, g: G) -> tuple:
         cells = cells_of(g, B, *parts, kind)[:batch]
@@ -88,7 +88,9 @@ def _grad_weight(name: str, **options: object) -> Callable:
     return make
 
 
-def _pool(name: str, C: int, *, padding: tuple[int, int] | None = None, layout: str = "last", kind: str = "some") -> Callable:
+def _pool(
+    name: str, C: int, *, padding: tuple[int, int] | None = None, layout: str = "last", kind: str = "some"
+) -> Callable:
     B, _, _, size, parts, kernel, stride, own = SIZES[name]
 
     def make(dtype: torch.dtype, g: G) -> tuple:
@@ -109,7 +111,11 @@ def _pool_backward(name: str, C: int) -> Callable:
 
 
 # B, C, groups, size of the image, cells along it
-NORMS = {"batch": (3, 20, 20, (8, 6), (4, 3)), "group": (3, 12, 4, (6, 6), (3, 2)), "instance": (2, 33, 33, (4, 4), (2, 2))}
+NORMS = {
+    "batch": (3, 20, 20, (8, 6), (4, 3)),
+    "group": (3, 12, 4, (6, 6), (3, 2)),
+    "instance": (2, 33, 33, (4, 4), (2, 2)),
+}
 
 
 def _image(name: str, dtype: torch.dtype, g: G, kind: str = "some", layout: str = "last") -> tuple[Tensor, Tensor]:
@@ -231,17 +237,29 @@ ERRORS = [
     ErrorSample(CONV, "x", _at(0, lambda x: x[0]), ValueError, r"block_masked_conv: x must have shape \[B, C, H, W\]"),
     ErrorSample(CONV, "cells_dtype", _at(3, Tensor.long), ValueError, "cells must be bool"),
     ErrorSample(CONV, "cells_batch", _at(3, lambda c: c[1:]), ValueError, "cells must have shape"),
-    ErrorSample(CONV, "cells_size", _at(3, lambda c: c.repeat(1, 3, 1)), ValueError, "cells must divide 12 x 8 positions"),
+    ErrorSample(
+        CONV, "cells_size", _at(3, lambda c: c.repeat(1, 3, 1)), ValueError, "cells must divide 12 x 8 positions"
+    ),
     ErrorSample(CONV, "weight", _at(1, lambda w: w[:, 1:]), ValueError, "weight must have shape"),
-    ErrorSample(CONV, "kernel", _at(1, lambda w: w.repeat(1, 1, 3, 1)), ValueError, "weight must have two kernel sizes from 1 to 7"),
+    ErrorSample(
+        CONV,
+        "kernel",
+        _at(1, lambda w: w.repeat(1, 1, 3, 1)),
+        ValueError,
+        "weight must have two kernel sizes from 1 to 7",
+    ),
     ErrorSample(CONV, "bias", _at(2, lambda b: b[1:]), ValueError, "bias must have shape"),
-    ErrorSample(CONV, "stride", _at(4, lambda s: [1, 3]), ValueError, "stride must divide the 4 x 4 positions of a cell"),
+    ErrorSample(
+        CONV, "stride", _at(4, lambda s: [1, 3]), ValueError, "stride must divide the 4 x 4 positions of a cell"
+    ),
     ErrorSample(CONV, "padding", _at(5, lambda p: [0, 1]), ValueError, "padding must give 12 x 8 positions"),
     ErrorSample(CONV, "groups", _at(6, lambda g: 3), ValueError, "groups must divide 20 and 37 channels"),
     ErrorSample(GRAD_INPUT, "grad", _at(0, lambda g: g[:, :, 1:]), ValueError, "grad must have shape"),
     ErrorSample(GRAD_WEIGHT, "grad", _at(0, lambda g: g[:, :, 1:]), ValueError, "grad must have shape"),
     ErrorSample(POOL, "padding", _at(4, lambda p: [2, 2]), ValueError, "block_masked_max_pool: padding must"),
-    ErrorSample(POOL, "kernel", _at(2, lambda k: [3, 9]), ValueError, "kernel_size must have two kernel sizes from 1 to 7"),
+    ErrorSample(
+        POOL, "kernel", _at(2, lambda k: [3, 9]), ValueError, "kernel_size must have two kernel sizes from 1 to 7"
+    ),
     ErrorSample(POOL_BACK, "taps", _at(1, Tensor.int), ValueError, "taps must be uint8"),
     ErrorSample(MOMENTS, "cells", _at(1, lambda c: c[:, :0]), ValueError, "cells must divide 8 x 6 positions"),
     ErrorSample(NORM, "mean", _at(1, lambda m: m[:, 1:]), ValueError, "mean must have shape"),
@@ -258,16 +276,16 @@ def _share(cells: Tensor) -> float:
     return cells.float().mean().item() if cells.numel() else 0.0
 
 
-def _conv_bytes(
-    x: Tensor, weight: Tensor, bias: Tensor | None, cells: Tensor, stride: list[int], *rest: object
-) -> int:
+def _conv_bytes(x: Tensor, weight: Tensor, bias: Tensor | None, cells: Tensor, stride: list[int], *rest: object) -> int:
     out = x.numel() // max(x.shape[1], 1) * weight.shape[0] // (stride[0] * stride[1])
     return int(x.numel() * _share(cells) + weight.numel() + out) * x.element_size()
 
 
 TRAFFIC = {
     CONV: _conv_bytes,
-    POOL: lambda x, cells, kernel_size, stride, padding: int(x.numel() * (_share(cells) + 1 / stride[0] / stride[1])) * x.element_size(),
+    POOL: lambda x, cells, kernel_size, stride, padding: (
+        int(x.numel() * (_share(cells) + 1 / stride[0] / stride[1])) * x.element_size()
+    ),
     NORM: lambda x, mean, rstd, weight, bias, cells, *rest: int(x.numel() * (1 + _share(cells))) * x.element_size(),
     LAYER: lambda x, weight, bias, cells, eps: int(x.numel() * (1 + _share(cells))) * x.element_size(),
 }

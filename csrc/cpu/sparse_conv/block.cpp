@@ -196,16 +196,16 @@ Tensor sparse_conv_block(const Tensor& x_any, const Tensor& weight_any, std::opt
   const std::optional<Tensor> bias = bias_any ? std::optional<Tensor>(contiguous_or_copy(*bias_any)) : std::nullopt;
   const Cells cells(cells_any);
   const int64_t C = x.size(3), O = weight.size(0), H = x.size(1), W = x.size(2);
-  Tensor out = empty_like_device(x, {x.size(0), sizes.H, sizes.W, O});
+  Tensor out = empty_images(x, x.size(0), O, sizes.H, sizes.W);
   cells.clear_hidden(out);
-  if (cells.count() == 0 || out.numel() == 0) return as_images(out);
+  if (cells.count() == 0 || out.numel() == 0) return out;
   const Sizes kernel = kernel_of(weight);
   if (is_depthwise(C, O, groups)) {
     DepthwiseArgs args = depthwise_args(x, cells, H, W, kernel);
     args.weight = weight.const_data_ptr(), args.bias = bias ? bias->const_data_ptr() : nullptr, args.out = out.mutable_data_ptr();
     args.sy = stride[0], args.sx = stride[1], args.py = padding[0], args.px = padding[1];
     run_depthwise(args);
-    return as_images(out);
+    return out;
   }
   const Source source(x, cells);
   const Rows rows(cells, axis_of(kernel[0], stride[0], padding[0], H / cells.h, false),
@@ -218,7 +218,7 @@ Tensor sparse_conv_block(const Tensor& x_any, const Tensor& weight_any, std::opt
   args.of_depth = args.taps, args.of_column = args.depth * args.taps, args.of_group = args.columns * args.of_column;
   args.dtype = static_cast<int>(dtype_of(x));
   run_forward(args);
-  return as_images(out);
+  return out;
 }
 
 Tensor sparse_conv_block_grad_input(const Tensor& grad_any, const Tensor& weight_any, const Tensor& cells_any, Sizes size, Sizes stride,
@@ -227,9 +227,9 @@ Tensor sparse_conv_block_grad_input(const Tensor& grad_any, const Tensor& weight
   const Tensor grad = as_rows(grad_any), weight = contiguous_or_copy(weight_any);
   const Cells cells(cells_any);
   const int64_t C = weight.size(1) * groups, O = weight.size(0), H = size[0], W = size[1];
-  Tensor out = empty_like_device(grad, {grad.size(0), H, W, C});
+  Tensor out = empty_images(grad, grad.size(0), C, H, W);
   cells.clear_hidden(out);
-  if (cells.count() == 0 || out.numel() == 0) return as_images(out);
+  if (cells.count() == 0 || out.numel() == 0) return out;
   const Sizes kernel = kernel_of(weight);
   if (is_depthwise(C, O, groups)) {
     DepthwiseArgs args = depthwise_args(grad, cells, H, W, kernel);
@@ -237,7 +237,7 @@ Tensor sparse_conv_block_grad_input(const Tensor& grad_any, const Tensor& weight
     args.uy = stride[0], args.ux = stride[1], args.py = kernel[0] - 1 - padding[0], args.px = kernel[1] - 1 - padding[1];
     args.flipped = true;
     run_depthwise(args);
-    return as_images(out);
+    return out;
   }
   const Source source(grad, cells);
   const Rows rows(cells, axis_of(kernel[0], stride[0], padding[0], H / cells.h, true),
@@ -250,7 +250,7 @@ Tensor sparse_conv_block_grad_input(const Tensor& grad_any, const Tensor& weight
   args.of_column = args.taps, args.of_depth = args.columns * args.taps, args.of_group = args.depth * args.of_depth;
   args.dtype = static_cast<int>(dtype_of(grad));
   run_forward(args);
-  return as_images(out);
+  return out;
 }
 
 void run_depthwise_weight(DepthwiseArgs& args) {

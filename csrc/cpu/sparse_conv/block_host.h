@@ -14,9 +14,13 @@ namespace maskops {
 inline Tensor as_rows(const Tensor& x) {
   return contiguous_or_copy(torch::stable::transpose(torch::stable::transpose(x, 1, 3), 1, 2));
 }
-// [B, H, W, C] seen as [B, C, H, W].
-inline Tensor as_images(const Tensor& rows) {
-  return torch::stable::transpose(torch::stable::transpose(rows, 1, 2), 1, 3);
+// A new [B, C, H, W] in channels_last memory: no view, as what follows may write in place.
+inline Tensor empty_images(const Tensor& like, int64_t B, int64_t C, int64_t H, int64_t W, ScalarType type) {
+  return with_huge_pages(torch::stable::empty({B, C, H, W}, type, std::nullopt, like.device(), std::nullopt,
+                                              torch::headeronly::MemoryFormat::ChannelsLast));
+}
+inline Tensor empty_images(const Tensor& like, int64_t B, int64_t C, int64_t H, int64_t W) {
+  return empty_images(like, B, C, H, W, like.scalar_type());
 }
 
 struct Cells {
@@ -33,10 +37,10 @@ struct Cells {
   }
   int64_t count() const { return static_cast<int64_t>(active.size()); }
 
-  // Zeros (or bytes) into the hidden cells of rows [B, H, W, C].
-  void clear_hidden(Tensor& rows, int byte = 0) const {
-    const int64_t H = rows.size(1), W = rows.size(2), ch = H / h, run = W / w * rows.size(3) * static_cast<int64_t>(rows.element_size());
-    char* to = static_cast<char*>(rows.mutable_data_ptr());
+  // Zeros (or bytes) into the hidden cells of images in channels_last memory.
+  void clear_hidden(Tensor& x, int byte = 0) const {
+    const int64_t H = x.size(2), ch = H / h, run = x.size(3) / w * x.size(1) * static_cast<int64_t>(x.element_size());
+    char* to = static_cast<char*>(x.mutable_data_ptr());
     if (run == 0) return;
     parallel_for(B * H, w * run, [&](int64_t begin, int64_t end) {
       for (int64_t line = begin; line < end; ++line) {

@@ -1,4 +1,4 @@
-"""block_masked_conv and block_masked_max_pool: dense [B, C, H, W] under a mask that is constant in cells; hidden cells cost nothing."""
+"""block_masked_conv and block_masked_max_pool: dense [B, C, H, W] under a mask of cells; hidden cells cost nothing."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,7 +7,16 @@ import torch
 from torch import Tensor
 
 from maskops._backends import find_op, public
-from maskops._checks import FLOATS, check_is_tensor, check_is_tensor_or_none, check_tensor, describe, fail, integer, integers
+from maskops._checks import (
+    FLOATS,
+    check_is_tensor,
+    check_is_tensor_or_none,
+    check_tensor,
+    describe,
+    fail,
+    integer,
+    integers,
+)
 from maskops._registry import OpSpec, define_op
 from maskops.reference import sparse_conv_block as reference
 
@@ -159,7 +168,7 @@ def _check_conv(
     return check_windows(CONV, x, cells, weight.shape[2:], stride, padding, "weight")
 
 
-def _check_groups(C: int, O: int, groups: int) -> None:  # noqa: E741
+def _check_groups(C: int, O: int, groups: int) -> None:
     if groups < 1 or C % groups or O % groups:
         fail(CONV, "groups", f"divide {int(C)} and {int(O)} channels", groups)
 
@@ -168,7 +177,9 @@ def _check_grad_input(
     grad: Tensor, weight: Tensor, cells: Tensor, size: list[int], stride: list[int], padding: list[int], groups: int
 ) -> None:
     check_tensor(CONV, "grad", grad, "[B, O, H, W]", FLOATS, (None, None, None, None), grad)
-    check_tensor(CONV, "weight", weight, "[O, C / groups, kh, kw]", (grad.dtype,), (grad.shape[1], None, None, None), grad)
+    check_tensor(
+        CONV, "weight", weight, "[O, C / groups, kh, kw]", (grad.dtype,), (grad.shape[1], None, None, None), grad
+    )
     _check_groups(weight.shape[1] * max(groups, 1), weight.shape[0], groups)
     if len(size) != 2:
         fail(CONV, "size", "be two numbers", list(size))
@@ -207,7 +218,8 @@ def _check_pool_backward(
 
 
 def empty_channels_last(like: Tensor, B: int, C: int, H: int, W: int, dtype: torch.dtype | None = None) -> Tensor:
-    return like.new_empty((B, H, W, C), dtype=dtype or like.dtype).permute(0, 3, 1, 2)
+    """No view of another tensor: what follows may write in place."""
+    return torch.empty((B, C, H, W), dtype=dtype or like.dtype, device=like.device, memory_format=torch.channels_last)
 
 
 # ---------------------------------------------------------------- the ops

@@ -20,7 +20,6 @@ def all_reduce(x: Tensor, group: str) -> Tensor:
     return collectives.all_reduce(x.contiguous(), "sum", group)
 
 
-
 def _check_stats(x: Tensor, cells: Tensor, **stats: Tensor) -> None:
     """Each of them [S, C] with the same S, 1 or B."""
     check_cells(NORM, x, cells)
@@ -50,7 +49,7 @@ def _check_norm(
 
 
 def _setup_norm(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    x, mean, rstd, weight, bias, cells, count, ctx.groups, ctx.group = inputs
+    x, mean, rstd, weight, _, cells, count, ctx.groups, ctx.group = inputs
     ctx.save_for_backward(x, mean, rstd, weight, cells, count)
 
 
@@ -68,7 +67,10 @@ def _backward_norm(ops: Any, ctx: Any, grad: Tensor) -> tuple:
         sums = all_reduce(sums, ctx.group) if ctx.group else sums
         sums = sums if weight is None else sums * weight
         each = x.shape[1] // ctx.groups
-        sums = sums.unflatten(2, (ctx.groups, each)).sum(3).repeat_interleave(each, 2) / (count * each).clamp(min=1)[:, None]
+        sums = (
+            sums.unflatten(2, (ctx.groups, each)).sum(3).repeat_interleave(each, 2)
+            / (count * each).clamp(min=1)[:, None]
+        )
         of_x, constant = -sums[1] * rstd.pow(3), -sums[0] * rstd
     grad_x = ops._sparse_conv_block_norm_backward(grad, x, mean, of_grad, of_x, constant, cells)
     return grad_x, None, None, grad_weight, grad_bias, *[None] * 4

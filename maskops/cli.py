@@ -22,15 +22,7 @@ class System(str, Enum):
     """Systems that can be pre-trained."""
 
     mae = "mae"
-
-
-class Size(str, Enum):
-    """Names in maskops.models.mae.SIZES."""
-
-    tiny = "tiny"
-    small = "small"
-    base = "base"
-    large = "large"
+    spark = "spark"
 
 
 class Method(str, Enum):
@@ -63,10 +55,18 @@ def pretrain(
     system: Annotated[System, typer.Option(help="What to train.")] = System.mae,
     epochs: Annotated[float, typer.Option(min=0.0, help="Passes over the images.")] = 100,
     batch_size: Annotated[int, typer.Option(min=1, help="Images per step and process.")] = 64,
-    mask_ratio: Annotated[float, typer.Option(help="Share of patches that are masked, above 0 and below 1.")] = 0.75,
-    size: Annotated[Size, typer.Option(help="Size of the model.")] = Size.base,
+    mask_ratio: Annotated[
+        float | None, typer.Option(help="Share of patches that are masked, above 0 and below 1. Default: as published.")
+    ] = None,
+    size: Annotated[
+        str,
+        typer.Option(help="Size of the model: tiny, small, base, large; for spark also resnet50, convnext_base, ..."),
+    ] = "base",
     image_size: Annotated[int, typer.Option(min=1, help="Height and width of the crops.")] = 224,
-    patch_size: Annotated[int, typer.Option(min=1, help="Height and width of a patch.")] = 16,
+    patch_size: Annotated[
+        int | None,
+        typer.Option(min=1, help="Height and width of a patch. Default: 16; of spark the stride of the CNN, 32."),
+    ] = None,
     norm_pix: Annotated[bool, typer.Option(help="Predict patches normalised by their mean and deviation.")] = True,
     lr: Annotated[
         float, typer.Option(min=0.0, help="Learning rate for 256 images a step; scaled with the batch.")
@@ -86,18 +86,17 @@ def pretrain(
     _need("accelerate", "safetensors", "PIL", "rich")
     from maskops.checkpoint import CheckpointError
     from maskops.data import EmptyFolderError
-    from maskops.models.mae import MAEConfig
-    from maskops.train import Settings, TrainingError
+    from maskops.train import SYSTEMS, Settings, TrainingError
     from maskops.train import pretrain as train
 
     if not 0 < epochs < 1e6:
         _fail(f"--epochs must be above 0 and below 1000000, got {epochs}", 2)
-    if not 0 < mask_ratio < 1:
+    if mask_ratio is not None and not 0 < mask_ratio < 1:
         _fail(f"--mask-ratio must be above 0 and below 1, got {mask_ratio:g}", 2)
     try:
-        config = MAEConfig.of_size(
-            size.value, image_size=image_size, patch_size=patch_size, mask_ratio=mask_ratio, norm_pix=norm_pix
-        )
+        changes = {"image_size": image_size, "patch_size": patch_size, "mask_ratio": mask_ratio, "norm_pix": norm_pix}
+        kind = SYSTEMS[system.value][0]
+        config = kind.of_size(size, **{name: value for name, value in changes.items() if value is not None})
         result = train(
             config,
             Settings(

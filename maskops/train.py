@@ -25,9 +25,20 @@ from maskops import TokenSplit, checkpoint
 from maskops.checkpoint import CheckpointError
 from maskops.data import Crop, GlobalBatches, ImageFolder
 from maskops.models.mae import MAE, MAEConfig
+from maskops.models.spark import SparK, SparKConfig
 from maskops.progress import TrainingProgress
 
 _LOG_EVERY = 10  # steps between two looks at the losses, each of which waits for the device
+
+
+SYSTEMS: dict[str, tuple[type, type[nn.Module]]] = {"mae": (MAEConfig, MAE), "spark": (SparKConfig, SparK)}
+"""Name -> (config, model). A model takes (images, split=...) and returns a loss, a prediction of patches and the split."""
+Config = MAEConfig | SparKConfig
+
+
+def system_of(config: Config) -> str:
+    """The name in SYSTEMS."""
+    return next(name for name, (kind, _) in SYSTEMS.items() if type(config) is kind)
 
 
 class TrainingError(RuntimeError):
@@ -68,8 +79,8 @@ class Result:
     unreadable: dict[str, str]
 
 
-def pretrain(config: MAEConfig, settings: Settings) -> Result:
-    """Train an MAE on settings.images; writes losses.jsonl, checkpoints/ and model/ below settings.out.
+def pretrain(config: Config, settings: Settings) -> Result:
+    """Train the model of config on settings.images; writes losses.jsonl, checkpoints/ and model/ below settings.out.
 
     Raises:
         EmptyFolderError: no readable image.
@@ -83,7 +94,7 @@ def pretrain(config: MAEConfig, settings: Settings) -> Result:
     if accelerator.scaler is not None:
         raise TrainingError("mixed precision must be bf16 or off, got fp16")
     run = _Run(accelerator, config, settings)
-    with TrainingProgress(run.total_steps, run.step, title="mae", shown=accelerator.is_main_process) as progress:
+    with TrainingProgress(run.total_steps, run.step, title=run.system, shown=accelerator.is_main_process) as progress:
         run.train(progress)
     return run.finish(progress.images_per_second)
 
@@ -91,14 +102,15 @@ def pretrain(config: MAEConfig, settings: Settings) -> Result:
 class _Run:
     """The state of one training run in one process."""
 
-    def __init__(self, accelerator: Accelerator, config: MAEConfig, settings: Settings) -> None:
+    def __init__(self, accelerator: Accelerator, config: Config, settings: Settings) -> None:
         self.accelerator, self.config, self.settings = accelerator, config, settings
+        self.system = system_of(config)
         self.data = ImageFolder(settings.images, Crop(config.image_hw, settings.crop_scale), settings.seed)
         self.global_batch = settings.batch_size * accelerator.num_processes
         self.total_steps = max(1, math.ceil(settings.epochs * len(self.data) / self.global_batch))
         # Every process starts from the same weights.
         torch.manual_seed(settings.seed)
-        self.plain_model = MAE(config)
+        self.plain_model = SYSTEMS[self.system][1](config)
         optimizer = make_optimizer(self.plain_model, settings.weight_decay)
         # Placed by hand: the saved state of the optimiser must find its parameters where they stay.
         self.plain_model.to(accelerator.device)
@@ -223,7 +235,7 @@ class _Run:
         names = "\n".join(path.relative_to(self.settings.images).as_posix() for path in self.data.paths)
         same = ("epochs", "lr", "weight_decay", "warmup_epochs", "seed")
         return {
-            "system": "mae", "model": _jsonable(dataclasses.asdict(self.config)), "total_steps": self.total_steps,
+            "system": self.system, "model": _jsonable(dataclasses.asdict(self.config)), "total_steps": self.total_steps,
             "global_batch": self.global_batch, "crop_scale": list(self.settings.crop_scale),
             "mixed_precision": self.accelerator.mixed_precision, "images": len(self.data),
             "image_names": hashlib.sha256(names.encode()).hexdigest(),
@@ -260,7 +272,8 @@ class _Run:
         self._report(late)
         folder = self.settings.out / "model"
         if self.accelerator.is_main_process:
-            checkpoint.save_model(folder, self.plain_model, _jsonable(dataclasses.asdict(self.config)))
+            fields = _jsonable(dataclasses.asdict(self.config))
+            checkpoint.save_model(folder, self.plain_model, {"system": self.system, **fields})
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
         unreadable = {str(path): reason for path, reason in {**self.data.unreadable, **late}.items()}
@@ -290,7 +303,7 @@ def rows_of(split: TokenSplit, start: int, stop: int) -> TokenSplit:
     return TokenSplit(*rows, cu_seqlens, split.max_seqlen, (stop - start) * split.max_seqlen)
 
 
-def load_pretrained(folder: str | Path) -> MAE:
+def load_pretrained(folder: str | Path) -> MAE | SparK:
     """The model of a run: its out/model folder, or out itself."""
     folder = Path(folder)
     folder = folder if (folder / "config.json").exists() else folder / "model"
@@ -298,8 +311,11 @@ def load_pretrained(folder: str | Path) -> MAE:
         fields = json.loads((folder / "config.json").read_text())
     except (OSError, json.JSONDecodeError) as error:
         raise CheckpointError(f"{folder} holds no trained model: {error}") from error
-    size = fields["image_size"]
-    model = MAE(MAEConfig(**{**fields, "image_size": size if isinstance(size, int) else tuple(size)}))
+    size, system = fields["image_size"], fields.pop("system", "mae")  # earlier runs are of an MAE and do not say so
+    if system not in SYSTEMS:
+        raise CheckpointError(f"{folder} is of the system {system!r}, which is none of {list(SYSTEMS)}")
+    config, kind = SYSTEMS[system]
+    model = kind(config(**{**fields, "image_size": size if isinstance(size, int) else tuple(size)}))
     checkpoint.load_model(folder, model)
     return model.eval()
 

@@ -17,7 +17,7 @@ NORM, LAYER = "sparse_conv_block_norm", "masked_layer_norm"
 def all_reduce(x: Tensor, group: str) -> Tensor:
     from torch.distributed import _functional_collectives as collectives
 
-    return collectives.all_reduce(x.contiguous(), "sum", group)
+    return collectives.wait_tensor(collectives.all_reduce(x.contiguous(), "sum", group))
 
 
 def _check_stats(x: Tensor, cells: Tensor, **stats: Tensor) -> None:

@@ -150,13 +150,50 @@ def case_sparse_conv(batch: int, count: int) -> tuple[Callable, tuple]:
     return f, (*(t.requires_grad_() for t in leaves), places(batch, count))
 
 
+def block_inputs(batch: int, count: int, *leaves: tuple[int, ...]) -> list[Tensor]:
+    """x [batch, 10, 44, count / 2], cells of 4 x 4 positions, and more leaves."""
+    cells = torch.rand(batch, 11, count // 8, generator=torch.Generator().manual_seed(0)) < 0.5
+    first, *others = (torch.randn(*shape, requires_grad=True) for shape in ((batch, 10, 44, count // 2), *leaves))
+    return [first, cells, *others]
+
+
+def case_block_conv(batch: int, count: int) -> tuple[Callable, tuple]:
+    x, cells, *rest = block_inputs(batch, count, (DIM, 5, 3, 3), (DIM,))
+    return lambda x, c, w, b: maskops.block_masked_conv(x, w, c, b, stride=2, padding=1, groups=2), (x, cells, *rest)
+
+
+def case_block_pool(batch: int, count: int) -> tuple[Callable, tuple]:
+    return lambda x, c: maskops.block_masked_max_pool(x, c, 3, stride=2, padding=1), tuple(block_inputs(batch, count))
+
+
+def case_batch_norm(batch: int, count: int) -> tuple[Callable, tuple]:
+    def f(x: Tensor, cells: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return maskops.masked_batch_norm(x, cells, None, None, weight, bias, training=True)
+
+    return f, tuple(block_inputs(batch, count, (10,), (10,)))
+
+
+def case_group_norm(batch: int, count: int) -> tuple[Callable, tuple]:
+    return lambda x, c, w, b: maskops.masked_group_norm(x, c, 2, w, b), tuple(block_inputs(batch, count, (10,), (10,)))
+
+
+def case_instance_norm(batch: int, count: int) -> tuple[Callable, tuple]:
+    return lambda x, c, w, b: maskops.masked_instance_norm(x, c, w, b), tuple(block_inputs(batch, count, (10,), (10,)))
+
+
+def case_layer_norm(batch: int, count: int) -> tuple[Callable, tuple]:
+    return lambda x, c, w, b: maskops.masked_layer_norm(x, c, w, b), tuple(block_inputs(batch, count, (10,), (10,)))
+
+
 CASES = {
     "split_tokens": case_split, "random_masking": case_masking, "gather_tokens": case_gather, "restore_tokens": case_restore,
     "pack_tokens": case_pack, "unpack_tokens": case_unpack, "patchify": case_patchify, "unpatchify": case_unpatchify,
     "embed_patches": case_embed, "masked_patch_loss": case_loss, "nm_mask": case_nm_mask, "nm_compress": case_nm_compress,
     "nm_linear": case_nm_linear, "pack_bitmask": case_pack_bitmask, "bitmask_linear": case_bitmask_linear,
     "nm_soft_linear": case_nm_soft_linear, "masked_attention": case_masked_attention, "kernel_map": case_kernel_map,
-    "sparse_conv": case_sparse_conv,
+    "sparse_conv": case_sparse_conv, "block_masked_conv": case_block_conv, "block_masked_max_pool": case_block_pool,
+    "masked_batch_norm": case_batch_norm, "masked_group_norm": case_group_norm, "masked_instance_norm": case_instance_norm,
+    "masked_layer_norm": case_layer_norm,
 }  # fmt: skip
 
 
@@ -233,7 +270,8 @@ AUTOCAST = {
     "gather_tokens": torch.float32, "restore_tokens": torch.float32, "pack_tokens": torch.float32,
     "unpack_tokens": torch.float32, "patchify": torch.float32, "unpatchify": torch.float32, "embed_patches": torch.bfloat16,
     "masked_patch_loss": torch.float32, "nm_linear": torch.bfloat16, "bitmask_linear": torch.bfloat16,
-    "nm_soft_linear": torch.bfloat16, "sparse_conv": torch.bfloat16,
+    "nm_soft_linear": torch.bfloat16, "sparse_conv": torch.bfloat16, "block_masked_conv": torch.bfloat16,
+    "masked_batch_norm": torch.float32, "masked_layer_norm": torch.float32,
 }  # fmt: skip
 
 

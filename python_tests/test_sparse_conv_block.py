@@ -1,4 +1,4 @@
-"""Block-masked layers: dense-then-multiply as the oracle, statistics of active positions, converted networks, processes, threads."""
+"""Block-masked layers: dense-then-multiply as the oracle, norms of active positions, converted networks, processes."""
 
 import copy
 import itertools
@@ -40,7 +40,7 @@ def assert_all_close(found: tuple, expected: tuple) -> None:
 @pytest.mark.parametrize("groups", [1, 3, 12])
 @pytest.mark.parametrize("kernel", range(1, 8))
 def test_conv_equals_dense_then_multiply(kernel: int, groups: int) -> None:
-    for stride, own in itertools.product((1, 2), (2, 4)):
+    for stride, own in itertools.product((1, 2), (2, 4) if kernel != 3 else (2, 4, 8)):
         padding = (kernel - 1) // 2
         if (2 * own + 2 * padding - kernel) // stride + 1 != 2 * own // stride:
             continue  # an even kernel that does not give H / stride positions

@@ -35,16 +35,16 @@ def image(g: G, dtype: torch.dtype, cells: Tensor, C: int, H: int, W: int, layou
 
 
 # B, C, O, size of the image, cells along it, kernel, stride, padding
-SIZES = {
-    "3x3": (3, 20, 37, (12, 8), (3, 2), (3, 3), (1, 1), (1, 1)),
-    "wide": (2, 66, 70, (8, 16), (2, 2), (3, 3), (1, 1), (1, 1)),
-    "1x1": (3, 17, 33, (6, 6), (3, 3), (1, 1), (1, 1), (0, 0)),
-    "stride": (3, 18, 24, (12, 8), (3, 2), (3, 3), (2, 2), (1, 1)),
-    "down": (2, 16, 20, (8, 8), (2, 2), (2, 2), (2, 2), (0, 0)),
-    "stem": (2, 3, 16, (16, 16), (2, 2), (7, 7), (2, 2), (3, 3)),
-    "pixels": (2, 16, 16, (5, 4), (5, 4), (5, 7), (1, 1), (2, 3)),
-    "uneven": (2, 16, 8, (12, 6), (2, 3), (1, 5), (2, 1), (0, 2)),
-    "patches": (2, 3, 24, (8, 12), (2, 3), (4, 4), (4, 4), (0, 0)),
+SIZES = {  # small: Triton's interpreter takes milliseconds for a kernel place of a tile
+    "3x3": (2, 20, 37, (6, 4), (3, 2), (3, 3), (1, 1), (1, 1)),
+    "wide": (1, 66, 70, (4, 8), (1, 2), (3, 3), (1, 1), (1, 1)),
+    "1x1": (2, 17, 33, (4, 4), (2, 2), (1, 1), (1, 1), (0, 0)),
+    "stride": (2, 18, 24, (8, 4), (2, 1), (3, 3), (2, 2), (1, 1)),
+    "down": (2, 16, 20, (4, 8), (1, 2), (2, 2), (2, 2), (0, 0)),
+    "stem": (2, 3, 16, (8, 8), (2, 2), (7, 7), (2, 2), (3, 3)),
+    "pixels": (2, 16, 16, (4, 3), (4, 3), (5, 7), (1, 1), (2, 3)),
+    "uneven": (2, 16, 8, (6, 6), (1, 3), (1, 5), (2, 1), (0, 2)),
+    "patches": (2, 3, 24, (8, 8), (2, 2), (4, 4), (4, 4), (0, 0)),
 }
 
 
@@ -194,15 +194,10 @@ SAMPLES = [
     Sample(CONV, "none", _conv("3x3", kind="none")),
     Sample(CONV, "all", _conv("stride", kind="all")),
     Sample(CONV, "empty", _conv("3x3", batch=0)),
-    *(Sample(GRAD_INPUT, name, _grad_input(name)) for name in ("3x3", "stride", "stem", "pixels")),
-    Sample(GRAD_INPUT, "groups", _grad_input("stride", groups=6)),
-    Sample(GRAD_INPUT, "depthwise", _grad_input("3x3", **DEPTHWISE)),
+    Sample(GRAD_INPUT, "3x3", _grad_input("3x3")),
     Sample(GRAD_INPUT, "depthwise_stride", _grad_input("stride", **DEPTHWISE)),
-    *(Sample(GRAD_WEIGHT, name, _grad_weight(name)) for name in ("3x3", "stride", "stem", "pixels")),
-    Sample(GRAD_WEIGHT, "groups", _grad_weight("stride", groups=6)),
-    Sample(GRAD_WEIGHT, "depthwise", _grad_weight("3x3", **DEPTHWISE)),
-    Sample(GRAD_WEIGHT, "depthwise_stride", _grad_weight("stride", **DEPTHWISE)),
-    Sample(GRAD_WEIGHT, "none", _grad_weight("3x3", kind="none")),
+    Sample(GRAD_WEIGHT, "3x3", _grad_weight("3x3")),
+    Sample(GRAD_WEIGHT, "none", _grad_weight("1x1", kind="none")),
     Sample(POOL, "stride", _pool("stride", 21)),
     Sample(POOL, "same", _pool("pixels", 5)),
     Sample(POOL, "down", _pool("down", 33, layout="first")),
@@ -238,7 +233,7 @@ ERRORS = [
     ErrorSample(CONV, "cells_dtype", _at(3, Tensor.long), ValueError, "cells must be bool"),
     ErrorSample(CONV, "cells_batch", _at(3, lambda c: c[1:]), ValueError, "cells must have shape"),
     ErrorSample(
-        CONV, "cells_size", _at(3, lambda c: c.repeat(1, 3, 1)), ValueError, "cells must divide 12 x 8 positions"
+        CONV, "cells_size", _at(3, lambda c: c.repeat(1, 3, 1)), ValueError, "cells must divide 6 x 4 positions"
     ),
     ErrorSample(CONV, "weight", _at(1, lambda w: w[:, 1:]), ValueError, "weight must have shape"),
     ErrorSample(
@@ -250,9 +245,9 @@ ERRORS = [
     ),
     ErrorSample(CONV, "bias", _at(2, lambda b: b[1:]), ValueError, "bias must have shape"),
     ErrorSample(
-        CONV, "stride", _at(4, lambda s: [1, 3]), ValueError, "stride must divide the 4 x 4 positions of a cell"
+        CONV, "stride", _at(4, lambda s: [1, 3]), ValueError, "stride must divide the 2 x 2 positions of a cell"
     ),
-    ErrorSample(CONV, "padding", _at(5, lambda p: [0, 1]), ValueError, "padding must give 12 x 8 positions"),
+    ErrorSample(CONV, "padding", _at(5, lambda p: [0, 1]), ValueError, "padding must give 6 x 4 positions"),
     ErrorSample(CONV, "groups", _at(6, lambda g: 3), ValueError, "groups must divide 20 and 37 channels"),
     ErrorSample(GRAD_INPUT, "grad", _at(0, lambda g: g[:, :, 1:]), ValueError, "grad must have shape"),
     ErrorSample(GRAD_WEIGHT, "grad", _at(0, lambda g: g[:, :, 1:]), ValueError, "grad must have shape"),

@@ -1,8 +1,8 @@
 """Rivals of block-masked convolution: the dense layer times the mask, as SparK computes, in both memory layouts; SparK's step.
 
 20 of 49 cells are active, batch 8. The floor of a row is the dense layer's flops times 20 / 49 at the multiply-add roof: no more
-than 49 / 20 = 2.45 of a dense layer that runs at it. What keeps us below: kernel places that reach into a neighbour, which are summed as
-zeros unless a whole tile of rows lacks them, and the zeros of hidden cells, which are written.
+than 49 / 20 = 2.45 of a dense layer that runs at it. What keeps us below it: kernel places that reach into a hidden neighbour,
+which are summed as zeros unless a whole tile of rows lacks them, and the zeros of hidden cells, which are written.
 """
 
 import copy

@@ -86,7 +86,7 @@ def pretrain(
     _need("accelerate", "safetensors", "PIL", "rich")
     from maskops.checkpoint import CheckpointError
     from maskops.data import EmptyFolderError
-    from maskops.train import SYSTEMS, Settings, TrainingError
+    from maskops.train import Settings, TrainingError, model_class
     from maskops.train import pretrain as train
 
     if not 0 < epochs < 1e6:
@@ -95,8 +95,9 @@ def pretrain(
         _fail(f"--mask-ratio must be above 0 and below 1, got {mask_ratio:g}", 2)
     try:
         changes = {"image_size": image_size, "patch_size": patch_size, "mask_ratio": mask_ratio, "norm_pix": norm_pix}
-        kind = SYSTEMS[system.value][0]
-        config = kind.of_size(size, **{name: value for name, value in changes.items() if value is not None})
+        config = model_class(system.value).Config.of_size(
+            size, **{name: value for name, value in changes.items() if value is not None}
+        )
         result = train(
             config,
             Settings(

@@ -7,7 +7,7 @@ B images, N cells, V values per cell, h x w cells; scales are counted from the c
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +15,11 @@ from torch import Tensor, nn
 import maskops
 from maskops import TokenSplit
 from maskops.models.cnn import ConvNeXt, Permute, ResNet, maps_of
-from maskops.models.images import ImageConfig, paint_masked
+from maskops.models.images import ImageConfig, paint_masked, rows_of
 from maskops.nn import MaskedLayerNorm2d, SyncedBatchNorm2d, block_mask, to_block_masked
+
+if TYPE_CHECKING:
+    from maskops.train import Step
 
 
 class SparKOutput(NamedTuple):
@@ -36,6 +39,7 @@ class SparKConfig(ImageConfig):
     multiplied by four); stem: "published" or "small" (stride 1; a patch of 1 for a ConvNeXt).
     """
 
+    system: ClassVar[str] = "spark"
     patch_size: int = 32
     mask_ratio: float = 0.6
     backbone: str = "resnet"
@@ -124,6 +128,8 @@ class SparK(nn.Module):
         (torch.Size([2, 64, 192]), torch.Size([2, 26]))
     """
 
+    Config = SparKConfig
+
     def __init__(self, config: SparKConfig) -> None:
         super().__init__()
         c = self.config = config
@@ -183,6 +189,13 @@ class SparK(nn.Module):
         pred = self.decode(self.encode(images, split), split)
         loss = maskops.masked_patch_loss(pred, images, split, self.patch_size, norm_pix=self.config.norm_pix)
         return SparKOutput(loss, pred, split)
+
+    def training_loss(self, images: Tensor, step: Step) -> Tensor:
+        """The loss of this process's rows of a step of maskops.train."""
+        split = maskops.random_masking(
+            step.total, self.config.num_patches, num_keep=self.config.num_keep, seed=step.seed, device=images.device
+        )
+        return self(images, split=rows_of(split, step.first, step.first + len(images))).loss
 
     def cells(self, split: TokenSplit) -> Tensor:
         """bool [B, h, w]: which cells are visible."""

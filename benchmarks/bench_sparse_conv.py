@@ -6,6 +6,7 @@ with one thread, where it agrees, and timed with as many as ours. How it is inst
 
 from typing import Any
 
+import _block_masked
 import torch
 from _harness import RIVAL_RMS, Case, Inputs, Timer, interleaved, quantiles
 from torch import Tensor
@@ -191,4 +192,4 @@ def cases() -> list[Case]:
                 f"{name}, map reused", "fwd+bwd", ours=ours, rivals={PLAIN: plain}, after=share_of_forward, **common
             )
             out.append(both)
-    return out + voxel_cases()
+    return out + voxel_cases() + _block_masked.cases()

@@ -27,6 +27,7 @@ class System(str, Enum):
     mae = "mae"
     colormae = "colormae"
     hpm = "hpm"
+    spark = "spark"
     maskgit = "maskgit"
 
 
@@ -35,15 +36,6 @@ class Data(str, Enum):
 
     digits = "digits"
     faces = "faces"
-
-
-class Size(str, Enum):
-    """Names in maskops.models.mae.SIZES."""
-
-    tiny = "tiny"
-    small = "small"
-    base = "base"
-    large = "large"
 
 
 class Method(str, Enum):
@@ -72,15 +64,25 @@ def _root() -> None:
 @app.command()
 def pretrain(
     out: Annotated[Path, typer.Option(help="Where losses.jsonl, checkpoints/ and model/ go.")],
-    images: Annotated[Path | None, typer.Option(help="mae: folder of images, searched with its subfolders.")] = None,
+    images: Annotated[
+        Path | None, typer.Option(help="Folder of images, searched with its subfolders; not for maskgit.")
+    ] = None,
     system: Annotated[System, typer.Option(help="What to train.")] = System.mae,
     data: Annotated[Data, typer.Option(help="maskgit: images that scikit-learn or scikit-image ships.")] = Data.digits,
     epochs: Annotated[float, typer.Option(min=0.0, help="Passes over the images.")] = 100,
     batch_size: Annotated[int, typer.Option(min=1, help="Images per step and process.")] = 64,
-    mask_ratio: Annotated[float, typer.Option(help="Share of patches that are masked, above 0 and below 1.")] = 0.75,
-    size: Annotated[Size, typer.Option(help="Size of the model.")] = Size.base,
+    mask_ratio: Annotated[
+        float | None, typer.Option(help="Share of patches that are masked, above 0 and below 1. Default: as published.")
+    ] = None,
+    size: Annotated[
+        str,
+        typer.Option(help="Size of the model: tiny, small, base, large; for spark also resnet50, convnext_base, ..."),
+    ] = "base",
     image_size: Annotated[int, typer.Option(min=1, help="Height and width of the crops.")] = 224,
-    patch_size: Annotated[int, typer.Option(min=1, help="Height and width of a patch.")] = 16,
+    patch_size: Annotated[
+        int | None,
+        typer.Option(min=1, help="Height and width of a patch. Default: 16; of spark the stride of the CNN, 32."),
+    ] = None,
     norm_pix: Annotated[bool, typer.Option(help="Predict patches normalised by their mean and deviation.")] = True,
     lr: Annotated[
         float | None,
@@ -101,7 +103,7 @@ def pretrain(
     if system is System.maskgit:
         refused = images is not None or bf16
         return _pretrain_maskgit(
-            refused, out, data.value, size.value, epochs, batch_size, lr, seed, resume, save_every or 500
+            refused, out, data.value, size, epochs, batch_size, lr, seed, resume, save_every or 500
         )
     _need("accelerate", "safetensors", "PIL", "rich")
     from maskops.checkpoint import CheckpointError
@@ -112,11 +114,12 @@ def pretrain(
     _check_epochs(epochs)
     try:
         if images is None:
-            raise ValueError("--images must be given with --system mae")
-        if not 0 < mask_ratio < 1:
+            raise ValueError(f"--images must be given with --system {system.value}")
+        if mask_ratio is not None and not 0 < mask_ratio < 1:
             raise ValueError(f"--mask-ratio must be above 0 and below 1, got {mask_ratio:g}")
+        changes = {"image_size": image_size, "patch_size": patch_size, "mask_ratio": mask_ratio, "norm_pix": norm_pix}
         config = model_class(system.value).Config.of_size(
-            size.value, image_size=image_size, patch_size=patch_size, mask_ratio=mask_ratio, norm_pix=norm_pix
+            size, **{name: value for name, value in changes.items() if value is not None}
         )
         result = train(
             config,

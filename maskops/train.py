@@ -33,6 +33,7 @@ SYSTEMS = {
     "mae": "maskops.models.mae:MAE",
     "colormae": "maskops.models.colormae:ColorMAE",
     "hpm": "maskops.models.hpm:HPM",
+    "spark": "maskops.models.spark:SparK",
 }
 """What can be pre-trained: name -> module and class of its model."""
 

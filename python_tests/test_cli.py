@@ -61,9 +61,27 @@ def test_pretrain_resume_and_refusal(tmp_path: Path) -> None:
     assert other.stderr.strip().endswith("other settings: lr was 0.00015, now 0.001; model.patch_size was 8, now 16")
 
 
+def test_pretrain_spark(tmp_path: Path) -> None:
+    from maskops.train import load_pretrained
+
+    images, out = tmp_path / "images", tmp_path / "out"
+    images.mkdir()
+    Image.new("RGB", (40, 30), (80, 50, 200)).save(images / "0.png")
+    command = [
+        "pretrain", "--system", "spark", "--images", images, "--out", out, "--size", "tiny", "--image-size", 64, "--batch-size", 2,
+        "--epochs", 2, "--workers", 0,
+    ]  # fmt: skip
+    done = run(*command)
+    assert done.returncode == 0 and "1 steps, loss" in done.stdout, done.stderr
+    assert run(*command, "--resume").returncode == 0
+    model = load_pretrained(out)
+    assert type(model).__name__ == "SparK" and model.config.num_keep == 2
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
+        (("--system", "spark", "--patch-size", 16), "patch_size must be 32, the stride of the backbone, got 16"),
         ((), "no images"),
         (("--image-size", 30), "image_size must be a multiple of patch_size 16, got 30"),
         (("--mask-ratio", 0), "--mask-ratio must be above 0 and below 1, got 0"),

@@ -177,7 +177,8 @@ def test_gradcheck(sample: Sample, backend: str) -> None:
 
 ONCE_DIFFERENTIABLE = (
     "visible_tokens_embed", "masked_loss_patch", "nm_matmul_linear", "nm_matmul_bitmask", "nm_matmul_soft",
-    "masked_attention", "feature_reuse_attention",
+    "masked_attention", "feature_reuse_attention", "sparse_conv_block", "sparse_conv_block_max_pool", "sparse_conv_block_norm",
+    "sparse_conv_block_layer_norm",
 )  # fmt: skip
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -25,11 +26,15 @@ PROGRAM = """
 import sys
 from pathlib import Path
 from maskops.models.mae import MAEConfig
+from maskops.models.spark import SparKConfig
 from maskops.train import Settings, pretrain
 
-config = MAEConfig(image_size=32, patch_size=8, dim=32, depth=1, heads=2, mlp_dim=64, decoder_dim=32, decoder_depth=1,
-                   decoder_heads=2, decoder_mlp_dim=64)
-images, out, batch, epochs, resume, workers = sys.argv[1:7]
+images, out, batch, epochs, resume, workers, system = sys.argv[1:8]
+if system == "mae":
+    config = MAEConfig(image_size=32, patch_size=8, dim=32, depth=1, heads=2, mlp_dim=64, decoder_dim=32, decoder_depth=1,
+                       decoder_heads=2, decoder_mlp_dim=64)
+else:
+    config = SparKConfig(image_size=32, patch_size=8, depths=(1, 1), width=8, decoder_dim=16)
 result = pretrain(config, Settings(
     Path(images), Path(out), epochs=float(epochs), batch_size=int(batch), lr=3e-2, warmup_epochs=1, resume=resume == "resume",
     workers=int(workers), save_every=3, seed=5))
@@ -48,9 +53,16 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def command(
-    images: Path, out: Path, *, batch: int = 4, epochs: float = 12, resume: str = "new", workers: int = 0
+    images: Path,
+    out: Path,
+    *,
+    batch: int = 4,
+    epochs: float = 12,
+    resume: str = "new",
+    workers: int = 0,
+    system: str = "mae",
 ) -> list[str]:
-    return [sys.executable, "-P", "-c", PROGRAM, *map(str, (images, out, batch, epochs, resume, workers))]
+    return [sys.executable, "-P", "-c", PROGRAM, *map(str, (images, out, batch, epochs, resume, workers, system))]
 
 
 def environment(**extra: str) -> dict[str, str]:
@@ -111,13 +123,30 @@ def test_workers_give_the_same_losses(images: Path, tmp_path: Path, unbroken: li
 
 
 def test_two_processes_equal_one_with_the_doubled_batch(images: Path, tmp_path: Path, unbroken: list[float]) -> None:
+    found = train_on_two_processes(images, tmp_path / "run")
+    torch.testing.assert_close(torch.tensor(found), torch.tensor(unbroken), rtol=1e-4, atol=1e-5)
+
+
+def test_spark_resumes_and_trains_on_two_processes(images: Path, tmp_path: Path) -> None:
+    """Batch norms of a CNN: their running statistics are kept, and those of a step are over all processes."""
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    train(images, whole, epochs=4, system="spark")
+    shutil.copytree(whole, broken)
+    shutil.rmtree(broken / "checkpoints" / "step-00000007")
+    train(images, broken, epochs=4, system="spark", resume="resume")
+    assert losses(broken) == losses(whole) and losses(whole)[-1] < losses(whole)[0]
+    found = train_on_two_processes(images, tmp_path / "two", epochs=4, system="spark")
+    torch.testing.assert_close(torch.tensor(found), torch.tensor(losses(whole)), rtol=1e-3, atol=1e-4)
+
+
+def train_on_two_processes(images: Path, out: Path, **options: object) -> list[float]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "1"}
     processes = [
         subprocess.Popen(
-            command(images, tmp_path / "run", batch=2),
+            command(images, out, batch=2, **options),
             env=environment(**shared, RANK=str(rank), LOCAL_RANK=str(rank)), stdout=subprocess.PIPE,
             stderr=subprocess.PIPE, text=True,
         )
@@ -129,7 +158,7 @@ def test_two_processes_equal_one_with_the_doubled_batch(images: Path, tmp_path: 
         for process in processes:
             process.kill()
     assert [process.returncode for process in processes] == [0, 0], outputs
-    torch.testing.assert_close(torch.tensor(losses(tmp_path / "run")), torch.tensor(unbroken), rtol=1e-4, atol=1e-5)
+    return losses(out)
 
 
 def test_unreadable_images_are_named_counted_and_skipped(images: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Triton kernels of sparse_conv: a hash of places, the map it answers, and the implicit products over gathered rows."""
+"""Triton kernels of sparse convolution: a hash of places, the map it answers, and the implicit products over gathered rows."""
 
 import math
 

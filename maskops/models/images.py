@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
+import maskops
 from maskops import TokenSplit
 
 
@@ -37,6 +41,23 @@ class ImageConfig:
     @property
     def num_patches(self) -> int:
         return self.grid[0] * self.grid[1]
+
+
+def paint_masked(
+    images: Tensor, pred: Tensor, split: TokenSplit, patch_size: tuple[int, int], norm_pix: bool
+) -> tuple[Tensor, Tensor]:
+    """(the visible patches alone, the visible patches with the prediction in the gaps), both as images.  pred [B, N, V].
+
+    With norm_pix the prediction is of normalised patches; it is shown with the mean and deviation of the true patch, as usual.
+    """
+    patches = maskops.patchify(images, patch_size)
+    pred = pred.to(patches.dtype)
+    if norm_pix:
+        variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
+        pred = pred * (variance + 1e-6).sqrt() + mean
+    masked, size = split.mask[:, :, None], tuple(images.shape[2:])
+    visible = maskops.unpatchify(patches.masked_fill(masked, 0), patch_size, size)
+    return visible, maskops.unpatchify(torch.where(masked, pred, patches), patch_size, size)
 
 
 def rows_of(split: TokenSplit, start: int, stop: int) -> TokenSplit:

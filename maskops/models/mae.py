@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import maskops
 from maskops import TokenSplit
-from maskops.models.images import ImageConfig, rows_of
+from maskops.models.images import ImageConfig, paint_masked, rows_of
 from maskops.nn import PatchEmbed
 from maskops.nn.transformer import Block, init_linear_and_norm, sincos_positions
 
@@ -190,15 +190,7 @@ class MAE(nn.Module):
 
         With norm_pix the prediction is of normalised patches; it is shown with the mean and deviation of the true patch, as usual.
         """
-        patches = maskops.patchify(images, self.patch_size)
-        pred = out.pred.to(patches.dtype)
-        if self.config.norm_pix:
-            variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
-            pred = pred * (variance + 1e-6).sqrt() + mean
-        masked = out.split.mask[:, :, None]
-        size = self.config.image_hw
-        visible = maskops.unpatchify(patches.masked_fill(masked, 0), self.patch_size, size)
-        return visible, maskops.unpatchify(torch.where(masked, pred, patches), self.patch_size, size)
+        return paint_masked(images, out.pred, out.split, self.patch_size, self.config.norm_pix)
 
     @classmethod
     def from_hf(cls, hf_model: ViTMAEForPreTraining) -> MAE:

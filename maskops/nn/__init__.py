@@ -1,5 +1,19 @@
 """Thin modules: parameters and one call of an op; no maths."""
 
+from maskops.nn.block_masked import (
+    BlockMaskedAvgPool2d,
+    BlockMaskedConv2d,
+    BlockMaskedLinear,
+    BlockMaskedMaxPool2d,
+    MaskedBatchNorm2d,
+    MaskedGroupNorm,
+    MaskedInstanceNorm2d,
+    MaskedLayerNorm,
+    MaskedLayerNorm2d,
+    SyncedBatchNorm2d,
+    block_mask,
+)
+from maskops.nn.convert import to_block_masked
 from maskops.nn.masked_attention import MaskedAttention
 from maskops.nn.nm_matmul import BitmaskLinear, NMLinear, SoftNMLinear
 from maskops.nn.sparse_conv import (
@@ -27,7 +41,16 @@ from maskops.nn.visible_tokens import PatchEmbed, TokenRestore
 
 __all__ = [
     "BitmaskLinear",
+    "BlockMaskedAvgPool2d",
+    "BlockMaskedConv2d",
+    "BlockMaskedLinear",
+    "BlockMaskedMaxPool2d",
     "MaskedAttention",
+    "MaskedBatchNorm2d",
+    "MaskedGroupNorm",
+    "MaskedInstanceNorm2d",
+    "MaskedLayerNorm",
+    "MaskedLayerNorm2d",
     "NMLinear",
     "PatchEmbed",
     "SoftNMLinear",
@@ -48,5 +71,8 @@ __all__ = [
     "SubMConv1d",
     "SubMConv2d",
     "SubMConv3d",
+    "SyncedBatchNorm2d",
     "TokenRestore",
+    "block_mask",
+    "to_block_masked",
 ]

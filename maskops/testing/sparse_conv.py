@@ -7,6 +7,7 @@ from torch import Tensor
 
 from maskops.reference import sparse_conv as reference
 from maskops.testing import ErrorSample, Sample, randn
+from maskops.testing import sparse_conv_block as block
 from maskops.testing import sparse_conv_fill as fill
 from maskops.testing import sparse_conv_pool as pool
 
@@ -156,6 +157,7 @@ SAMPLES = [
     Sample(GRAD_WEIGHT, "depthwise", _grad_weight("plane", (21, 21), groups=21)),
     *pool.SAMPLES,
     *fill.SAMPLES,
+    *block.SAMPLES,
 ]
 
 
@@ -197,6 +199,7 @@ ERRORS = [
     ErrorSample(GRAD_WEIGHT, "grad", _at(0, lambda g: g[1:]), ValueError, "grad must have shape"),
     *pool.ERRORS,
     *fill.ERRORS,
+    *block.ERRORS,
 ]
 
 
@@ -216,4 +219,5 @@ TRAFFIC = {
     GRAD_WEIGHT: lambda grad, x, map, groups: (grad.numel() + x.numel()) * x.element_size() + 4 * map.numel(),
     **pool.TRAFFIC,
     **fill.TRAFFIC,
+    **block.TRAFFIC,
 }

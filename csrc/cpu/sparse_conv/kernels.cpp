@@ -5,6 +5,7 @@
 
 #include "common/gemm_strided.h"
 #include "common/pieces.h"
+#include "cpu/sparse_conv/types.h"
 
 namespace maskops {
 inline namespace MASKOPS_ISA_NS {
@@ -35,23 +36,6 @@ struct Shape {
   // Of 64, 96, 128 and 192 rows, 96 were fastest for 32 and 64 channels, on two threads of an Intel Xeon.
   static constexpr int64_t kTileMost = 96, kTileBytes = 48 << 10;
 };
-
-// count values of T as A, whose vectors may be written past the end.
-template <class T, class A>
-void widen(const T* from, int64_t count, A* to) {
-  using V = typename VecFor<T>::type;
-  int64_t i = 0;
-  for (; i + V::width <= count; i += V::width) V::load(from + i).store(to + i);
-  if (i < count) V::load_n(from + i, count - i).store(to + i);
-}
-
-template <class T, class A>
-void narrow(const A* from, int64_t count, T* to) {
-  using V = typename VecFor<T>::type;
-  int64_t i = 0;
-  for (; i + V::width <= count; i += V::width) V::load(from + i).store(to + i);
-  if (i < count) V::load_n(from + i, count - i).store_n(to + i, count - i);
-}
 
 // ---- rows of a kernel place
 
@@ -276,17 +260,7 @@ void sum_chunks_typed(const ConvArgs& args, int64_t k_begin, int64_t k_end) {
   }
 }
 
-// ---- by dtype, the codes of common/dispatch.h, which includes torch
-
-template <class F>
-auto by_dtype(int dtype, const F& f) {
-  switch (dtype) {
-    case 0: return f(float());
-    case 1: return f(double());
-    case 2: return f(bf16());
-    default: return f(f16());
-  }
-}
+// ---- by dtype
 
 int64_t packed_bytes(const ConvArgs& args) {
   return by_dtype(args.dtype, [&](auto of) {

@@ -56,14 +56,47 @@ def case_neighbour_fill(batch: int, count: int) -> tuple[Callable, tuple]:
     return lambda x, mask: maskops.neighbour_fill(x, mask, 2)[0], (x, mask)
 
 
+def block_inputs(batch: int, count: int, *leaves: tuple[int, ...]) -> list[Tensor]:
+    """x [batch, 10, 44, count / 2], cells of 4 x 4 positions, and more leaves."""
+    cells = torch.rand(batch, 11, count // 8, generator=torch.Generator().manual_seed(0)) < 0.5
+    first, *others = (torch.randn(*shape, requires_grad=True) for shape in ((batch, 10, 44, count // 2), *leaves))
+    return [first, cells, *others]
+
+
+def case_block_conv(batch: int, count: int) -> tuple[Callable, tuple]:
+    x, cells, *rest = block_inputs(batch, count, (DIM, 5, 3, 3), (DIM,))
+    return lambda x, c, w, b: maskops.block_masked_conv(x, w, c, b, stride=2, padding=1, groups=2), (x, cells, *rest)
+
+
+def case_block_pool(batch: int, count: int) -> tuple[Callable, tuple]:
+    return lambda x, c: maskops.block_masked_max_pool(x, c, 3, stride=2, padding=1), tuple(block_inputs(batch, count))
+
+
+def case_batch_norm(batch: int, count: int) -> tuple[Callable, tuple]:
+    def f(x: Tensor, cells: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return maskops.masked_batch_norm(x, cells, None, None, weight, bias, training=True)
+
+    return f, tuple(block_inputs(batch, count, (10,), (10,)))
+
+
+def case_group_norm(batch: int, count: int) -> tuple[Callable, tuple]:
+    return lambda x, c, w, b: maskops.masked_group_norm(x, c, 2, w, b), tuple(block_inputs(batch, count, (10,), (10,)))
+
+
+def case_instance_norm(batch: int, count: int) -> tuple[Callable, tuple]:
+    return lambda x, c, w, b: maskops.masked_instance_norm(x, c, w, b), tuple(block_inputs(batch, count, (10,), (10,)))
+
+
+def case_layer_norm(batch: int, count: int) -> tuple[Callable, tuple]:
+    return lambda x, c, w, b: maskops.masked_layer_norm(x, c, w, b), tuple(block_inputs(batch, count, (10,), (10,)))
+
+
 CALLS = {
-    "kernel_map": case_kernel_map,
-    "sparse_conv": case_sparse_conv,
-    "sparse_max_pool": case_sparse_pool(maskops.sparse_max_pool),
-    "sparse_avg_pool": case_sparse_pool(maskops.sparse_avg_pool),
-    "sparse_global_pool": case_sparse_global_pool,
-    "voxelize": case_voxelize,
-    "neighbour_fill": case_neighbour_fill,
-}
-AUTOCAST = {"sparse_conv": torch.bfloat16}
-AUTOCAST |= {name: torch.float32 for name in CALLS if name not in ("kernel_map", "sparse_conv")}
+    "kernel_map": case_kernel_map, "sparse_conv": case_sparse_conv, "sparse_max_pool": case_sparse_pool(maskops.sparse_max_pool),
+    "sparse_avg_pool": case_sparse_pool(maskops.sparse_avg_pool), "sparse_global_pool": case_sparse_global_pool,
+    "voxelize": case_voxelize, "neighbour_fill": case_neighbour_fill, "block_masked_conv": case_block_conv,
+    "block_masked_max_pool": case_block_pool, "masked_batch_norm": case_batch_norm, "masked_group_norm": case_group_norm,
+    "masked_instance_norm": case_instance_norm, "masked_layer_norm": case_layer_norm,
+}  # fmt: skip
+AUTOCAST = {name: torch.float32 for name in CALLS if name not in ("kernel_map", "block_masked_max_pool")}
+AUTOCAST |= dict.fromkeys(("sparse_conv", "block_masked_conv"), torch.bfloat16)

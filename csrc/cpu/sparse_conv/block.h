@@ -1,0 +1,87 @@
+// What the functions of block-masked convolution hand to its kernels.
+//
+// A row of the product is an active position of the result. source[t, m] is the row of x that kernel place t reads for it, or -1.
+#pragma once
+
+#include <cstdint>
+
+#include "common/isa.h"
+
+namespace maskops {
+
+struct BlockConvArgs {
+  const void* rows;         // of x, in the precision of sums, row_stride apart
+  const int32_t* source;    // [taps, M]
+  const int32_t* target;    // [M]: rows of out, or of grad
+  const void* weight;
+  const void* bias;         // [groups * columns] or null
+  void* out;                // storage type, rows out_stride apart
+  const void* grad;         // storage type, rows out_stride apart: for the gradient of the weight
+  void* packed;             // the weight in panels of columns
+  void* partial;            // [chunks, group, panel, taps, depth, panel width], then sums of grad [chunks, groups * columns]
+  void* grad_weight;        // [groups * columns, depth, taps]
+  void* grad_bias;          // [groups * columns]
+  int64_t M, taps, row_stride, out_stride;
+  int64_t depth, columns, groups;                  // channels of a group that are summed over, and that come out
+  int64_t of_group, of_depth, of_column;           // strides of weight; that of taps is 1
+  int dtype;
+
+  // Fixed, as the order of sums depends on it.
+  static constexpr int64_t kChunk = 1024, kMostChunks = 16;
+  int64_t chunks() const {
+    const int64_t wanted = (M + kChunk - 1) / kChunk;
+    return wanted < 1 ? 1 : wanted > kMostChunks ? kMostChunks : wanted;
+  }
+};
+
+struct BlockConvKernels {
+  // count rows of storage type, each of `channels`, from x + row[i] * channels.
+  void (*widen_rows)(int dtype, const void* x, const int32_t* row, int64_t count, int64_t channels, void* to);
+  int64_t (*panels)(const BlockConvArgs&);       // of a group
+  int64_t (*packed_bytes)(const BlockConvArgs&);
+  void (*pack)(const BlockConvArgs&, int64_t begin, int64_t end);  // panels of all groups
+  int64_t (*bytes)(const BlockConvArgs&);        // of the buffer of a thread
+  int64_t (*items)(const BlockConvArgs&);
+  void (*forward)(const BlockConvArgs&, int64_t item, void* buffer);
+  int64_t (*partial_bytes)(const BlockConvArgs&);
+  void (*weight_chunk)(const BlockConvArgs&, int64_t item, void* buffer);  // chunk, group, panel
+  void (*sum_chunks)(const BlockConvArgs&, int64_t begin, int64_t end);    // columns of all groups
+};
+MASKOPS_DECLARE_KERNELS(BlockConvKernels)
+
+// Depthwise: the window of a cell is found once, then gone through channel by channel.
+struct DepthwiseArgs {
+  const void *x, *weight, *bias, *grad;  // x [B, H, W, C], grad and out [B, H / sy, W / sx, C]
+  void *out, *packed, *partial, *grad_weight, *grad_bias;
+  const bool* cells;      // [B, h, w]
+  const int32_t* active;  // [count] cells
+  int64_t count, h, w, H, W, C;
+  int64_t kh, kw, sy, sx, py, px;
+  int64_t uy, ux;         // x has only every uy-th line and ux-th column of [H, W]: for the gradient through a stride
+  bool flipped;           // the weight is, for the gradient of x
+  int dtype;
+
+  int64_t taps() const { return kh * kw; }
+  int64_t cell_h() const { return H / h / sy; }  // of the result
+  int64_t cell_w() const { return W / w / sx; }
+  int64_t window_h() const { return (cell_h() - 1) * sy + kh; }
+  int64_t window_w() const { return (cell_w() - 1) * sx + kw; }
+  static constexpr int64_t kChunk = 8, kMostChunks = 16;
+  int64_t chunks() const {
+    const int64_t wanted = (count + kChunk - 1) / kChunk;
+    return wanted < 1 ? 1 : wanted > kMostChunks ? kMostChunks : wanted;
+  }
+};
+
+struct DepthwiseKernels {
+  int64_t (*packed_bytes)(const DepthwiseArgs&);
+  void (*pack)(const DepthwiseArgs&);
+  int64_t (*bytes)(const DepthwiseArgs&);
+  void (*forward)(const DepthwiseArgs&, int64_t cell, void* buffer);  // the number of an active cell
+  int64_t (*partial_bytes)(const DepthwiseArgs&);
+  void (*weight_chunk)(const DepthwiseArgs&, int64_t chunk, void* buffer);
+  void (*sum_chunks)(const DepthwiseArgs&);
+};
+MASKOPS_DECLARE_KERNELS(DepthwiseKernels)
+
+}  // namespace maskops

@@ -1,0 +1,334 @@
+// The kernels of block-masked convolution, compiled once per instruction set: products of rows that are found through addresses.
+// Nothing is gathered: a tile of sums stays in registers while the kernel places are gone through, each with the addresses of the
+// rows that it reads; a place that no row of the tile reads is skipped, one that is missing for some rows reads zeros. The weight is
+// packed in panels of columns, of which a part that fits the first cache is used for all rows of a tile before the next one. Only
+// few channels (an image) are gathered, as a kernel place would be over before it began.
+#include "cpu/sparse_conv/block.h"
+
+#include "common/pieces.h"
+#include "cpu/sparse_conv/block_tile.h"
+#include "cpu/sparse_conv/types.h"
+
+namespace maskops {
+inline namespace MASKOPS_ISA_NS {
+namespace {
+
+constexpr int64_t kTile = 96;          // rows of a tile, a multiple of every strided_rows()
+constexpr int64_t kPartBytes = 32768;  // of a panel that is used at a time
+constexpr int64_t kFewChannels = 16;   // fewer are gathered
+constexpr int64_t kMostTaps = 49, kMostRows = 12;
+
+template <class T>
+struct Panels {
+  using V = typename VecFor<T>::type;
+  using A = typename V::scalar;
+  static constexpr int64_t kWidth = kStridedVectors * V::width;
+  static constexpr bool kWide = sizeof(T) == sizeof(A);  // no conversion
+  int64_t panels, taps, depth;  // as the product sees them: gathered rows have one place of all channels
+  bool gathered;
+
+  explicit Panels(const BlockConvArgs& args) {
+    panels = (args.columns + kWidth - 1) / kWidth;
+    gathered = args.depth < kFewChannels && args.taps > 1;
+    taps = gathered ? 1 : args.taps;
+    depth = gathered ? args.taps * args.depth : args.depth;
+  }
+  int64_t panel_size() const { return taps * depth * kWidth; }
+  static int64_t columns(const BlockConvArgs& args, int64_t panel) { return min_of(kWidth, args.columns - panel * kWidth); }
+  static int64_t vectors(int64_t columns) { return (columns + V::width - 1) / V::width; }
+  // Channels at a time, and kernel places at a time.
+  int64_t part_depth() const { return max_of<int64_t>(1, min_of<int64_t>(depth, kPartBytes / (kWidth * int64_t(sizeof(A))))); }
+  int64_t part_taps() const {
+    return depth > part_depth() ? 1 : max_of<int64_t>(1, kPartBytes / (max_of<int64_t>(1, depth) * kWidth * int64_t(sizeof(A))));
+  }
+};
+
+// ---- the weight in panels
+
+template <class T>
+void pack_typed(const BlockConvArgs& args, int64_t begin, int64_t end) {
+  using P = Panels<T>;
+  const P p(args);
+  constexpr int64_t kDepth = 8;
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t group = item / p.panels, panel = item % p.panels, columns = P::columns(args, panel);
+    const T* from = static_cast<const T*>(args.weight) + group * args.of_group + panel * P::kWidth * args.of_column;
+    auto* to = static_cast<typename P::A*>(args.packed) + item * p.panel_size();
+    if (columns < P::kWidth) memset(to, 0, size_t(p.panel_size()) * sizeof(*to));
+    for (int64_t d0 = 0; d0 < args.depth; d0 += kDepth) {
+      const int64_t d1 = min_of(args.depth, d0 + kDepth);
+      for (int64_t j = 0; j < columns; ++j) {
+        for (int64_t d = d0; d < d1; ++d) {
+          const T* place = from + j * args.of_column + d * args.of_depth;
+          for (int64_t t = 0; t < args.taps; ++t) to[(t * args.depth + d) * P::kWidth + j] = to_float(place[t]);
+        }
+      }
+    }
+  }
+}
+
+// ---- the product
+
+template <class T>
+struct Buffers {
+  using A = typename Panels<T>::A;
+  A *zeros, *sums, *gathered, *begin;
+  const A **rows, **weights;
+
+  Buffers(const Panels<T>& p, void* buffer, int64_t* bytes = nullptr) {
+    Pieces pieces(buffer);
+    zeros = pieces.take<A>(p.depth);
+    sums = pieces.take<A>(kTile * Panels<T>::kWidth);
+    gathered = pieces.take<A>(p.gathered ? kTile * p.depth + Panels<T>::V::width : 0);
+    begin = pieces.take<A>(Panels<T>::kWidth);
+    rows = pieces.take<const A*>(max_of<int64_t>(kMostTaps * kMostRows, 2 * kTile));
+    weights = pieces.take<const A*>(kMostTaps);
+    if (bytes != nullptr) *bytes = pieces.bytes;
+  }
+};
+
+// Rows [first, first + count) with all that their kernel places read, side by side; neighbours on a line in one copy.
+template <class T, class A = typename Panels<T>::A>
+void gather_rows(const BlockConvArgs& args, int64_t group, int64_t first, int64_t count, A* to) {
+  const A* from = static_cast<const A*>(args.rows) + group * args.depth;
+  const bool whole = args.groups == 1;
+  for (int64_t r = 0; r < count; ++r) {
+    for (int64_t t = 0; t < args.taps;) {
+      const int32_t row = args.source[t * args.M + first + r];
+      int64_t run = 1;
+      if (row < 0) {
+        while (t + run < args.taps && args.source[(t + run) * args.M + first + r] < 0) ++run;
+        for (int64_t i = 0; i < run * args.depth; ++i) to[i] = 0;
+      } else {
+        while (whole && t + run < args.taps && args.source[(t + run) * args.M + first + r] == row + run) ++run;
+        copy_values(from + row * args.row_stride, run * args.depth, to);
+      }
+      to += run * args.depth, t += run;
+    }
+  }
+}
+
+// Addresses of what R rows read at kernel places [t0, t1), from channel d on; returns at how many places anything is read.
+template <class T, class A = typename Panels<T>::A>
+int64_t addresses(const BlockConvArgs& args, const Panels<T>& p, const Buffers<T>& own, const A* base, const A* panel, int64_t t0,
+                  int64_t t1, int64_t d, int64_t first, int64_t i, int64_t R) {
+  constexpr int64_t kWidth = Panels<T>::kWidth;
+  if (p.gathered) {
+    for (int64_t r = 0; r < R; ++r) own.rows[r] = own.gathered + (i + r) * p.depth + d;
+    own.weights[0] = panel + d * kWidth;
+    return 1;
+  }
+  int64_t found = 0;
+  for (int64_t t = t0; t < t1; ++t) {
+    const int32_t* source = args.source + t * args.M + first + i;
+    const A** rows = own.rows + found * R;
+    bool any = false;
+    for (int64_t r = 0; r < R; ++r) {
+      any |= source[r] >= 0;
+      rows[r] = source[r] < 0 ? own.zeros : base + source[r] * args.row_stride + d;
+    }
+    own.weights[found] = panel + (t * p.depth + d) * kWidth;
+    found += any;
+  }
+  return found;
+}
+
+template <class T>
+void forward_typed(const BlockConvArgs& args, int64_t item, void* buffer) {
+  using P = Panels<T>;
+  using A = typename P::A;
+  using V = typename P::V;
+  const P p(args);
+  const Buffers<T> own(p, buffer);
+  const int64_t tiles = (args.M + kTile - 1) / kTile;
+  const int64_t tile = item % tiles, group = p.gathered ? item / tiles : item / tiles / p.panels;
+  const int64_t first = tile * kTile, count = min_of(kTile, args.M - first);
+  const int64_t panel_begin = p.gathered ? 0 : item / tiles % p.panels, panel_end = p.gathered ? p.panels : panel_begin + 1;
+  memset(own.zeros, 0, size_t(p.depth) * sizeof(A));
+  if (p.gathered) gather_rows<T>(args, group, first, count, own.gathered);
+  const A* base = static_cast<const A*>(args.rows) + group * args.depth;
+  for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
+    const A* weight = static_cast<const A*>(args.packed) + (group * p.panels + panel) * p.panel_size();
+    const int64_t columns = P::columns(args, panel), vectors = P::vectors(columns), R = strided_rows(int(vectors));
+    const int64_t column = group * args.columns + panel * P::kWidth;
+    T* out = static_cast<T*>(args.out) + column;
+    const bool direct = P::kWide && columns % V::width == 0;
+    memset(own.begin, 0, size_t(P::kWidth) * sizeof(A));
+    if (args.bias != nullptr) widen(static_cast<const T*>(args.bias) + column, columns, own.begin);
+    const int64_t part_depth = p.part_depth(), part_taps = p.part_taps();
+    for (int64_t t0 = 0; t0 < p.taps; t0 += part_taps) {
+      const int64_t t1 = min_of(p.taps, t0 + part_taps);
+      // No channels at all still give the bias.
+      for (int64_t d = 0; d < p.depth || d == 0; d += part_depth) {
+        const bool start = t0 == 0 && d == 0, last = t1 == p.taps && d + part_depth >= p.depth;
+        for (int64_t i = 0; i < count; i += R) {
+          const int64_t now = min_of(R, count - i);
+          const int64_t found = p.depth == 0 ? 0 : addresses<T>(args, p, own, base, weight, t0, t1, d, first, i, now);
+          const A* from = start ? nullptr : own.sums + i * P::kWidth;
+          A* to[kMostRows];
+          bool out_now = false;
+          for (int64_t r = 0; r < now; ++r) to[r] = own.sums + (i + r) * P::kWidth;
+          if constexpr (P::kWide) {
+            out_now = last && direct;
+            for (int64_t r = 0; out_now && r < now; ++r) to[r] = out + args.target[first + i + r] * args.out_stride;
+          }
+          if (found == 0 && !start && !out_now) continue;
+          tile_of<Product<V>>(now, vectors)(found, own.rows, own.weights, min_of(part_depth, p.depth - d), own.begin, from, to);
+        }
+      }
+    }
+    if (direct) continue;
+    for (int64_t r = 0; r < count; ++r) narrow(own.sums + r * P::kWidth, columns, out + args.target[first + r] * args.out_stride);
+  }
+}
+
+// ---- gradient of the weight
+
+template <class T>
+int64_t partial_size(const BlockConvArgs& args) {  // of a chunk, group and panel
+  return args.taps * args.depth * Panels<T>::kWidth;
+}
+
+template <class T>
+typename Panels<T>::A* bias_sums(const BlockConvArgs& args, const Panels<T>& p) {
+  return static_cast<typename Panels<T>::A*>(args.partial) + args.chunks() * args.groups * p.panels * partial_size<T>(args);
+}
+
+template <class T>
+void weight_chunk_typed(const BlockConvArgs& args, int64_t item, void* buffer) {
+  using P = Panels<T>;
+  using A = typename P::A;
+  using V = typename P::V;
+  const P p(args);
+  const Buffers<T> own(p, buffer);
+  const int64_t panel = item % p.panels, group = item / p.panels % args.groups, chunk = item / p.panels / args.groups;
+  const int64_t columns = P::columns(args, panel), vectors = P::vectors(columns), R = strided_rows(int(vectors));
+  const int64_t column = group * args.columns + panel * P::kWidth, rows = args.M, chunks = args.chunks();
+  A* partial = static_cast<A*>(args.partial) + item * partial_size<T>(args);
+  A* bias = bias_sums<T>(args, p) + chunk * args.groups * args.columns + column;
+  memset(partial, 0, size_t(partial_size<T>(args)) * sizeof(A));
+  memset(own.begin, 0, size_t(P::kWidth) * sizeof(A));
+  const A* base = static_cast<const A*>(args.rows) + group * args.depth;
+  const A **xs = own.rows, **grads = own.rows + kTile;
+  for (int64_t first = chunk * rows / chunks; first < (chunk + 1) * rows / chunks; first += kTile) {
+    const int64_t count = min_of(kTile, (chunk + 1) * rows / chunks - first);
+    for (int64_t r = 0; r < count; ++r) {
+      A* to = own.sums + r * P::kWidth;
+      widen(static_cast<const T*>(args.grad) + args.target[first + r] * args.out_stride + column, columns, to);
+      for (int64_t j = 0; j < vectors * V::width; j += V::width) (V::load(own.begin + j) + V::load(to + j)).store(own.begin + j);
+    }
+    for (int64_t t = 0; t < args.taps; ++t) {
+      const int32_t* source = args.source + t * rows + first;
+      int64_t found = 0;
+      for (int64_t r = 0; r < count; ++r) {
+        xs[found] = base + source[r] * args.row_stride;
+        grads[found] = own.sums + r * P::kWidth;
+        found += source[r] >= 0;
+      }
+      if (found == 0) continue;
+      for (int64_t d = 0; d < args.depth; d += R) {
+        tile_of<Outer<V>>(min_of(R, args.depth - d), vectors)(found, xs, d, grads, partial + (t * args.depth + d) * P::kWidth);
+      }
+    }
+  }
+  for (int64_t j = 0; j < columns; ++j) bias[j] = own.begin[j];
+}
+
+template <class T>
+void sum_chunks_typed(const BlockConvArgs& args, int64_t begin, int64_t end) {
+  using P = Panels<T>;
+  using A = typename P::A;
+  using V = typename P::V;
+  const P p(args);
+  const int64_t chunks = args.chunks(), each = args.groups * p.panels * partial_size<T>(args), wide = args.groups * args.columns;
+  const A* bias = bias_sums<T>(args, p);
+  alignas(64) A block[V::width];
+  for (int64_t o = begin; o < end;) {
+    const int64_t group = o / args.columns, j = o % args.columns, panel = j / P::kWidth;
+    // Columns side by side, as far as they are in one panel.
+    const int64_t count = min_of<int64_t>(min_of<int64_t>(V::width, end - o), min_of(args.columns - j, P::kWidth - j % P::kWidth));
+    const A* from = static_cast<const A*>(args.partial) + (group * p.panels + panel) * partial_size<T>(args) + j % P::kWidth;
+    T* to = static_cast<T*>(args.grad_weight) + o * args.depth * args.taps;
+    for (int64_t d = 0; d < args.depth; ++d) {
+      for (int64_t t = 0; t < args.taps; ++t) {
+        const A* at = from + (t * args.depth + d) * P::kWidth;
+        V sum = V::load_n(at, count);
+        for (int64_t chunk = 1; chunk < chunks; ++chunk) sum = sum + V::load_n(at + chunk * each, count);
+        sum.store(block);
+        for (int64_t i = 0; i < count; ++i) from_float(block[i], to + (i * args.depth + d) * args.taps + t);
+      }
+    }
+    for (int64_t i = o; i < o + count; ++i) {
+      A sum = 0;
+      for (int64_t chunk = 0; chunk < chunks; ++chunk) sum += bias[chunk * wide + i];
+      from_float(sum, static_cast<T*>(args.grad_bias) + i);
+    }
+    o += count;
+  }
+}
+
+// ---- by dtype
+
+void widen_rows(int dtype, const void* x, const int32_t* row, int64_t count, int64_t channels, void* to) {
+  by_dtype(dtype, [&](auto of) {
+    using T = decltype(of);
+    using A = typename Panels<T>::A;
+    for (int64_t i = 0; i < count; ++i) {
+      const T* from = static_cast<const T*>(x) + row[i] * channels;
+      A* out = static_cast<A*>(to) + i * channels;
+      int64_t c = 0;
+      using V = typename Panels<T>::V;
+      for (; c + V::width <= channels; c += V::width) V::load(from + c).store(out + c);
+      if (c < channels) V::load_n(from + c, channels - c).store_n(out + c, channels - c);
+    }
+  });
+}
+int64_t panels(const BlockConvArgs& args) {
+  return by_dtype(args.dtype, [&](auto of) { return Panels<decltype(of)>(args).panels; });
+}
+int64_t packed_bytes(const BlockConvArgs& args) {
+  return by_dtype(args.dtype, [&](auto of) {
+    const Panels<decltype(of)> p(args);
+    return args.groups * p.panels * p.panel_size() * int64_t(sizeof(typename decltype(p)::A));
+  });
+}
+void pack(const BlockConvArgs& args, int64_t begin, int64_t end) {
+  by_dtype(args.dtype, [&](auto of) { pack_typed<decltype(of)>(args, begin, end); });
+}
+int64_t bytes(const BlockConvArgs& args) {
+  return by_dtype(args.dtype, [&](auto of) {
+    int64_t result = 0;
+    Buffers<decltype(of)>(Panels<decltype(of)>(args), nullptr, &result);
+    return result;
+  });
+}
+int64_t items(const BlockConvArgs& args) {
+  return by_dtype(args.dtype, [&](auto of) {
+    const Panels<decltype(of)> p(args);
+    return (args.M + kTile - 1) / kTile * args.groups * (p.gathered ? 1 : p.panels);
+  });
+}
+void forward(const BlockConvArgs& args, int64_t item, void* buffer) {
+  by_dtype(args.dtype, [&](auto of) { forward_typed<decltype(of)>(args, item, buffer); });
+}
+int64_t partial_bytes(const BlockConvArgs& args) {
+  return by_dtype(args.dtype, [&](auto of) {
+    using T = decltype(of);
+    const int64_t each = args.groups * (Panels<T>(args).panels * partial_size<T>(args) + args.columns);
+    return args.chunks() * each * int64_t(sizeof(typename Panels<T>::A));
+  });
+}
+void weight_chunk(const BlockConvArgs& args, int64_t item, void* buffer) {
+  by_dtype(args.dtype, [&](auto of) { weight_chunk_typed<decltype(of)>(args, item, buffer); });
+}
+void sum_chunks(const BlockConvArgs& args, int64_t begin, int64_t end) {
+  by_dtype(args.dtype, [&](auto of) { sum_chunks_typed<decltype(of)>(args, begin, end); });
+}
+
+}  // namespace
+
+extern const BlockConvKernels BlockConvKernels_table{&widen_rows, &panels,  &packed_bytes,  &pack,         &bytes,
+                                                     &items,      &forward, &partial_bytes, &weight_chunk, &sum_chunks};
+
+}  // namespace MASKOPS_ISA_NS
+}  // namespace maskops

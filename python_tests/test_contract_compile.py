@@ -79,6 +79,28 @@ def case_loss(batch: int, count: int) -> tuple[Callable, tuple]:
     return lambda p, i, s: maskops.masked_patch_loss(p, i, s, 4), args
 
 
+def classes_of(batch: int, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    hidden, weight, bias = torch.randn(batch, count, DIM), torch.randn(37, DIM), torch.randn(37)
+    return (*(t.requires_grad_() for t in (hidden, weight, bias)), torch.randint(37, (batch, count)))
+
+
+def case_linear_cross_entropy(batch: int, count: int) -> tuple[Callable, tuple]:
+    mask = torch.arange(count).expand(batch, count) % 3 == 0
+
+    def f(h: Tensor, w: Tensor, b: Tensor, t: Tensor, m: Tensor) -> Tensor:
+        return maskops.linear_cross_entropy(h, w, t, mask=m, bias=b, label_smoothing=0.1)
+
+    return f, (*classes_of(batch, count), mask)
+
+
+def case_linear_sample(batch: int, count: int) -> tuple[Callable, tuple]:
+    def f(h: Tensor, w: Tensor, b: Tensor, t: Tensor, seed: Tensor) -> Tensor:
+        loss, sample = maskops.linear_sample(h, w, t, bias=b, seed=seed, reduction="none")
+        return loss + sample * 0
+
+    return f, (*classes_of(batch, count), seed_tensor(3, None, torch.device("cpu")))
+
+
 def case_nm_mask(batch: int, count: int) -> tuple[Callable, tuple]:
     return lambda s: maskops.nm_mask(s, 2, 4), (torch.randn(batch, count),)
 
@@ -153,7 +175,9 @@ def case_sparse_conv(batch: int, count: int) -> tuple[Callable, tuple]:
 CASES = {
     "split_tokens": case_split, "random_masking": case_masking, "gather_tokens": case_gather, "restore_tokens": case_restore,
     "pack_tokens": case_pack, "unpack_tokens": case_unpack, "patchify": case_patchify, "unpatchify": case_unpatchify,
-    "embed_patches": case_embed, "masked_patch_loss": case_loss, "nm_mask": case_nm_mask, "nm_compress": case_nm_compress,
+    "embed_patches": case_embed, "masked_patch_loss": case_loss,
+    "linear_cross_entropy": case_linear_cross_entropy, "linear_sample": case_linear_sample,
+    "nm_mask": case_nm_mask, "nm_compress": case_nm_compress,
     "nm_linear": case_nm_linear, "pack_bitmask": case_pack_bitmask, "bitmask_linear": case_bitmask_linear,
     "nm_soft_linear": case_nm_soft_linear, "masked_attention": case_masked_attention, "kernel_map": case_kernel_map,
     "sparse_conv": case_sparse_conv,
@@ -232,7 +256,8 @@ def test_compiled_program_draws_fresh_masks() -> None:
 AUTOCAST = {
     "gather_tokens": torch.float32, "restore_tokens": torch.float32, "pack_tokens": torch.float32,
     "unpack_tokens": torch.float32, "patchify": torch.float32, "unpatchify": torch.float32, "embed_patches": torch.bfloat16,
-    "masked_patch_loss": torch.float32, "nm_linear": torch.bfloat16, "bitmask_linear": torch.bfloat16,
+    "masked_patch_loss": torch.float32, "linear_cross_entropy": torch.float32,
+    "nm_linear": torch.bfloat16, "bitmask_linear": torch.bfloat16,
     "nm_soft_linear": torch.bfloat16, "sparse_conv": torch.bfloat16,
 }  # fmt: skip
 

@@ -1,8 +1,9 @@
-"""Reference of the family masked_loss: B batch, N patches, V values per patch."""
+"""Reference of the family masked_loss: B batch, N patches, V values per patch; the other losses name their letters below."""
 
 import torch
 from torch import Tensor
 
+from maskops.reference.mask_sampling import philox_words
 from maskops.reference.visible_tokens import accumulation_dtype, patches_of
 
 VARIANCE_EPS = 1e-6
@@ -61,3 +62,76 @@ def _masked_loss_patch_backward(
     else:
         slope = (error / beta).clamp(-1, 1)
     return torch.where(chosen, slope * (grad[:, :, None] / pred.shape[2]), 0).to(pred.dtype)
+
+
+# ---------------------------------------------------------------- linear cross-entropy: N rows, D width, G codebooks, V classes
+
+
+def linear_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, counted: Tensor, scale: float) -> Tensor:
+    """scale (hidden weight^T + bias), [N, G, V] in the accumulation dtype; 0 in rows of which nothing is counted, bool [N, G]."""
+    dtype = accumulation_dtype(hidden.dtype)
+    used = counted.any(1)
+    rows = torch.where(used[:, None], hidden.to(dtype), 0)
+    logits = torch.einsum("nd,gvd->ngv", rows, weight.to(dtype))
+    if bias is not None:
+        logits = logits + bias.to(dtype)
+    return torch.where(used[:, None, None], logits * scale, 0)
+
+
+def masked_loss_linear(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, ignore: int, scale: float, smoothing: float,
+    z_loss: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    logits = linear_logits(hidden, weight, bias, target != ignore, scale)
+    return _linear_loss(logits, target, target != ignore, smoothing, z_loss)
+
+
+def _linear_loss(
+    logits: Tensor, target: Tensor, counted: Tensor, smoothing: float, z_loss: float
+) -> tuple[Tensor, Tensor]:
+    if logits.shape[2] == 0:
+        return logits.new_zeros(target.shape), logits.new_zeros(target.shape)
+    lse = logits.logsumexp(2)
+    picked = logits.gather(2, torch.where(counted, target, 0)[:, :, None])[:, :, 0]
+    loss = lse - (1 - smoothing) * picked
+    if smoothing:
+        loss = loss - smoothing * logits.mean(2)
+    if z_loss:
+        loss = loss + z_loss * lse.square()
+    return torch.where(counted, loss, 0), torch.where(counted, lse, 0)
+
+
+def _masked_loss_linear_backward(
+    grad: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, lse: Tensor, ignore: int,
+    scale: float, smoothing: float, z_loss: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    counted = target != ignore
+    logits = linear_logits(hidden, weight, bias, counted, scale)
+    dtype, classes = logits.dtype, logits.shape[2]
+    slope = (logits - lse[:, :, None]).exp() * (1 + 2 * z_loss * lse)[:, :, None] - smoothing / max(classes, 1)
+    if classes:
+        known = torch.full_like(target, smoothing - 1, dtype=dtype)
+        slope = slope.scatter_add(2, torch.where(counted, target, 0)[:, :, None], known[:, :, None])
+    slope = torch.where(counted[:, :, None], slope * (grad * scale)[:, :, None], 0)
+    rows = torch.where(counted.any(1)[:, None], hidden.to(dtype), 0)
+    grad_hidden = torch.einsum("ngv,gvd->nd", slope, weight.to(dtype)).to(hidden.dtype)
+    grad_weight = torch.einsum("ngv,nd->gvd", slope, rows).to(weight.dtype)
+    return grad_hidden, grad_weight, slope.sum(0).to(weight.dtype)
+
+
+def masked_loss_sample(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, seed: Tensor, ignore: int,
+    scale: float, smoothing: float, z_loss: float, temperature: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    counted = target != ignore
+    logits = linear_logits(hidden, weight, bias, counted, scale)
+    loss, lse = _linear_loss(logits, target, counted, smoothing, z_loss)
+    noise = gumbel_noise(seed, logits.shape, logits.dtype)
+    sample = (logits / temperature + noise).argmax(2) if logits.shape[2] else target
+    return loss, lse, torch.where(counted, sample, -1)
+
+
+def gumbel_noise(seed: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """-log(-log(u)) of u in (0, 1) with 23 bits, element i from word i of the generator."""
+    words = philox_words(seed, shape.numel()).view(shape)
+    return -(-((words >> 9).to(dtype) + 0.5).mul(2.0**-23).log()).log()

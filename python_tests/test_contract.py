@@ -170,7 +170,7 @@ def test_gradcheck(sample: Sample, backend: str) -> None:
 
 ONCE_DIFFERENTIABLE = (
     "visible_tokens_embed", "masked_loss_patch", "nm_matmul_linear", "nm_matmul_bitmask", "nm_matmul_soft",
-    "masked_attention", "masked_loss_linear",
+    "masked_attention", "masked_loss_linear", "masked_loss_regression", "masked_loss_contrast", "masked_loss_max_pool",
 )  # fmt: skip
 
 

@@ -101,6 +101,26 @@ def case_linear_sample(batch: int, count: int) -> tuple[Callable, tuple]:
     return f, (*classes_of(batch, count), seed_tensor(3, None, torch.device("cpu")))
 
 
+def case_masked_regression(batch: int, count: int) -> tuple[Callable, tuple]:
+    pred, mask = torch.randn(batch, count, DIM, requires_grad=True), torch.rand(batch, count) < 0.5
+    return lambda p, t, m: maskops.masked_regression(p, t, m, normalise=True), (
+        pred,
+        torch.randn(batch, count, DIM),
+        mask,
+    )
+
+
+def case_contrastive_loss(batch: int, count: int) -> tuple[Callable, tuple]:
+    query, keys = torch.randn(batch, DIM, requires_grad=True), torch.randn(count, DIM, requires_grad=True)
+    positives, negatives = torch.randint(count, (batch,)), torch.randint(count, (batch, 3))
+    return lambda q, k, p, n: maskops.contrastive_loss(q, k, p, n), (query, keys, positives, negatives)
+
+
+def case_linear_max_pool(batch: int, count: int) -> tuple[Callable, tuple]:
+    hidden, weight, bias, _ = classes_of(batch, count)
+    return maskops.linear_max_pool, (hidden, weight, bias, torch.arange(count).expand(batch, count) % 3 == 0)
+
+
 def case_nm_mask(batch: int, count: int) -> tuple[Callable, tuple]:
     return lambda s: maskops.nm_mask(s, 2, 4), (torch.randn(batch, count),)
 
@@ -177,6 +197,8 @@ CASES = {
     "pack_tokens": case_pack, "unpack_tokens": case_unpack, "patchify": case_patchify, "unpatchify": case_unpatchify,
     "embed_patches": case_embed, "masked_patch_loss": case_loss,
     "linear_cross_entropy": case_linear_cross_entropy, "linear_sample": case_linear_sample,
+    "masked_regression": case_masked_regression, "contrastive_loss": case_contrastive_loss,
+    "linear_max_pool": case_linear_max_pool,
     "nm_mask": case_nm_mask, "nm_compress": case_nm_compress,
     "nm_linear": case_nm_linear, "pack_bitmask": case_pack_bitmask, "bitmask_linear": case_bitmask_linear,
     "nm_soft_linear": case_nm_soft_linear, "masked_attention": case_masked_attention, "kernel_map": case_kernel_map,
@@ -257,6 +279,7 @@ AUTOCAST = {
     "gather_tokens": torch.float32, "restore_tokens": torch.float32, "pack_tokens": torch.float32,
     "unpack_tokens": torch.float32, "patchify": torch.float32, "unpatchify": torch.float32, "embed_patches": torch.bfloat16,
     "masked_patch_loss": torch.float32, "linear_cross_entropy": torch.float32,
+    "masked_regression": torch.float32, "contrastive_loss": torch.float32, "linear_max_pool": torch.float32,
     "nm_linear": torch.bfloat16, "bitmask_linear": torch.bfloat16,
     "nm_soft_linear": torch.bfloat16, "sparse_conv": torch.bfloat16,
 }  # fmt: skip

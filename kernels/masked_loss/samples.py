@@ -49,7 +49,39 @@ def _linear_samples():
     }
 
 
-AOT_SAMPLES = _patch_samples() | _linear_samples()
+def _row_samples():
+    """Widths of Base and of an odd model for every kind, 100 distractors, a bag of words."""
+    samples = {name: [] for name in ("masked_loss_regression", "masked_loss_contrast", "masked_loss_max_pool")}
+    samples |= {f"_{name}_backward": [] for name in list(samples)}
+    choices = [("l2", True), ("l1", False), ("smooth_l1", True), ("cosine", False)]
+    for rows, width, kind, normalise in [(4096, 768, *c) for c in choices] + [
+        (999, 1000, "l2", True),
+        (64, 20, "cosine", True),
+    ]:
+        x, sums = Arg("float", (rows, width)), Arg("accumulator", (rows,))
+        args = (x, x, Arg("bool", (rows,)), kind, 0.5, normalise, 1e-6)
+        samples["masked_loss_regression"].append(args)
+        samples["_masked_loss_regression_backward"].append((sums, *args))
+    for queries, keys, negatives, width, collide in ((1600, 1600, 100, 256, True), (333, 77, 5, 20, False)):
+        sums = Arg("accumulator", (queries,))
+        args = (
+            Arg("float", (queries, width)),
+            Arg("float", (keys, width)),
+            Arg("int64", (queries,)),
+            Arg("int64", (queries, negatives)),
+        )
+        samples["masked_loss_contrast"].append((*args, 10.0, collide))
+        samples["_masked_loss_contrast_backward"].append((sums, *args, sums, 10.0, collide))
+    for batch, tokens, width, classes, bias in ((32, 128, 768, 30522, True), (3, 21, 100, 505, False)):
+        hidden, weight = Arg("float", (batch, tokens, width)), Arg("float", (classes, width))
+        args = hidden, weight, Arg("float", (classes,)) if bias else None, Arg("bool", (batch, tokens))
+        samples["masked_loss_max_pool"].append(args)
+        grad, at = (Arg(dtype, (batch, classes)) for dtype in ("accumulator", "int64"))
+        samples["_masked_loss_max_pool_backward"].append((grad, hidden, weight, at))
+    return {name: tuple(calls) for name, calls in samples.items()}
+
+
+AOT_SAMPLES = _patch_samples() | _linear_samples() | _row_samples()
 LIMITS = {
     name: {"dtypes": (torch.float32, torch.float64, torch.bfloat16, torch.float16), "reason": ""}
     for name in AOT_SAMPLES

@@ -36,6 +36,14 @@ struct LinearLoss {
   int64_t tile_panels() const { return d_panels() * kTile * kPanel; }  // elements
 };
 
+// Samples of linear_max_pool: rows of sample b are [starts[b], starts[b + 1]), whole units of 16, the last filled up with its first row.
+struct MaxPool {
+  const int64_t *starts, *positions;  // [B + 1], [M]
+  void* out;                          // [B, V] sums
+  int64_t* at;                        // [B, V]
+  int64_t B;
+};
+
 struct LinearLossKernels {
   int64_t (*sum_bytes)(int dtype);  // of one element of the sums
   int64_t (*bytes)(const LinearLoss&, bool backward);  // of the buffer of a thread
@@ -48,6 +56,7 @@ struct LinearLossKernels {
   // Items = panel of D * row blocks + row block: adds what `count` tiles from `first` on give to grad_hidden.
   int64_t (*hidden_items)(const LinearLoss&);
   void (*add_hidden)(const LinearLoss&, int64_t first, int64_t count, int64_t begin, int64_t end);
+  void (*pool)(const LinearLoss&, const MaxPool&, int64_t begin, int64_t end, void* buffer);  // tiles
   void (*unpack)(const LinearLoss&, void* grad_hidden, int64_t begin, int64_t end);  // rows [begin, end) of M
 };
 MASKOPS_DECLARE_KERNELS(LinearLossKernels)

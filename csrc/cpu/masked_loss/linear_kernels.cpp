@@ -193,6 +193,47 @@ struct Loss {
     }
   }
 
+  // The highest logit of each sample and the first token that has it.
+  void pool(const MaxPool& samples, int64_t tile, S* buffer) const {
+    S *panels = buffer, *logits = buffer + a.tile_panels();
+    pack_weight(tile, panels);
+    fill_logits(tile, panels, logits);
+    alignas(64) S first[V::width], values[V::width], rows[V::width];
+    for (int64_t i = 0; i < V::width; ++i) first[i] = S(i);
+    for (int64_t v = 0; v < classes(tile); ++v) {
+      for (int64_t b = 0; b < samples.B; ++b) {
+        const int64_t begin = samples.starts[b], end = samples.starts[b + 1], to = b * a.V + tile * kTile + v;
+        S top = S(-__builtin_inff());
+        int64_t found = -1;
+        if (begin < end) {
+          V best = V::load(logits + v * a.stride + begin), row = V::load(first), best_row = row;
+          const V zero = V::zero();
+          V strange = best * zero;  // NaN where a logit is not finite, which a maximum does not show
+          for (int64_t m = begin + V::width; m < end; m += V::width) {
+            const V x = V::load(logits + v * a.stride + m);
+            row = row + V::all(S(V::width));
+            best_row = where_less(best, x, row, best_row);
+            best = max(x, best);
+            strange = fma(x, zero, strange);
+          }
+          best.store(values);
+          best_row.store(rows);
+          for (int64_t i = 0; i < V::width; ++i) {
+            if (found < 0 || values[i] > top || (values[i] == top && int64_t(rows[i]) < found)) top = values[i], found = int64_t(rows[i]);
+          }
+          if (const S sum = strange.sum(); sum != sum) {
+            for (int64_t m = begin; m < end; ++m) {
+              const S x = logits[v * a.stride + m];
+              if (x != x) top = x, found = m - begin;
+            }
+          }
+          found = samples.positions[begin + found];
+        }
+        at<S>(samples.out, to)[0] = top, samples.at[to] = found;
+      }
+    }
+  }
+
   // ---- backward
 
   // slope (weight_of_lse exp(logit - lse) - smoothing / V), less (1 - smoothing) slope at the target; 0 in rows that do not count.
@@ -310,6 +351,12 @@ void add_hidden(const LinearLoss& a, int64_t first, int64_t count, int64_t begin
   });
 }
 
+void pool(const LinearLoss& a, const MaxPool& samples, int64_t begin, int64_t end, void* buffer) {
+  with_type(a.dtype, [&]<class T>() {
+    for (int64_t tile = begin; tile < end; ++tile) Loss<T>{a}.pool(samples, tile, static_cast<typename Loss<T>::S*>(buffer));
+  });
+}
+
 void unpack(const LinearLoss& a, void* grad_hidden, int64_t begin, int64_t end) {
   with_type(a.dtype, [&]<class T>() {
     for (int64_t m = begin; m < end; ++m) Loss<T>{a}.unpack(static_cast<T*>(grad_hidden), m);
@@ -318,7 +365,8 @@ void unpack(const LinearLoss& a, void* grad_hidden, int64_t begin, int64_t end) 
 
 }  // namespace
 
-extern const LinearLossKernels LinearLossKernels_table{&sum_bytes, &bytes, &pack, &forward, &finish, &tile_gradient, &hidden_items, &add_hidden, &unpack};
+extern const LinearLossKernels LinearLossKernels_table{&sum_bytes, &bytes, &pack, &forward, &finish, &tile_gradient, &hidden_items, &add_hidden,
+                                                        &pool, &unpack};
 
 }  // namespace MASKOPS_ISA_NS
 }  // namespace maskops

@@ -169,7 +169,7 @@ std::tuple<Tensor, Tensor, Tensor> masked_loss_max_pool_backward(const Tensor& g
   for (int64_t i = 0; i < B * V; ++i) {
     if (ids_of(at)[i] >= -1 && ids_of(at)[i] < L) continue;
     const std::string place = "at[" + std::to_string(i / V) + ", " + std::to_string(i % V) + "]";
-    fail_index("linear_max_pool", place, "be in [-1, " + std::to_string(L) + ")", std::to_string(ids_of(at)[i]));
+    fail("linear_max_pool", place, "be in [-1, " + std::to_string(L) + ")", ids_of(at)[i]);
   }
   Tensor grad_hidden = empty_like_device(hidden, {B, L, D}), grad_weight = empty_like_device(weight, {V, D}), grad_bias = empty_like_device(weight, {V});
   PoolBackward args{hidden.const_data_ptr(), weight.const_data_ptr(), grad.const_data_ptr(), ids_of(at),

@@ -38,8 +38,8 @@ def replaced_token_loss(
 
     Example:
         >>> text = torch.tensor([[5, 6]])
-        >>> maskops.replaced_token_loss(torch.tensor([[0.0, 9.0]]), text, torch.tensor([[5, 7]]), reduction="none")
-        tensor([[6.9315e-01, 1.2339e-04]])
+        >>> maskops.replaced_token_loss(torch.tensor([[0.0, 1.0]]), text, torch.tensor([[5, 7]]), reduction="none")
+        tensor([[0.6931, 0.3133]])
     """
     op = "replaced_token_loss"
     for name, x in (("logits", logits), ("original", original), ("corrupted", corrupted)):

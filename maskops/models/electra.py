@@ -88,7 +88,7 @@ class ELECTRA(nn.Module):
     def draw_mask(
         self, shape: tuple[int, int], lengths: Tensor | None = None, generator: torch.Generator | None = None
     ) -> Tensor:
-        """bool [B, N]: int((mask_ratio + 0.005) N) slots a text, drawn with replacement from its real tokens, none of them fixed."""
+        """bool [B, N]: int((mask_ratio + 0.005) N) slots a text, drawn with replacement from its real tokens."""
         rows, count = shape
         device = generator.device if generator is not None else self.positions.device
         slots = max(1, int((self.config.mask_ratio + 0.005) * count))

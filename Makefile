@@ -16,7 +16,7 @@ demo: $(VENV)/.demo
 # Two processes of one thread each: thread pools of several processes on the same cores wait for each other. A process that
 # crashes ends the run: the others would wait for it.
 test: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadfile --max-worker-restart=0
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart=0
 
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/run.py --json out/bench.json

@@ -142,12 +142,12 @@ def _without_tangents(op: Any, spec: OpSpec) -> Callable:
     return call
 
 
-def explain(op: str, *args: Any) -> str:
+def explain(op: str, *args: Any, **keywords: Any) -> str:
     """Say which backend runs an op on these arguments, and why each other one does not.
 
     Args:
         op: a public function's name ("gather_tokens") or an op's name ("visible_tokens_gather").
-        *args: the op's arguments; the first tensor decides the device. Without tensors: the CPU.
+        *args, **keywords: the op's arguments; the first tensor decides the device. Without tensors: the CPU.
 
     Returns:
         A text: what auto runs; for a function that chooses between ways to compute ("nm_linear", given its arguments) which
@@ -160,14 +160,14 @@ def explain(op: str, *args: Any) -> str:
     name = PUBLIC.get(op, op) if isinstance(op, str) else ""
     if name not in OPS:
         raise ValueError(f"explain: op must be one of {sorted(PUBLIC)}, got {op!r}")
-    device = next((a.device.type for a in args if isinstance(a, Tensor)), "cpu")
+    device = next((a.device.type for a in (*args, *keywords.values()) if isinstance(a, Tensor)), "cpu")
     order = ["native", "triton", "reference"] if device in ("cpu", "cuda") else ["triton", "reference"]
     reasons = {backend: why_not(backend, name, device) for backend in order}
     # auto calls the native namespace, where Triton stands in for missing CUDA C++ and the reference for all the rest.
     chosen = next(backend for backend in order if not reasons[backend] and (backend != "triton" or device != "cpu"))
     lines = [f"{name} on {device}: auto runs {_kind(chosen, name, device)}"]
-    if op in _PATHS and args:
-        lines.append(f"  {_PATHS[op](*args)}")
+    if op in _PATHS and (args or keywords):
+        lines.append(f"  {_PATHS[op](*args, **keywords)}")
     lines += [f"  {backend}: {reason or 'can run'}" for backend, reason in reasons.items()]
     return "\n".join(lines)
 

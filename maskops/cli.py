@@ -86,8 +86,7 @@ def pretrain(
     _need("accelerate", "safetensors", "PIL", "rich")
     from maskops.checkpoint import CheckpointError
     from maskops.data import EmptyFolderError
-    from maskops.models.mae import MAEConfig
-    from maskops.train import Settings, TrainingError
+    from maskops.train import Settings, TrainingError, model_class
     from maskops.train import pretrain as train
 
     if not 0 < epochs < 1e6:
@@ -95,7 +94,7 @@ def pretrain(
     if not 0 < mask_ratio < 1:
         _fail(f"--mask-ratio must be above 0 and below 1, got {mask_ratio:g}", 2)
     try:
-        config = MAEConfig.of_size(
+        config = model_class(system.value).Config.of_size(
             size.value, image_size=image_size, patch_size=patch_size, mask_ratio=mask_ratio, norm_pix=norm_pix
         )
         result = train(

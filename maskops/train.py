@@ -1,4 +1,7 @@
-"""Pre-training on a folder of images, on Hugging Face Accelerate: one process, or many under `accelerate launch` or `torchrun`.
+"""Pre-training of the systems in SYSTEMS, on Hugging Face Accelerate: one process, or many under `accelerate launch` or `torchrun`.
+
+A system is a config (a frozen dataclass with the class attribute `system`, its name in SYSTEMS) and a model, Model(config), with
+`Config`, the config's class, `training_loss(images, step)` and, if it has something to do after the optimiser, `after_step(step)`.
 
 The same losses come out of an unbroken run, of a run killed and resumed, and of two processes with half the batch each:
 crops and masks depend on (seed, position in the stream of samples) alone, and a checkpoint holds everything else.
@@ -6,13 +9,14 @@ crops and masks depend on (seed, position in the stream of samples) alone, and a
 
 import dataclasses
 import hashlib
+import importlib
 import json
 import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -20,12 +24,13 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-import maskops
-from maskops import TokenSplit, checkpoint
+from maskops import checkpoint
 from maskops.checkpoint import CheckpointError
 from maskops.data import Crop, GlobalBatches, ImageFolder
-from maskops.models.mae import MAE, MAEConfig
 from maskops.progress import TrainingProgress
+
+SYSTEMS = {"mae": "maskops.models.mae:MAE"}
+"""What can be pre-trained: name -> module and class of its model."""
 
 _LOG_EVERY = 10  # steps between two looks at the losses, each of which waits for the device
 
@@ -68,22 +73,59 @@ class Result:
     unreadable: dict[str, str]
 
 
-def pretrain(config: MAEConfig, settings: Settings) -> Result:
-    """Train an MAE on settings.images; writes losses.jsonl, checkpoints/ and model/ below settings.out.
+class Step(NamedTuple):
+    """Which part of which step of training a model is asked for.
+
+    Attributes:
+        seed: int64 [2] = (seed of the run, step) on the device; masks of the step are drawn from it.
+        first, total: the batch is the rows from `first` on of a step of `total` rows over all processes: masks are drawn for all of
+            them and cut with models.images.rows_of, so that they do not depend on the number of processes.
+        progress: the share of training that is done, in [0, 1).
+    """
+
+    seed: Tensor
+    first: int
+    total: int
+    progress: float
+
+
+class _Loss(nn.Module):
+    """The training loss as a forward pass, which is what data parallelism wraps."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor, step: Step) -> Tensor:
+        return self.model.training_loss(images, step)
+
+
+def model_class(system: str) -> type[nn.Module]:
+    """The class of a system's model.  ValueError for a system that is not in SYSTEMS."""
+    if system not in SYSTEMS:
+        raise ValueError(f"pretrain: system must be one of {list(SYSTEMS)}, got {system!r}")
+    module, name = SYSTEMS[system].split(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def pretrain(config: Any, settings: Settings) -> Result:
+    """Train the system of `config` on settings.images; writes losses.jsonl, checkpoints/ and model/ below settings.out.
 
     Raises:
         EmptyFolderError: no readable image.
         CheckpointError: settings.out holds a run and resume is off, or the run there was started with other settings.
         TrainingError: the loss is not finite.
-        ValueError: config masks no patch, so that there is nothing to learn from.
+        ValueError: config masks nothing, so that there is nothing to learn from.
     """
-    if config.num_keep == config.num_patches:
+    if not 0 < config.mask_ratio < 1 or config.num_keep == config.num_patches:
         raise ValueError(f"pretrain: mask_ratio must be in (0, 1), got {config.mask_ratio}, which masks no patch")
     accelerator = Accelerator(mixed_precision="bf16" if settings.bf16 else None)
     if accelerator.scaler is not None:
         raise TrainingError("mixed precision must be bf16 or off, got fp16")
     run = _Run(accelerator, config, settings)
-    with TrainingProgress(run.total_steps, run.step, title="mae", shown=accelerator.is_main_process) as progress:
+    with TrainingProgress(
+        run.total_steps, run.step, title=config.system, shown=accelerator.is_main_process
+    ) as progress:
         run.train(progress)
     return run.finish(progress.images_per_second)
 
@@ -91,21 +133,21 @@ def pretrain(config: MAEConfig, settings: Settings) -> Result:
 class _Run:
     """The state of one training run in one process."""
 
-    def __init__(self, accelerator: Accelerator, config: MAEConfig, settings: Settings) -> None:
+    def __init__(self, accelerator: Accelerator, config: Any, settings: Settings) -> None:
         self.accelerator, self.config, self.settings = accelerator, config, settings
         self.data = ImageFolder(settings.images, Crop(config.image_hw, settings.crop_scale), settings.seed)
         self.global_batch = settings.batch_size * accelerator.num_processes
         self.total_steps = max(1, math.ceil(settings.epochs * len(self.data) / self.global_batch))
         # Every process starts from the same weights.
         torch.manual_seed(settings.seed)
-        self.plain_model = MAE(config)
+        self.plain_model = model_class(config.system)(config)
         optimizer = make_optimizer(self.plain_model, settings.weight_decay)
         # Placed by hand: the saved state of the optimiser must find its parameters where they stay.
         self.plain_model.to(accelerator.device)
         self.checkpoints = settings.out / "checkpoints"
         self.loss = math.nan
         self.step = self._saved_step = self._resume(optimizer)
-        self.model, self.optimizer = accelerator.prepare(self.plain_model, optimizer)
+        self.model, self.optimizer = accelerator.prepare(_Loss(self.plain_model), optimizer)
         self._pending: list[tuple[int, float, Tensor]] = []
         self._undecodable: set[int] = set()
         self._saved = time.monotonic()
@@ -132,9 +174,12 @@ class _Run:
         lr = self.settings.lr * self.global_batch / 256 * self._schedule()
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        loss = self.model(images, split=self._draw_split()).loss
+        step = self._step()
+        loss = self.model(images, step)
         self.accelerator.backward(loss)
         self.optimizer.step()
+        if hasattr(self.plain_model, "after_step"):
+            self.plain_model.after_step(step)
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         self._pending.append((self.step, lr, loss.detach()))
@@ -146,14 +191,10 @@ class _Run:
         over = torch.tensor([float(seconds > self.settings.max_seconds)], device=self.accelerator.device)
         return bool(self.accelerator.reduce(over, "sum") > 0)
 
-    def _draw_split(self) -> TokenSplit:
-        """This process's rows of the masks of the whole step."""
+    def _step(self) -> Step:
         seed = torch.tensor([self.settings.seed, self.step], device=self.accelerator.device)
-        split = maskops.random_masking(
-            self.global_batch, self.config.num_patches, num_keep=self.config.num_keep, seed=seed, device=seed.device
-        )
         first = self.accelerator.process_index * self.settings.batch_size
-        return rows_of(split, first, first + self.settings.batch_size)
+        return Step(seed, first, self.global_batch, self.step / self.total_steps)
 
     def _schedule(self) -> float:
         """Linear warm-up, then half a cosine down to 0, as a factor of the learning rate."""
@@ -223,7 +264,7 @@ class _Run:
         names = "\n".join(path.relative_to(self.settings.images).as_posix() for path in self.data.paths)
         same = ("epochs", "lr", "weight_decay", "warmup_epochs", "seed")
         return {
-            "system": "mae", "model": _jsonable(dataclasses.asdict(self.config)), "total_steps": self.total_steps,
+            "system": self.config.system, "model": _jsonable(dataclasses.asdict(self.config)), "total_steps": self.total_steps,
             "global_batch": self.global_batch, "crop_scale": list(self.settings.crop_scale),
             "mixed_precision": self.accelerator.mixed_precision, "images": len(self.data),
             "image_names": hashlib.sha256(names.encode()).hexdigest(),
@@ -260,7 +301,8 @@ class _Run:
         self._report(late)
         folder = self.settings.out / "model"
         if self.accelerator.is_main_process:
-            checkpoint.save_model(folder, self.plain_model, _jsonable(dataclasses.asdict(self.config)))
+            fields = {"system": self.config.system, **_jsonable(dataclasses.asdict(self.config))}
+            checkpoint.save_model(folder, self.plain_model, fields)
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
         unreadable = {str(path): reason for path, reason in {**self.data.unreadable, **late}.items()}
@@ -283,23 +325,17 @@ def make_optimizer(model: nn.Module, weight_decay: float) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95))
 
 
-def rows_of(split: TokenSplit, start: int, stop: int) -> TokenSplit:
-    """Rows [start, stop) of a split that keeps the same number of tokens in every row."""
-    rows = [t[start:stop] for t in (split.ids_keep, split.ids_mask, split.ids_restore, split.num_keep, split.num_mask)]
-    cu_seqlens = split.cu_seqlens[start : stop + 1] - split.cu_seqlens[start]
-    return TokenSplit(*rows, cu_seqlens, split.max_seqlen, (stop - start) * split.max_seqlen)
-
-
-def load_pretrained(folder: str | Path) -> MAE:
-    """The model of a run: its out/model folder, or out itself."""
+def load_pretrained(folder: str | Path) -> nn.Module:
+    """The model of a run, in eval mode: its out/model folder, or out itself."""
     folder = Path(folder)
     folder = folder if (folder / "config.json").exists() else folder / "model"
     try:
         fields = json.loads((folder / "config.json").read_text())
     except (OSError, json.JSONDecodeError) as error:
         raise CheckpointError(f"{folder} holds no trained model: {error}") from error
-    size = fields["image_size"]
-    model = MAE(MAEConfig(**{**fields, "image_size": size if isinstance(size, int) else tuple(size)}))
+    made = model_class(fields.pop("system", "mae"))
+    # JSON has no tuples.
+    model = made(made.Config(**{name: tuple(v) if isinstance(v, list) else v for name, v in fields.items()}))
     checkpoint.load_model(folder, model)
     return model.eval()
 

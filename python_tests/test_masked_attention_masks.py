@@ -112,7 +112,7 @@ def test_masks_are_combined_inside_a_compiled_function(dynamic: bool) -> None:
     q = torch.randn(2, 2, 70, 16)
 
     def attend(q: Tensor, lengths: Tensor) -> Tensor:
-        mask = AttentionMask.causal() & AttentionMask.key_padding(lengths) | AttentionMask.window(0, 0)
+        mask = AttentionMask.causal() & AttentionMask.key_padding(lengths) | AttentionMask.hide_self().complement()
         return maskops.masked_attention(q, q, q, mask)
 
     lengths = torch.tensor([70, 33])
@@ -206,6 +206,8 @@ CU = torch.tensor([0, 3, 7])
         (lambda: AttentionMask.keys(CU[None], 8.0), TypeError, "keys: Lk must be int, got 8.0"),
         (lambda: AttentionMask.keys(CU[None], -1), ValueError, "keys: Lk must be at least 0, got -1"),
         (lambda: AttentionMask.keys(CU[None] > 0, 7), ValueError, r"keys: keys must have Lk = 7 entries .* bool \[1, 3\]"),
+        (lambda: AttentionMask.key_padding(torch.ones(2, 3).long()), ValueError, r"int \[B\] or bool \[B, Lk\] \(attention_mask"),
+        (lambda: maskops.merge_attention(*[torch.ones(1, 1, 1).long()] * 4), ValueError, "merge_attention: out_a must be float"),
         (lambda: AttentionMask.causal().compile(3.0, 3), TypeError, "AttentionMask: Lq must be int, got 3.0"),
         (lambda: AttentionMask.causal().compile(3, 3, backend=[]), TypeError, "AttentionMask.compile: backend must be"),
         (lambda: AttentionMask.causal().to(torch.float32), TypeError, "AttentionMask.to: device must be a device"),

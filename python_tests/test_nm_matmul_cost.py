@@ -16,6 +16,7 @@ def test_auto_takes_the_dense_path_where_little_is_pruned() -> None:
     sparse, dense = (maskops.nm_compress(pruned(6, 32, n, m), n, m) for n, m in ((3, 4), (7, 8)))
     x = torch.randn(3, 32, requires_grad=True)
     assert "auto takes the sparse path" in maskops.explain("nm_linear", x, sparse)
+    assert "auto takes the sparse path" in maskops.explain("nm_linear", x=x, weight=sparse, bias=None)
     assert "auto takes the dense path (decompress, then torch's dense linear): " in maskops.explain(
         "nm_linear", x, dense
     )

@@ -1,4 +1,4 @@
-"""What models of image patches share: sizes, and masks of rectangles."""
+"""What models of image patches share: sizes, rows of a split, and masks of rectangles."""
 
 from __future__ import annotations
 
@@ -43,6 +43,13 @@ class ImageConfig:
     @property
     def num_patches(self) -> int:
         return self.grid[0] * self.grid[1]
+
+
+def rows_of(split: TokenSplit, start: int, stop: int) -> TokenSplit:
+    """Rows [start, stop) of a split that keeps the same number of tokens in every row."""
+    rows = [t[start:stop] for t in (split.ids_keep, split.ids_mask, split.ids_restore, split.num_keep, split.num_mask)]
+    cu_seqlens = split.cu_seqlens[start : stop + 1] - split.cu_seqlens[start]
+    return TokenSplit(*rows, cu_seqlens, split.max_seqlen, (stop - start) * split.max_seqlen)
 
 
 def block_masking(

@@ -8,19 +8,21 @@ B images, N patches, K visible, D encoder width, V values per patch.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 import maskops
 from maskops import TokenSplit
-from maskops.models.images import ImageConfig
+from maskops.models.images import ImageConfig, rows_of
 from maskops.nn import PatchEmbed
 from maskops.nn.transformer import Block, init_linear_and_norm, sincos_positions
 
 if TYPE_CHECKING:
     from transformers import ViTMAEForPreTraining
+
+    from maskops.train import Step
 
 
 class MAEOutput(NamedTuple):
@@ -38,6 +40,7 @@ class MAEConfig(ImageConfig):
     norm_pix trains on patches normalised by their own mean and deviation, the paper's better recipe.
     """
 
+    system: ClassVar[str] = "mae"
     dim: int = 768
     depth: int = 12
     heads: int = 12
@@ -89,6 +92,8 @@ class MAE(nn.Module):
         >>> out.pred.shape, out.split.ids_keep.shape
         (torch.Size([2, 16, 192]), torch.Size([2, 4]))
     """
+
+    Config = MAEConfig
 
     def __init__(self, config: MAEConfig) -> None:
         super().__init__()
@@ -149,6 +154,13 @@ class MAE(nn.Module):
         pred = self.decode(self.encode(images, split), split)
         loss = maskops.masked_patch_loss(pred, images, split, self.patch_size, norm_pix=self.config.norm_pix)
         return MAEOutput(loss, pred, split)
+
+    def training_loss(self, images: Tensor, step: Step) -> Tensor:
+        """The loss of this process's rows of a step of maskops.train."""
+        split = maskops.random_masking(
+            step.total, self.config.num_patches, num_keep=self.config.num_keep, seed=step.seed, device=images.device
+        )
+        return self(images, split=rows_of(split, step.first, step.first + len(images))).loss
 
     def encode(self, images: Tensor, split: TokenSplit | None = None) -> Tensor:
         """Encode the visible patches, or all of them without a split.  [B, C, H, W] -> [B, 1 + K, D], class token first."""

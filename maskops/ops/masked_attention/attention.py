@@ -125,6 +125,8 @@ def merge_attention(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) 
     """
     for name, x in (("out_a", out_a), ("lse_a", lse_a), ("out_b", out_b), ("lse_b", lse_b)):
         check_is_tensor(MERGE, name, x)
+        if not x.is_floating_point():
+            fail(MERGE, name, "be float", describe(x))
     if out_a.shape != out_b.shape or lse_a.shape != lse_b.shape or lse_a.shape != out_a.shape[:-1]:
         fail(
             MERGE,

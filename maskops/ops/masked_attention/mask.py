@@ -70,7 +70,7 @@ class AttentionMask:
         """Keys that are real.  keys: lengths, int [B]; or bool [B, Lk], True for a real key."""
         if isinstance(keys, Tensor) and keys.dtype == torch.bool:
             return cls.keys(keys)
-        check(keys, "key_padding", "keys", INTEGERS, "int [B] or bool [B, Lk]", (1,))
+        check(keys, "key_padding", "keys", INTEGERS, "int [B] or bool [B, Lk] (attention_mask.bool())", (1,))
         return _of_lengths(keys)
 
     @classmethod
@@ -170,7 +170,7 @@ class AttentionMask:
     @classmethod
     def hide_self(cls) -> AttentionMask:
         """k != q."""
-        return ~cls.window(0, 0)
+        return cls.window(0, 0).complement()
 
     @classmethod
     def from_block_map(cls, blocks: Tensor, q_block: int, k_block: int) -> AttentionMask:
@@ -186,17 +186,18 @@ class AttentionMask:
         blocks = blocks[None, None] if blocks.dim() == 2 else blocks
         return _of_bits(blocks, q_block, k_block, None, None, blocks.shape[2] * q_block, blocks.shape[3] * k_block)
 
-    # ---- combinations
-
     def __and__(self, other: AttentionMask) -> AttentionMask:
         return self._join(other, rules.AND)
 
     def __or__(self, other: AttentionMask) -> AttentionMask:
         return self._join(other, rules.OR)
 
-    def __invert__(self) -> AttentionMask:
+    def complement(self) -> AttentionMask:
+        """What the mask hides: ~mask, an operator that torch.compile(fullgraph=True) does not trace."""
         program = self.program + rules.instruction(rules.NOT)
         return AttentionMask(self.ints, self.bytes, program, *self._sizes())
+
+    __invert__ = complement
 
     def _join(self, other: AttentionMask, code: int) -> AttentionMask:
         if not isinstance(other, AttentionMask):

@@ -24,7 +24,7 @@ from maskops.reference import nm_matmul as reference
 FUNCTION = "nm_linear"
 
 
-def _explain_path(x: Tensor | None = None, weight: NMWeight | None = None, *rest: Any) -> str:
+def _explain_path(x: Tensor | None = None, weight: NMWeight | None = None, *rest: Any, **others: Any) -> str:
     """For maskops.explain: what backend="auto" does with these arguments, and what a dense layer would make of them."""
     _check_arguments(x, weight)
     path, reason = linear_path(weight.n, weight.m)

@@ -1,4 +1,4 @@
-"""Samples, error samples and traffic of the family masked_loss."""
+"""Samples, error samples and traffic of masked_patch_loss."""
 
 import math
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Triton kernels of masked_loss: the per-patch error against patches read straight from the images.
+"""Triton kernels of masked_patch_loss: the per-patch error against patches read straight from the images.
 
 B batch, N patches per image, V values per patch in the order (t, h, w, c).
 """
@@ -7,7 +7,6 @@ import torch
 import triton
 import triton.language as tl
 from maskops.kernels._common import (
-    Arg,
     accumulator,
     cdiv,
     launch,
@@ -176,33 +175,3 @@ def _masked_loss_patch_backward(
         **grid.patch, **_choice(norm_pix, kind, beta, on), ACC=accumulator(pred)[1], **tile,
     )  # fmt: skip
     return grad_pred
-
-
-def _samples():
-    """Calls that reach every kernel in every launch configuration, for scripts/gpu_check.py: op -> argument lists."""
-    sizes = [((64, 3, 224, 224), (16, 16)), ((8, 3, 224, 224), (14, 14)), ((4, 3, 16, 224, 224), (2, 16, 16))]
-    # Small patches: one per column tile of 16 to 512 values.
-    sizes += [((2, channels, 32, 32), (4, 4)) for channels in (1, 2, 4, 8, 16, 32)]
-    choices = [(norm, kind, on) for norm in (True, False) for kind in ("l2", "l1", "smooth_l1") for on in ("masked",)]
-    choices += [(True, "l2", "visible"), (True, "l2", "all")]
-    forward, backward = [], []
-    for i, (image, patch) in enumerate(sizes):
-        tokens, values = 1, image[1]
-        for size, step in zip(image[2:], patch, strict=True):
-            tokens, values = tokens * (size // step), values * step
-        counts, restore = Arg("int64", image[:1]), Arg("int64", (image[0], tokens))
-        pred, acc = Arg("float", (image[0], tokens, values)), Arg("accumulator", (image[0], tokens))
-        stats = Arg("accumulator", (image[0], tokens, 2))
-        for norm, kind, on in choices if i == 0 else choices[:1]:
-            for images in (Arg("float", image), Arg("accumulator", image)):
-                rest = (restore, counts, counts, patch, norm, kind, 0.5, on)
-                forward.append((pred, images, *rest))
-                backward.append((acc, pred, images, stats, *rest))
-    return {"masked_loss_patch": tuple(forward), "_masked_loss_patch_backward": tuple(backward)}
-
-
-AOT_SAMPLES = _samples()
-LIMITS = {
-    name: {"dtypes": (torch.float32, torch.float64, torch.bfloat16, torch.float16), "reason": ""}
-    for name in AOT_SAMPLES
-}

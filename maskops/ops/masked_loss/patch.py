@@ -1,7 +1,4 @@
-"""The family masked_loss: losses on the positions that a mask selects, targets never materialised.
-
-Size letters: B batch, N patches, V values per patch.
-"""
+"""masked_patch_loss: pixels of masked patches, targets read straight from the image. B batch, N patches, V values per patch."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -16,8 +13,6 @@ from maskops.ops.visible_tokens.patches import check_images, patch_sizes
 from maskops.ops.visible_tokens.split import TokenSplit, check_split
 from maskops.reference import masked_loss as reference
 from maskops.reference.visible_tokens import accumulation_dtype
-
-__all__ = ["masked_patch_loss"]
 
 FUNCTION = "masked_patch_loss"
 INT64 = (torch.int64,)

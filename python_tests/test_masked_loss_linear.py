@@ -1,0 +1,202 @@
+"""What is special to linear_cross_entropy and linear_sample: PyTorch's values, reductions, denominators, hidden NaN, samples."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import maskops
+
+
+def inputs(
+    shape: tuple[int, ...] = (3, 7), width: int = 20, classes: int = 50
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    leaves = torch.randn(*shape, width), torch.randn(classes, width), torch.randn(classes)
+    hidden, weight, bias = (x.requires_grad_() for x in leaves)
+    return hidden, weight, bias, torch.randint(classes, shape)
+
+
+def same(ours: Tensor, theirs: Tensor, leaves: list[Tensor], scale: Tensor | float = 1.0) -> None:
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    grads = [torch.autograd.grad((x * scale).sum(), leaves, retain_graph=True) for x in (ours, theirs)]
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_equals_torch_for_every_reduction(reduction: str, smoothing: float) -> None:
+    """reduction="none" times weights and ignored targets are the cases that other fused losses get wrong."""
+    hidden, weight, bias, target = inputs()
+    target[0, :3], target[2] = -100, -100
+    ours = maskops.linear_cross_entropy(
+        hidden, weight, target, bias=bias, reduction=reduction, label_smoothing=smoothing
+    )
+    logits = F.linear(hidden, weight, bias).flatten(0, 1)
+    theirs = F.cross_entropy(logits, target.flatten(), reduction=reduction, label_smoothing=smoothing)
+    scale = torch.rand(3, 7) if reduction == "none" else 1.0
+    same(ours, theirs.view(ours.shape), [hidden, weight, bias], scale)
+
+
+def test_mask_and_ids_and_targets_say_the_same() -> None:
+    hidden, weight, bias, target = inputs()
+    ids = torch.tensor([[0, 4, -1], [-1, -1, -1], [6, 2, 3]])
+    mask = torch.zeros(3, 8, dtype=torch.bool).scatter(1, ids % 8, True)[:, :7]
+    slots = target.gather(1, ids.clamp_min(0))
+    by_mask = maskops.linear_cross_entropy(hidden, weight, target, mask=mask, bias=bias)
+    by_ids = maskops.linear_cross_entropy(hidden, weight, slots, ids=ids, bias=bias)
+    plain = maskops.linear_cross_entropy(hidden[mask], weight, target[mask], bias=bias)
+    same(by_mask, plain, [hidden, weight, bias])
+    same(by_ids, plain, [hidden, weight, bias])
+    each = maskops.linear_cross_entropy(hidden, weight, slots, ids=ids, bias=bias, reduction="none")
+    assert torch.equal(each == 0, ids < 0)
+
+
+def test_cosine_with_temperature() -> None:
+    """HuBERT's logits; the published code puts the target in a second time."""
+    hidden, weight, _, target = inputs()
+    mask = torch.rand(3, 7) < 0.5
+    ours = maskops.linear_cross_entropy(hidden, weight, target, mask=mask, cosine=True, temperature=0.1)
+    logits = F.cosine_similarity(hidden[mask][:, None], weight[None], dim=-1) / 0.1
+    same(ours, F.cross_entropy(logits, target[mask]), [hidden, weight])
+
+
+@pytest.mark.parametrize("denominator", ["count", "weight", "all", 7.0, torch.tensor(3.0)])
+def test_weights_and_denominators(denominator: object) -> None:
+    hidden, weight, bias, target = inputs()
+    target[1, 2:] = -100
+    each = F.cross_entropy(F.linear(hidden, weight, bias).mT, target, reduction="none")
+    share = torch.rand(3, 7, requires_grad=True)
+    ours = maskops.linear_cross_entropy(
+        hidden, weight, target, bias=bias, weight_per_token=share, denominator=denominator
+    )
+    counted = target != -100
+    by = {"count": counted.sum(), "weight": (share * counted).sum(), "all": counted.numel()}
+    theirs = (each * share).sum() / (by[denominator] if isinstance(denominator, str) else denominator)
+    same(ours, theirs, [hidden, weight, bias, share])
+
+
+def test_codebooks_are_as_one_loss_each() -> None:
+    hidden, weight = torch.randn(2, 5, 8, requires_grad=True), torch.randn(3, 11, 8, requires_grad=True)
+    target = torch.randint(11, (2, 5, 3))
+    target[0, 0, 1], target[1, 4] = -100, -100
+    ours = maskops.linear_cross_entropy(hidden, weight, target, reduction="none")
+    each = [maskops.linear_cross_entropy(hidden, weight[g], target[..., g], reduction="none") for g in range(3)]
+    same(ours, torch.stack(each, -1), [hidden, weight], torch.rand(2, 5, 3))
+
+
+def test_z_loss() -> None:
+    hidden, weight, bias, target = inputs()
+    ours = maskops.linear_cross_entropy(hidden, weight, target, bias=bias, z_loss=0.3)
+    logits = F.linear(hidden, weight, bias)
+    theirs = F.cross_entropy(logits.mT, target) + 0.3 * logits.logsumexp(-1).square().mean()
+    same(ours, theirs, [hidden, weight, bias])
+
+
+@pytest.mark.parametrize("cosine", [False, True])
+@pytest.mark.parametrize("by_ids", [False, True])
+def test_hidden_nan_reaches_nothing(by_ids: bool, cosine: bool) -> None:
+    hidden, weight, bias, target = inputs((1, 4))
+    hidden = hidden.detach().clone()
+    hidden[:, 1:] = math.nan
+    hidden.requires_grad_()
+    chosen = {"ids": torch.tensor([[0]])} if by_ids else {"mask": torch.tensor([[True, False, False, False]])}
+    loss = maskops.linear_cross_entropy(
+        hidden, weight, target[:, :1] if by_ids else target, bias=bias, cosine=cosine, **chosen
+    )
+    grads = torch.autograd.grad(loss, [hidden, weight, bias])
+    assert loss.isfinite() and all(g.isfinite().all() for g in grads) and grads[0][:, 1:].abs().sum() == 0
+
+
+@pytest.mark.parametrize("denominator", ["count", "weight", "all"])
+def test_nothing_that_counts_is_zero(denominator: str) -> None:
+    hidden, weight, bias, target = inputs()
+    loss = maskops.linear_cross_entropy(
+        hidden, weight, target, mask=torch.zeros(3, 7, dtype=torch.bool), bias=bias, denominator=denominator,
+        weight_per_token=torch.ones(3, 7),
+    )  # fmt: skip
+    grads = torch.autograd.grad(loss, [hidden, weight, bias])
+    assert loss == 0 and all((g == 0).all() for g in grads)
+
+
+def test_a_vocabulary_masked_by_minus_infinity() -> None:
+    hidden, weight, _, target = inputs()
+    bias = torch.zeros(50)
+    bias[25:], target = -math.inf, target % 25
+    ours = maskops.linear_cross_entropy(hidden, weight, target, bias=bias)
+    same(ours, maskops.linear_cross_entropy(hidden, weight[:25], target), [hidden, weight])
+
+
+def test_large_logits_do_not_overflow() -> None:
+    hidden, weight = torch.full((2, 4), 1e4), torch.eye(4).repeat(30, 1) * torch.linspace(-1, 1, 120)[:, None]
+    loss = maskops.linear_cross_entropy(hidden, weight, torch.tensor([119, 0]), reduction="none")
+    expected = F.cross_entropy(hidden @ weight.T, torch.tensor([119, 0]), reduction="none")
+    torch.testing.assert_close(loss, expected)
+
+
+@pytest.mark.parametrize(
+    "change,error,match",
+    [
+        ({"reduction": "avg"}, ValueError, "reduction must be one of"),
+        ({"denominator": "tokens"}, ValueError, "denominator must be one of"),
+        ({"temperature": 0.0}, ValueError, "temperature must be above 0"),
+        ({"temperature": "hot"}, TypeError, "temperature must be a number"),
+        ({"mask": torch.ones(3, 6, dtype=torch.bool)}, ValueError, "mask must have shape"),
+        ({"mask": torch.ones(3, 7)}, ValueError, "mask must be bool"),
+        ({"ids": torch.zeros(3, 7, dtype=torch.long)}, IndexError, "ids.* must be unique"),
+        ({"mask": torch.ones(3, 7, dtype=torch.bool), "ids": torch.zeros(3, 1)}, ValueError, "mask must not be given with ids"),
+        ({"weight_per_token": torch.ones(3)}, ValueError, "weight_per_token must have shape"),
+        ({"ignore_index": 1.5}, TypeError, "ignore_index must be int"),
+        ({"cosine": 1}, TypeError, "cosine must be bool"),
+        ({"backend": "metal"}, ValueError, "backend must be one of"),
+    ],
+)  # fmt: skip
+def test_wrong_arguments(change: dict, error: type[Exception], match: str) -> None:
+    hidden, weight, bias, target = inputs()
+    with pytest.raises(error, match=match):
+        maskops.linear_cross_entropy(hidden, weight, target, bias=bias, **change)
+
+
+# ---------------------------------------------------------------- samples
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_samples_follow_the_softmax(temperature: float) -> None:
+    """Chi-square of 20000 draws over 12 classes: 35 is beyond 1 in 4000 at 11 degrees of freedom."""
+    logits = torch.linspace(-1, 1, 12)
+    weight = logits[:, None].contiguous()
+    hidden, target = torch.ones(20000, 1), torch.zeros(20000, dtype=torch.long)
+    _, sample = maskops.linear_sample(hidden, weight, target, seed=1, sample_temperature=temperature)
+    expected = (logits / temperature).softmax(0) * 20000
+    assert ((sample.bincount(minlength=12) - expected).square() / expected).sum() < 35
+
+
+def test_sample_has_the_loss_and_gradient_of_the_plain_loss() -> None:
+    hidden, weight, bias, target = inputs()
+    mask = torch.rand(3, 7) < 0.5
+    loss, sample = maskops.linear_sample(hidden, weight, target, mask=mask, bias=bias, seed=0, temperature=2.0)
+    same(
+        loss,
+        maskops.linear_cross_entropy(hidden, weight, target, mask=mask, bias=bias, temperature=2.0),
+        [hidden, weight, bias],
+    )
+    assert torch.equal(sample >= 0, mask) and sample.max() < 50 and not sample.requires_grad
+
+
+def test_seeds() -> None:
+    hidden, weight, _, target = inputs((200,))
+    draw = [maskops.linear_sample(hidden, weight * 0.01, target, seed=seed)[1] for seed in (1, 1, 2)]
+    assert torch.equal(draw[0], draw[1]) and not torch.equal(draw[0], draw[2])
+    generated = [
+        maskops.linear_sample(hidden, weight, target, generator=torch.Generator().manual_seed(5))[1] for _ in range(2)
+    ]
+    assert torch.equal(*generated)
+
+
+def test_a_row_is_sampled_the_same_whatever_else_counts() -> None:
+    hidden, weight, _, target = inputs((40,))
+    few = torch.arange(40) % 3 == 0
+    all_rows = maskops.linear_sample(hidden, weight, target, seed=3)[1]
+    assert torch.equal(maskops.linear_sample(hidden, weight, target, mask=few, seed=3)[1][few], all_rows[few])

@@ -231,10 +231,10 @@ def _options(x):
 def _tile(x):
     wide = x.dtype.itemsize > 2
     if x.dtype == torch.float64:
-        return {"BLOCK_M": 16, "BLOCK_V": 32, "BLOCK_D": 16, "num_warps": 4, "num_stages": 1}
+        return {"BLOCK_M": 16, "BLOCK_V": 32, "BLOCK_D": 16, "num_warps": 4, "num_stages": 1, "maxnreg": 255}
     return {
         "BLOCK_M": 32 if wide else 64, "BLOCK_V": 32 if wide else 64, "BLOCK_D": 16 if wide else 32, "num_warps": 4 if wide else 8,
-        "num_stages": 1 if wide else 3,
+        "num_stages": 1 if wide else 3, "maxnreg": 255,
     }  # fmt: skip
 
 
@@ -318,12 +318,12 @@ def _masked_loss_linear_backward(grad, hidden, weight, bias, target, lse, ignore
                 _grad_weight_kernel, cdiv(part, columns) * cdiv(D, columns), slope, hidden, order, count,
                 grad_weight[g, first : first + part], grad_bias[g, first : first + part], D, hidden.stride(0), part,
                 **product, **tiles,
-                num_warps=tile["num_warps"], num_stages=tile["num_stages"],
+                num_warps=tile["num_warps"], num_stages=tile["num_stages"], maxnreg=255,
             )  # fmt: skip
             tiles = {"BLOCK_M": rows, "BLOCK_D": columns, "BLOCK_V": 16 if hidden.dtype.itemsize > 2 else 32}
             launch(
                 _grad_hidden_kernel, cdiv(N, rows) * cdiv(D, columns), slope, piece, count, sums, D, part, **product, **tiles,
-                num_warps=tile["num_warps"], num_stages=tile["num_stages"],
+                num_warps=tile["num_warps"], num_stages=tile["num_stages"], maxnreg=255,
             )  # fmt: skip
     # Row m of sums is row order[m]; rows past the count hold zeros.
     grad_hidden = torch.empty((N, D), dtype=hidden.dtype, device=hidden.device)

@@ -110,7 +110,7 @@ def masked_loss_max_pool(hidden, weight, bias, mask):
         _pool_kernel, B * cdiv(V, block), hidden, weight, None if bias is None else bias.contiguous(),
         mask.contiguous().view(torch.uint8), out, at, L, D, V, ACC=tl_acc, PRECISION="ieee" if exact else "tf32",
         BLOCK_L=16 if hidden.dtype == torch.float64 else block, BLOCK_V=block, BLOCK_D=16 if wide else 32,
-        num_warps=4 if wide else 8, num_stages=1 if wide else 3,
+        num_warps=4 if wide else 8, num_stages=1 if wide else 3, maxnreg=255,
     )  # fmt: skip
     return out, at
 

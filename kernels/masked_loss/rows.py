@@ -213,7 +213,8 @@ def _contrast_options(query, scale, collide):
         "ACC": accumulator(query)[1],
         "BLOCK_K": 16,
         "BLOCK_D": 64,
-        "num_warps": 4,
+        "num_warps": 2,
+        "maxnreg": 128,
     }
 
 

@@ -10,7 +10,7 @@ from enum import Enum
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 try:
     import typer
@@ -105,29 +105,31 @@ def pretrain(
         return _pretrain_maskgit(
             refused, out, data.value, size, epochs, batch_size, lr, seed, resume, save_every or 500
         )
+    changes = {"image_size": image_size, "patch_size": patch_size, "mask_ratio": mask_ratio, "norm_pix": norm_pix}
+    _pretrain_images(
+        system.value, size, {name: value for name, value in changes.items() if value is not None}, images=images, out=out,
+        epochs=epochs, batch_size=batch_size, lr=1.5e-4 if lr is None else lr, seed=seed, workers=workers, bf16=bf16,
+        resume=resume, warmup_epochs=0.05 * epochs if warmup_epochs is None else warmup_epochs, save_every=save_every,
+    )  # fmt: skip
+
+
+def _pretrain_images(
+    system: str, size: str, changes: dict[str, Any], *, images: Path | None, out: Path, **settings: Any
+) -> None:
+    """The systems of maskops.train.  changes: of the config; settings: fields of maskops.train.Settings."""
     _need("accelerate", "safetensors", "PIL", "rich")
     from maskops.checkpoint import CheckpointError
     from maskops.data import EmptyFolderError
     from maskops.train import Settings, TrainingError, model_class
     from maskops.train import pretrain as train
 
-    _check_epochs(epochs)
+    _check_epochs(settings["epochs"])
     try:
         if images is None:
-            raise ValueError(f"--images must be given with --system {system.value}")
-        if mask_ratio is not None and not 0 < mask_ratio < 1:
-            raise ValueError(f"--mask-ratio must be above 0 and below 1, got {mask_ratio:g}")
-        changes = {"image_size": image_size, "patch_size": patch_size, "mask_ratio": mask_ratio, "norm_pix": norm_pix}
-        config = model_class(system.value).Config.of_size(
-            size, **{name: value for name, value in changes.items() if value is not None}
-        )
-        result = train(
-            config,
-            Settings(
-                images, out, epochs, batch_size, 1.5e-4 if lr is None else lr, seed=seed, workers=workers, bf16=bf16, resume=resume,
-                warmup_epochs=0.05 * epochs if warmup_epochs is None else warmup_epochs, save_every=save_every,
-            ),
-        )  # fmt: skip
+            raise ValueError(f"--images must be given with --system {system}")
+        if not 0 < changes.get("mask_ratio", 0.5) < 1:
+            raise ValueError(f"--mask-ratio must be above 0 and below 1, got {changes['mask_ratio']:g}")
+        result = train(model_class(system).Config.of_size(size, **changes), Settings(images, out, **settings))
     except (EmptyFolderError, CheckpointError, ValueError, OSError) as error:
         _fail(error, 2)
     except TrainingError as error:

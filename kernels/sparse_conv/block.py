@@ -28,6 +28,10 @@ def in_order(cells):
     return hidden.to(torch.uint8).sort(stable=True)[1].int(), (~hidden).sum(dtype=torch.int32)[None]
 
 
+def as_bytes(cells):
+    return cells.contiguous().view(torch.uint8)
+
+
 @triton.jit
 def is_active(cells_ptr, image, y, x, h, w, ch, cw, mask):
     at = (image * h + y // ch) * w + x // cw
@@ -253,7 +257,7 @@ def _convolve(x, weight, bias, cells, sizes, kernel, stride, padding, groups, re
     total, P = out.shape[0] * sizes[0] * sizes[1], sizes[0] // cells.shape[1] * (sizes[1] // cells.shape[2])
     common = (total, P, *_geometry(cells, x.shape[1:3], sizes), kernel[1], K, *stride, *padding)
     bias = None if bias is None else bias.contiguous()
-    cells = cells.contiguous()
+    cells = as_bytes(cells)
     if C == 1 and groups == wide:
         block = _tile(wide, 64)
         launch(
@@ -303,7 +307,7 @@ def _sparse_conv_block_grad_weight(grad, x, cells, kernel_size, stride, padding,
     C, D, G = (1, wide, 1) if depthwise else (C, D, groups)
     block_c, block_d = (1 if depthwise else _tile(C, 32 if big else 64)), _tile(D, 32 if big and not depthwise else 64)
     launch(
-        _block_grad_weight_kernel, chunks * K * G * cdiv(C, block_c) * cdiv(D, block_d), grad, x, cells.contiguous(), order, count,
+        _block_grad_weight_kernel, chunks * K * G * cdiv(C, block_c) * cdiv(D, block_d), grad, x, as_bytes(cells), order, count,
         sums, bias, total, P, *_geometry(cells, x.shape[1:3], sizes), kernel_size[1], K, *stride, *padding, C, D, G, per_chunk,
         DEPTHWISE=depthwise, **_precision(x), BLOCK_M=16 if big else 32, BLOCK_C=block_c, BLOCK_D=block_d, num_warps=4,
         num_stages=1 if big else 3,
@@ -313,7 +317,7 @@ def _sparse_conv_block_grad_weight(grad, x, cells, kernel_size, stride, padding,
 
 
 def sparse_conv_block_max_pool(x, cells, kernel_size, stride, padding):
-    x, cells = rows_of_images(x), cells.contiguous()
+    x, cells = rows_of_images(x), as_bytes(cells)
     B, H, W, D = x.shape
     sizes = H // stride[0], W // stride[1]
     out, taps = empty_images(x, B, D, *sizes), empty_images(x, B, D, *sizes, torch.uint8)
@@ -327,7 +331,7 @@ def sparse_conv_block_max_pool(x, cells, kernel_size, stride, padding):
 
 
 def _sparse_conv_block_max_pool_backward(grad, taps, cells, size, kernel_size, stride, padding):
-    grad, taps, cells = rows_of_images(grad), rows_of_images(taps), cells.contiguous()
+    grad, taps, cells = rows_of_images(grad), rows_of_images(taps), as_bytes(cells)
     B, h, w, D = grad.shape
     out = empty_images(grad, B, D, *size)
     block, total = _tile(D, 64), B * size[0] * size[1]

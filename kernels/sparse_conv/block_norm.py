@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 from maskops.kernels._common import Arg, accumulator, cdiv, launch, rounded
-from maskops.kernels.sparse_conv.block import empty_images, is_active, rows_of_images
+from maskops.kernels.sparse_conv.block import as_bytes, empty_images, is_active, rows_of_images
 from maskops.kernels.sparse_conv.conv import _tile
 
 ROWS, CHUNK = 32, 1024
@@ -190,8 +190,9 @@ def _sizes(x, cells):
 
 def _elementwise(x):
     block = _tile(x.shape[3], 64)
-    programs = x.shape[0] * cdiv(x.shape[1] * x.shape[2], ROWS) * cdiv(x.shape[3], block)
-    return programs, {"ACC": accumulator(x)[1], "BLOCK_M": ROWS, "BLOCK_C": block, "num_warps": 4}
+    rows = ROWS // 2  # more spill on sm_90
+    programs = x.shape[0] * cdiv(x.shape[1] * x.shape[2], rows) * cdiv(x.shape[3], block)
+    return programs, {"ACC": accumulator(x)[1], "BLOCK_M": rows, "BLOCK_C": block, "num_warps": 4}
 
 
 def _chunked(x):
@@ -206,7 +207,7 @@ def _chunked(x):
 
 
 def _sparse_conv_block_moments(x, cells, per_sample):
-    x, cells = rows_of_images(x), cells.contiguous()
+    x, cells = rows_of_images(x), as_bytes(cells)
     programs, chunks, meta = _chunked(x)
     parts = torch.empty((chunks, 3, x.shape[3]), dtype=accumulator(x)[0], device=x.device)
     launch(_moments_kernel, programs, x, cells, parts, *_sizes(x, cells), CHUNK, **meta)
@@ -218,7 +219,7 @@ def _sparse_conv_block_moments(x, cells, per_sample):
 
 
 def sparse_conv_block_norm(x, mean, rstd, weight, bias, cells, count, groups, process_group):
-    x, cells, mean, rstd = rows_of_images(x), cells.contiguous(), mean.contiguous(), rstd.contiguous()
+    x, cells, mean, rstd = rows_of_images(x), as_bytes(cells), mean.contiguous(), rstd.contiguous()
     weight, bias = (None if t is None else t.contiguous() for t in (weight, bias))
     out = _like(x)
     programs, meta = _elementwise(x)
@@ -230,7 +231,7 @@ def sparse_conv_block_norm(x, mean, rstd, weight, bias, cells, count, groups, pr
 
 
 def _sparse_conv_block_norm_sums(grad, x, mean, cells):
-    grad, x, cells, mean = rows_of_images(grad), rows_of_images(x), cells.contiguous(), mean.contiguous()
+    grad, x, cells, mean = rows_of_images(grad), rows_of_images(x), as_bytes(cells), mean.contiguous()
     programs, chunks, meta = _chunked(x)
     parts = torch.empty((chunks, 2, x.shape[3]), dtype=accumulator(x)[0], device=x.device)
     S = mean.shape[0]
@@ -239,7 +240,7 @@ def _sparse_conv_block_norm_sums(grad, x, mean, cells):
 
 
 def _sparse_conv_block_norm_backward(grad, x, mean, of_grad, of_x, constant, cells):
-    grad, x, cells = rows_of_images(grad), rows_of_images(x), cells.contiguous()
+    grad, x, cells = rows_of_images(grad), rows_of_images(x), as_bytes(cells)
     stats = [t.contiguous() for t in (mean, of_grad, of_x, constant)]
     out = _like(x)
     programs, meta = _elementwise(x)
@@ -264,7 +265,7 @@ def _whole_rows(x):
 
 
 def sparse_conv_block_layer_norm(x, weight, bias, cells, eps):
-    x, cells = rows_of_images(x), cells.contiguous()
+    x, cells = rows_of_images(x), as_bytes(cells)
     weight, bias = (None if t is None else t.contiguous() for t in (weight, bias))
     out, meta, total = _like(x), _whole_rows(x), x.shape[0] * x.shape[1] * x.shape[2]
     programs = cdiv(total, meta["BLOCK_M"]) if x.shape[3] else 0
@@ -273,7 +274,7 @@ def sparse_conv_block_layer_norm(x, weight, bias, cells, eps):
 
 
 def _sparse_conv_block_layer_norm_backward(grad, x, weight, cells, eps):
-    grad, x, cells = rows_of_images(grad), rows_of_images(x), cells.contiguous()
+    grad, x, cells = rows_of_images(grad), rows_of_images(x), as_bytes(cells)
     weight = None if weight is None else weight.contiguous()
     out, meta, total = _like(x), _whole_rows(x), x.shape[0] * x.shape[1] * x.shape[2]
     per_chunk = max(64, cdiv(total, 1024))

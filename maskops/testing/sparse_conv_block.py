@@ -41,7 +41,7 @@ SIZES = {  # small: Triton's interpreter takes milliseconds for a kernel place o
     "1x1": (2, 17, 33, (4, 4), (2, 2), (1, 1), (1, 1), (0, 0)),
     "stride": (2, 18, 24, (8, 4), (2, 1), (3, 3), (2, 2), (1, 1)),
     "down": (2, 16, 20, (4, 8), (1, 2), (2, 2), (2, 2), (0, 0)),
-    "stem": (2, 3, 16, (8, 8), (2, 2), (7, 7), (2, 2), (3, 3)),
+    "stem": (1, 3, 16, (8, 8), (2, 2), (7, 7), (2, 2), (3, 3)),
     "pixels": (2, 16, 16, (4, 3), (4, 3), (5, 7), (1, 1), (2, 3)),
     "uneven": (2, 16, 8, (6, 6), (1, 3), (1, 5), (2, 1), (0, 2)),
     "patches": (2, 3, 24, (8, 8), (2, 2), (4, 4), (4, 4), (0, 0)),
@@ -183,7 +183,7 @@ def _layer_backward(name: str, *, affine: bool = True) -> Callable:
 DEPTHWISE = {"groups": 21, "channels": (21, 21)}
 SAMPLES = [
     *(Sample(CONV, name, _conv(name)) for name in SIZES),
-    Sample(CONV, "groups", _conv("3x3", groups=4, channels=(12, 20))),
+    Sample(CONV, "groups", _conv("3x3", groups=2, channels=(12, 20))),
     Sample(CONV, "depthwise", _conv("3x3", **DEPTHWISE)),
     Sample(CONV, "depthwise_wide", _conv("wide", groups=40, channels=(40, 40), bias=False)),
     Sample(CONV, "depthwise_stride", _conv("stride", **DEPTHWISE)),

@@ -6,6 +6,7 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from maskops._backends import find_op
 from maskops._checks import check_is_tensor, fail, integer, number
@@ -27,7 +28,9 @@ def table(function: Callable) -> Callable:
     cached = lru_cache(maxsize=64)(function)
 
     def look_up(*numbers: object) -> Tensor:
-        found = cached(*numbers)
+        # Also where the first call is traced or in inference mode: what is kept is a plain tensor.
+        with unset_fake_temporarily(), torch.inference_mode(False):
+            found = cached(*numbers)
         found._dynamo_static_indices = set(range(found.dim()))  # type: ignore[attr-defined]  # what mark_static notes
         return found
 

@@ -1,4 +1,4 @@
-"""ReCAP over MaskGIT on scikit-learn's digits: local steps are exact until a token changes, then better than old logits.
+"""ReCAP over MaskGIT on digits (the Works check, in part): local steps are exact until a token changes, then better than old.
 
 | claim | measured | broken on purpose | then |
 |---|---|---|---|

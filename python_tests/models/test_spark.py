@@ -1,4 +1,4 @@
-"""SparK: masked pixels change nothing, the mask keeps its pattern over depth, and painting is learned.
+"""SparK (the Works check, in part): masked pixels change nothing, the mask keeps its pattern over depth, and painting is learned.
 
 Works check: 24 x 24 crops of photos, cells of 4 pixels, 14 of 36 visible, a ResNet of three stages, 80 steps of 32; the held-out
 error of masked cells in normalised pixels, where the mean patch has 1. Seeds 0 and 1:

@@ -36,13 +36,13 @@ def test_dots_use_matrix_units(report):
     units = {"cuda:80": "mma", "cuda:90": "wgmma", "cuda:100": "tcgen05", "hip:gfx942": "v_mfma"}
     used = {target: {} for target in units}
     for row in report:
-        if "PRECISION" in row["config"]:
+        if "PRECISION" in row["config"] and "DEPTHWISE=True" not in row["config"]:
             used[row["target"]].setdefault(row["op"].removeprefix("_"), set()).add(row["matrix"].split(".")[0])
     for target, unit in units.items():
         for op, found in used[target].items():
             # Attention has tiles, those of the bias are all, and weights of few channels are too small for the wide units of Hopper
             # and Blackwell: mma serves.
-            small = op.startswith(("masked_attention", "sparse_conv_grad_weight"))
+            small = op.startswith(("masked_attention", "sparse_conv_grad_weight", "sparse_conv_block_grad_weight"))
             assert found <= ({unit, "mma"} if small else {unit}), (target, op)
             assert unit in found or op == "masked_attention_grad_bias", (target, op)
 

@@ -310,7 +310,7 @@ def _sparse_conv_block_grad_weight(grad, x, cells, kernel_size, stride, padding,
         _block_grad_weight_kernel, chunks * K * G * cdiv(C, block_c) * cdiv(D, block_d), grad, x, as_bytes(cells), order, count,
         sums, bias, total, P, *_geometry(cells, x.shape[1:3], sizes), kernel_size[1], K, *stride, *padding, C, D, G, per_chunk,
         DEPTHWISE=depthwise, **_precision(x), BLOCK_M=16 if big else 32, BLOCK_C=block_c, BLOCK_D=block_d, num_warps=4,
-        num_stages=1 if big else 3,
+        num_stages=1 if big else 3, maxnreg=255,
     )  # fmt: skip
     found = sums.sum(0).permute(2, 1, 0).reshape(wide, C, *kernel_size)
     return found.to(x.dtype).contiguous(), bias.sum(0).to(x.dtype)
@@ -323,9 +323,9 @@ def sparse_conv_block_max_pool(x, cells, kernel_size, stride, padding):
     out, taps = empty_images(x, B, D, *sizes), empty_images(x, B, D, *sizes, torch.uint8)
     block = _tile(D, 64)
     launch(
-        _pool_kernel, cdiv(B * sizes[0] * sizes[1], 32) * cdiv(D, block), x, cells, out, taps, B * sizes[0] * sizes[1],
+        _pool_kernel, cdiv(B * sizes[0] * sizes[1], 16) * cdiv(D, block), x, cells, out, taps, B * sizes[0] * sizes[1],
         *_geometry(cells, (H, W), sizes), kernel_size[1], kernel_size[0] * kernel_size[1], *stride, *padding, D,
-        ACC=accumulator(x)[1], BLOCK_M=32, BLOCK_D=block, num_warps=4,
+        ACC=accumulator(x)[1], BLOCK_M=16, BLOCK_D=block, num_warps=4,
     )  # fmt: skip
     return out, taps
 

@@ -54,7 +54,7 @@ class BuildLibraries(build_ext):
         super().run()
 
     def build_extension(self, extension: Extension) -> None:
-        self.objects = Path(self.build_temp) / extension.name.rsplit(".", 1)[-1]
+        self.objects = object_folder(Path(self.build_temp)) / extension.name.rsplit(".", 1)[-1]
         self.objects.mkdir(parents=True, exist_ok=True)
         output = Path(self.get_ext_fullpath(extension.name))
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -129,6 +129,19 @@ class BuildLibraries(build_ext):
             list(pool.map(run, stale))
         # Libraries come after the objects that need them.
         run([link[0], *[str(target) for _, target in jobs], *link[1:]])
+
+
+def object_folder(temporary: Path) -> Path:
+    """Where objects stay: pip builds in folders that it throws away, and an installation after an edit would compile everything."""
+    import torch
+
+    kind = "-sanitized" if sanitize_flags() else ""
+    folder = ROOT / "build" / f"objects{kind}-{Path(cxx()).name}-torch{torch.__version__}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:  # sources that may not be written to
+        return temporary
+    return folder if os.access(folder, os.W_OK) else temporary
 
 
 def up_to_date(target: Path) -> bool:

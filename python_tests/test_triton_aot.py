@@ -22,7 +22,7 @@ def report(tmp_path_factory):
     path = tmp_path_factory.mktemp("aot") / "report.json"
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, str(ROOT / "scripts" / "gpu_check.py"), "--triton-only", "--quick", "--json", str(path)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=1800, check=False)
     assert path.exists(), done.stderr[-2000:]
     return json.loads(path.read_text())["triton"]
 

@@ -4,12 +4,14 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from rich.progress import track
 
 ROOT = Path(__file__).resolve().parents[1]
 FLAGS = ("-std=c++20", "-O3", "-DUSE_CUDA", "--expt-relaxed-constexpr", "-Xptxas", "-v")
@@ -54,17 +56,19 @@ def find_nvcc():
     return next((c for c in [*candidates, shutil.which("nvcc")] if c and os.access(c, os.X_OK)), None)
 
 
-def compile_all(jobs):
+def compile_all(jobs, families):
     """One row (dict) per kernel and chip; a single row with an error where there is no nvcc."""
     nvcc = find_nvcc()
-    sources = sorted((ROOT / "csrc" / "cuda").rglob("*.cu"))
+    folder = ROOT / "csrc" / "cuda"
+    sources = sorted(p for p in folder.rglob("*.cu") if p.relative_to(folder).with_suffix("").parts[0] in families)
     if nvcc is None:
         return [_row("", "", "", error="no nvcc on the PATH or in CUDA_HOME: the CUDA sources were NOT compiled")]
     if not sources:
         return [_row("", "", "", error="no CUDA sources: gpu-check runs in a source tree of maskops")]
     tasks = [(nvcc, source, chip) for source in sources for chip in CHIPS]
     with ThreadPoolExecutor(jobs) as pool:
-        rows = [row for rows in pool.map(lambda task: _compile_one(*task), tasks) for row in rows]
+        done = pool.map(lambda task: _compile_one(*task), tasks)
+        rows = [row for rows in track(done, "nvcc", len(tasks), disable=not sys.stderr.isatty()) for row in rows]
     return _demangled(rows)
 
 

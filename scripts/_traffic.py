@@ -8,7 +8,7 @@ import math
 
 import torch
 
-from maskops.families import FAMILIES
+from maskops._registry import OPS
 
 PATCH = (4, 4)
 IMAGE = (4, 3, 32, 32)  # 64 patches of 48 values
@@ -84,17 +84,19 @@ def _nm_arguments():
     }
 
 
-def measure():
+def measure(families):
     """One row (dict) per op: least and counted bytes; math.nan where there is no number, with the reason in "note"."""
     emulator = importlib.import_module("maskops.testing.emulator")
     reason = emulator.reason_unavailable()
     if not reason:
         emulator.load()
     models = {}
-    for family in FAMILIES:
+    for family in families:
         models |= getattr(importlib.import_module(f"maskops.testing.{family}"), "TRAFFIC", {})
     rows = []
     for op, args in (example_arguments() | _nm_arguments()).items():
+        if OPS[op].family not in families:
+            continue
         row = {"op": op, "least": math.nan, "counted": math.nan, "note": "", "error": ""}
         if op in models:
             row["least"] = models[op](*args)

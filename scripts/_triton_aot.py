@@ -10,12 +10,14 @@ import multiprocessing
 import os
 import re
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
 import torch
 import triton
 from maskops.kernels._common import Arg, record_launches
+from rich.progress import track
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -38,13 +40,13 @@ def target_of(name):
     return GPUTarget(backend, int(arch) if arch.isdigit() else arch, 32 if backend == "cuda" else 64)
 
 
-def record_all(quick):
-    """{key: (op, launch)} over every op, sample and dtype.
+def record_all(quick, families):
+    """{key: (op, launch)} over every op, sample and dtype of the families.
 
     quick: bfloat16 only (float32 where the op has no 16-bit type), and three launches of every kernel.
     """
     launches = {}
-    for family in FAMILIES:
+    for family in families:
         module = importlib.import_module(f"maskops.kernels.{family}")
         for op, samples in module.AOT_SAMPLES.items():
             dtypes = module.LIMITS[op]["dtypes"] or (torch.float32,)
@@ -110,13 +112,16 @@ def launch_key(launch):
     return f"{launch.kernel.__name__} {signature} {constants} {sorted(attributes)} {options}"
 
 
-def kernels_without_launch(launches):
+def kernels_without_launch(launches, families):
     """Names of the JIT kernels of the families that no sample reaches."""
     reached = {(launch.kernel.fn.__module__, launch.kernel.__name__) for _, launch in launches.values()}
     root = Path(importlib.import_module("maskops.kernels").__path__[0])
+    # What families share must be reached by one of them.
+    wanted = {*families, "_common.py"} if set(families) == set(FAMILIES) else set(families)
     defined = {
         (".".join(("maskops.kernels", *path.relative_to(root).with_suffix("").parts)), name)
         for path in root.rglob("*.py")
+        if path.relative_to(root).parts[0] in wanted
         for name in re.findall(r"^def (\w+_kernel)\(", path.read_text(), re.M)
     }
     return sorted(f"{module}.{name}" for module, name in defined - reached)
@@ -125,16 +130,18 @@ def kernels_without_launch(launches):
 _WORK = []  # (op, launch), set before the workers are forked: launches cannot be pickled
 
 
-def compile_all(quick, jobs):
+def compile_all(quick, jobs, families):
     """One row (dict) per launch and target."""
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise RuntimeError("ahead-of-time compilation needs a process without TRITON_INTERPRET=1")
-    launches = record_all(quick)
+    launches = record_all(quick, families)
     _WORK[:] = list(launches.values())
-    missing = kernels_without_launch(launches)
+    missing = kernels_without_launch(launches, families)
     tasks = [(i, target) for i in range(len(_WORK)) for target in TARGETS]
     with multiprocessing.get_context("fork").Pool(jobs) as pool:
-        rows = pool.map(_compile_one, tasks, chunksize=8)
+        rows = list(
+            track(pool.imap(_compile_one, tasks, chunksize=8), "Triton", len(tasks), disable=not sys.stderr.isatty())
+        )
     rows += [_row("", name, "", "", error="no AOT sample reaches this kernel") for name in missing]
     return rows
 

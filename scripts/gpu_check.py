@@ -16,6 +16,8 @@ import sys
 from itertools import groupby
 from pathlib import Path
 
+from maskops.families import FAMILIES
+
 
 def main():
     options = _options()
@@ -24,17 +26,17 @@ def main():
     if not options.cuda_only:
         import _triton_aot
 
-        rows = report["triton"] = _triton_aot.compile_all(options.quick, options.jobs)
+        rows = report["triton"] = _triton_aot.compile_all(options.quick, options.jobs, options.family)
         failed += _show("Triton, compiled ahead of time", _triton_table(rows), rows, ("kernel", "target", "config"))
     if not options.triton_only:
         import _cuda_aot
 
-        rows = report["cuda"] = _cuda_aot.compile_all(options.jobs)
+        rows = report["cuda"] = _cuda_aot.compile_all(options.jobs, options.family)
         failed += _show("CUDA C++, compiled by nvcc", _cuda_table(rows), rows, ("source", "kernel", "target"))
     if not (options.triton_only or options.cuda_only):
         import _traffic
 
-        rows = report["bytes"] = _traffic.measure()
+        rows = report["bytes"] = _traffic.measure(options.family)
         failed += _show("Global memory of one call (CUDA C++ under the emulator)", _bytes_table(rows), rows, ("op",))
     if options.json:
         options.json.write_text(json.dumps(report, indent=1))
@@ -48,6 +50,9 @@ def _options():
     only.add_argument("--triton-only", action="store_true")
     only.add_argument("--cuda-only", action="store_true")
     parser.add_argument("--quick", action="store_true", help="Triton: one dtype and three launches of every kernel")
+    parser.add_argument(
+        "--family", nargs="+", choices=FAMILIES, default=FAMILIES, metavar="F", help="these families alone"
+    )
     parser.add_argument("--json", type=Path, metavar="OUT", help="also write every row to this file")
     parser.add_argument("-j", "--jobs", type=int, default=os.cpu_count() or 1, metavar="N")
     return parser.parse_args()

@@ -12,8 +12,8 @@ A model of two layers learns pydoc's topics for seconds; texts are 48 bytes, pro
 | samples: another model's NLL within 0.15 of full recomputation's | full 1.216, dual 1.241, prefix 1.251 | cache not seen | 0.988 |
 | the same | | next slot / places from 0 | 1.994 / 2.464 |
 
-A small model that decodes what is surest repeats itself, so its samples are likelier than real text (2.71): the check is that a cache
-changes nothing in this. The threshold's samples are likelier still (it trades tokens a step for that), and are not compared.
+A small model that decodes what is surest repeats itself, so its samples are likelier than real text (2.71): the check is that the
+cache changes nothing in this. The threshold's samples are likelier still (it trades tokens a step for that), and are not compared.
 """
 
 import functools

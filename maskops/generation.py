@@ -93,7 +93,7 @@ class MaskedGenerator:
         >>> generator.generate(2, seed=0).tokens.shape
         torch.Size([2, 16])
         >>> print(generator.explain().splitlines()[0])
-        8 steps: 4 full and 4 local; 114 of 136 token evaluations of 8 full steps (84%)
+        8 steps: 4 full and 4 local; 88 of 136 token evaluations of 8 full steps (65%)
     """
 
     def __init__(

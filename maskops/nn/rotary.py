@@ -22,8 +22,9 @@ def rotary(x: Tensor, positions: Tensor, base: float = 10000.0) -> Tensor:
         Su et al., "RoFormer", 2021 (arXiv 2104.09864), with the halves as in LLaMA.
 
     Example:
-        >>> rotary(torch.ones(1, 1, 2, 2), torch.tensor([0, 1])).round(decimals=2).tolist()
-        [[[[1.0, 1.0], [-0.3, 1.38]]]]
+        >>> rotary(torch.ones(1, 1, 2, 2), torch.tensor([0, 1]))
+        tensor([[[[ 1.0000,  1.0000],
+                  [-0.3012,  1.3818]]]])
     """
     half = x.shape[-1] // 2
     if x.shape[-1] % 2:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from maskops.ops.feature_reuse import ContextCache, Selection, cached_attention, confidence_select
 from maskops.ops.masked_attention import masked_attention
+from maskops.reuse import BlockCache, FullOnly, ReCAP, token_evaluations
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
@@ -46,81 +47,6 @@ class MaskedModel(Protocol):
 def attend_to_all(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """The `attend` of a forward pass without a cache."""
     return masked_attention(q, k, v)
-
-
-# ---------------------------------------------------------------- what is reused
-
-
-@dataclass(frozen=True)
-class FullOnly:
-    """Every step forwards all tokens: MaskGIT, MAGE."""
-
-    def groups(self, counts: Sequence[int]) -> list[list[int]]:
-        return [[n] for n in counts]
-
-
-@dataclass(frozen=True)
-class ReCAP:
-    """The first pre_full steps alone, then groups of a full step and local_steps local ones.  Liu et al., 2025 (arXiv 2505.19089).
-
-    A full step chooses U, the tokens that its whole group decodes. A local step forwards U only; the keys and values of all other
-    tokens, decoded or still masked, are those of the full step.
-    """
-
-    pre_full: int
-    local_steps: int = 1
-
-    def __post_init__(self) -> None:
-        for name in ("pre_full", "local_steps"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"ReCAP: {name} must be at least 0, got {getattr(self, name)}")
-
-    def groups(self, counts: Sequence[int]) -> list[list[int]]:
-        first, rest, size = counts[: self.pre_full], counts[self.pre_full :], 1 + self.local_steps
-        return [[n] for n in first] + [list(rest[i : i + size]) for i in range(0, len(rest), size)]
-
-
-@dataclass(frozen=True)
-class BlockCache:
-    """Blocks of a sequence from left to right, as diffusion language models do: Wu et al., Fast-dLLM, 2025 (arXiv 2505.22618).
-
-    Args:
-        block_size: tokens of a block.
-        mode: "dual": local steps forward the block, all else is cached; "prefix": they forward the block and what follows it.
-        threshold: decode all tokens of the block of which p is above, at least one a step; None: block_size / steps each step.
-        steps: per block, without a threshold. Default: one token a step.
-    """
-
-    block_size: int
-    mode: str = "dual"
-    threshold: float | None = None
-    steps: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.block_size < 1:
-            raise ValueError(f"BlockCache: block_size must be at least 1, got {self.block_size}")
-        if self.mode not in ("dual", "prefix"):
-            raise ValueError(f"BlockCache: mode must be 'dual' or 'prefix', got {self.mode!r}")
-        if self.threshold is not None and self.steps is not None:
-            raise ValueError("BlockCache: threshold or steps must be given, not both")
-        if self.steps is not None and not 1 <= self.steps <= self.block_size:
-            raise ValueError(f"BlockCache: steps must be in [1, {self.block_size}], got {self.steps}")
-
-    def counts(self, size: int) -> list[int]:
-        """Tokens that each step of a block of `size` decodes."""
-        steps = min(size, self.steps or size)
-        return [size // steps + (i < size % steps) for i in range(steps)]
-
-
-def token_evaluations(reuse: FullOnly | ReCAP, counts: Sequence[int], prefix: int = 0) -> tuple[int, int]:
-    """Positions forwarded by a generation, and by one with as many full steps.
-
-    sum over groups of (N + P) + local steps * (sum of the group's counts + P);   T (N + P)
-    """
-    tokens = sum(counts)
-    groups = reuse.groups(counts)
-    own = sum(tokens + prefix + (len(group) - 1) * (sum(group) + prefix) for group in groups)
-    return own, len(counts) * (tokens + prefix)
 
 
 # ---------------------------------------------------------------- one generation
@@ -167,7 +93,7 @@ class MaskedGenerator:
         >>> generator.generate(2, seed=0).tokens.shape
         torch.Size([2, 16])
         >>> print(generator.explain().splitlines()[0])
-        8 steps: 4 full and 4 local; 114 of 136 token evaluations of 8 full steps (84%)
+        8 steps: 4 full and 4 local; 88 of 136 token evaluations of 8 full steps (65%)
     """
 
     def __init__(
@@ -222,9 +148,7 @@ class MaskedGenerator:
     def explain(self, generation: Generation | None = None) -> str:
         """What the steps are and what they save; of a finished generation also how long each took."""
         if isinstance(self.reuse, BlockCache):
-            lines = [
-                f"blocks of {self.reuse.block_size}, {self.reuse.mode} cache: a full step and then local ones per block"
-            ]
+            lines = [self._explain_blocks(self.reuse)]
         else:
             own, full = token_evaluations(self.reuse, self.counts, self.model.prefix)
             fulls, steps = len(self.reuse.groups(self.counts)), len(self.counts)
@@ -239,6 +163,15 @@ class MaskedGenerator:
                 f"{i:4} {step.kind:5} {step.positions:6} positions {decoded:>5} decoded {1e3 * step.seconds:9.2f} ms"
             )
         return "\n".join(lines)
+
+    def _explain_blocks(self, reuse: BlockCache) -> str:
+        again = "" if reuse.refresh is None else f", again every {reuse.refresh} steps"
+        line = f"blocks of {reuse.block_size}, {reuse.mode} cache: a full step{again}, and local ones per block"
+        if reuse.threshold is not None:
+            return f"{line}, until all are sure"
+        own, full = reuse.evaluations(self.model.num_tokens, self.model.prefix)
+        share = own / full if full else 1.0
+        return f"{line}; {own} of {full} token evaluations of as many full steps ({share:.0%})"
 
 
 class _Run:
@@ -282,7 +215,7 @@ class _Run:
                     self.note("local", local.shape[1], count, began, bar)
 
     def blocks(self, reuse: BlockCache, progress: bool) -> None:
-        """Each block: a full step fills the cache and decodes some, then local steps until the block is done."""
+        """Each block: a full step fills the cache and decodes some, then local steps until the block is done in all rows."""
         N = self.model.num_tokens
         with _Bar(N, progress) as bar:
             for start in range(0, N, reuse.block_size):
@@ -290,23 +223,33 @@ class _Run:
                 last = N if reuse.mode == "prefix" else stop
                 local = torch.arange(start, last, device=self.tokens.device).expand(len(self.tokens), -1).contiguous()
                 inside = local < stop
-                plan, step = reuse.counts(stop - start), 0
-                # The one look at the device of a step: with a threshold nobody knows how many steps a block takes.
-                while not bool(self.known[:, start:stop].all()):
+                plan = reuse.counts(stop - start)
+                # Every step decodes at least one token of each row, so there are no more steps than tokens.
+                for step in range(stop - start):
+                    # The one look at the device of a step: with a threshold nobody knows how many steps a block takes.
+                    if bool(self.known[:, start:stop].all()):
+                        break
                     began = time.perf_counter()
-                    logits = self.forward(None, store=True)[:, start:last] if step == 0 else self.forward(local)
+                    full = reuse.is_full(step)
+                    logits = self.forward(None, store=True)[:, start:last] if full else self.forward(local)
                     count = None if reuse.threshold is not None else plan[min(step, len(plan) - 1)]
-                    found = self.select(logits, self.known[:, start:last] | ~inside, count, 0.0, reuse.threshold)
+                    # Rows need different numbers of steps, so the draw goes by the place and not by the steps so far.
+                    found = self.select(
+                        logits, self.known[:, start:last] | ~inside, count, 0.0, reuse.threshold, start + step
+                    )
                     self.decode(torch.where(found.ids < 0, -1, found.ids + start), None, found.tokens, start)
-                    self.note("local" if step else "full", local.shape[1] if step else N, count, began, bar)
-                    step += 1
+                    self.note("full" if full else "local", N if full else local.shape[1], count, began, bar)
+                if not bool(self.known[:, start:stop].all()):
+                    raise ValueError(f"generate: logits of tokens {start} to {stop - 1} must be finite, got NaN or inf")
 
     # ------------------------------------------------------------ parts of a step
 
     def select(
-        self, logits: Tensor, known: Tensor, count: int | None, noise: float, threshold: float | None = None
-    ) -> Selection:
-        step = torch.tensor([self.seed, len(self.trace)], device=logits.device)
+        self, logits: Tensor, known: Tensor, count: int | None, noise: float, threshold: float | None = None,
+        draw: int | None = None,
+    ) -> Selection:  # fmt: skip
+        """draw: which draw of the seed, by default the number of steps so far."""
+        step = torch.tensor([self.seed, len(self.trace) if draw is None else draw], device=logits.device)
         return confidence_select(
             logits, known, count, temperature=noise, seed=step, sample_temperature=self.generator.sample_temperature,
             threshold=threshold, first_row=self.first_row,

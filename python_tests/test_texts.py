@@ -1,5 +1,6 @@
 """Text as training samples: windows by (seed, position), and what is said of files that cannot be used."""
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,7 @@ def test_windows_depend_on_seed_epoch_and_index_only(tmp_path: Path) -> None:
     torch.rand(3)
     assert windows(0) == first and all(w == list(range(w[0], w[0] + 16)) for w in first)
     starts = [w[0] for w in first]
-    assert all(b - a <= 16 for a, b in zip(starts, starts[1:], strict=False)) and starts[0] <= 16
+    assert all(b - a <= 16 for a, b in pairwise(starts)) and starts[0] <= 16
     assert windows(1) != first and windows(0, seed=4) != first
     assert {w[0] for epoch in range(60) for w in windows(epoch)} >= set(range(1, 185)), "every place is a first byte"
 

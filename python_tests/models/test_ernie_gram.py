@@ -1,6 +1,16 @@
 """ERNIE-Gram (the Works check, in part): slots of single tokens see the text and themselves alone, n-grams are named whole.
 
-Text is the topics of pydoc, small letters and spaces; the lexicon has 100 n-grams of two or three letters.
+Text is the topics of pydoc, small letters and spaces; the lexicon has 100 n-grams of two or three letters. Masked n-grams of new
+text are named right: by one choice among the n-grams of that length, or letter by letter after the usual contiguous masking.
+
+    claim                                                       measured (each)                      broken, seed 0
+    exact match of whole n-grams, mean of 3 seeds: > 0.05       0.096 (0.096, 0.097, 0.094) against  0.018: n-grams not trained
+      and > 3 times that of contiguous masking, equal steps       0.000 (0.000, 0.000, 0.000)
+    a slot of a single token changes no other output            exact                                red: slots see each other
+    the text's outputs are those without the slots, to 1e-12    exact                                0.18: text sees the slots
+
+Not shown: that it names more than the most frequent n-gram of each length does, which is right in 0.098. So few steps teach how
+often n-grams are and little of the context; then one choice has the mode of the n-grams, and letters apart have no n-gram at all.
 """
 
 import re

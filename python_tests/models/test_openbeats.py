@@ -1,7 +1,13 @@
 """OpenBEATs (the Works check): ragged batches equal single recordings, only masked patches are asked, their tokens are told.
 
 Speech is JapaneseVowels (nine speakers, 7 to 29 frames of 12 cepstra, a frame a patch), the published split of 270 recordings to
-train on and 370 held out; 16 codes.
+train on and 370 held out; 16 codes. The other claims are exact, with recordings of 2 to 40 frames whose padding is NaN.
+
+    claim                                                       measured (each)        broken, seed 0
+    masked held-out tokens told right, over the share of the    2.44 (2.98, 2.03,      1.20: kept patches not put back, so that
+      most frequent one > 2, mean of 3 seeds                      2.33)                  only places are known
+    a padded batch is its recordings alone, to 1e-10            exact                  7e-3: empty slots are seen
+    logits of kept and padded patches get no gradient           exact
 """
 
 import math

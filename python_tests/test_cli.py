@@ -78,8 +78,7 @@ def test_pretrain_spark(tmp_path: Path) -> None:
     assert type(model).__name__ == "SparK" and model.config.num_keep == 2
 
 
-@pytest.mark.parametrize("system", ["electra", "dupmae", "ernie_gram"])
-def test_pretrain_on_text(tmp_path: Path, system: str) -> None:
+def test_pretrain_on_text(tmp_path: Path) -> None:
     import torch
 
     from maskops.train import load_pretrained
@@ -89,7 +88,7 @@ def test_pretrain_on_text(tmp_path: Path, system: str) -> None:
     (text / "a.txt").write_text("some words, and some more words, " * 8)
     (text / "b.txt").write_bytes(b"")
     command = [
-        "pretrain", "--system", system, "--text", text, "--out", out, "--size", "tiny", "--context", 32, "--batch-size", 4,
+        "pretrain", "--system", "ernie_gram", "--text", text, "--out", out, "--size", "tiny", "--context", 32, "--batch-size", 4,
         "--epochs", 2, "--workers", 0,
     ]  # fmt: skip
     done = run(*command)
@@ -103,8 +102,7 @@ def test_pretrain_on_text(tmp_path: Path, system: str) -> None:
     other = run(*command, "--resume")
     assert other.returncode == 2 and "text was" in other.stderr and "Traceback" not in other.stderr
     model = load_pretrained(out)
-    lengths = (torch.tensor([20]),)
-    assert model.config.system == system and model.encode(torch.randint(256, (1, 20)), *lengths).shape == (1, 20, 128)
+    assert model.encode(torch.randint(256, (1, 20))).shape == (1, 20, 128) and model.lexicon[0] < 2**63 - 1
 
 
 @pytest.mark.parametrize(

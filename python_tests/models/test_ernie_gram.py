@@ -11,6 +11,8 @@ text are named right: by one choice among the n-grams of that length, or letter 
 
 Not shown: that it names more than the most frequent n-gram of each length does, which is right in 0.098. So few steps teach how
 often n-grams are and little of the context; then one choice has the mode of the n-grams, and letters apart have no n-gram at all.
+A longer training, run once and too long for a test (2 layers of width 64, 60 n-grams, a fifth masked, 1200 steps, seed 0), names
+0.213 against 0.028, where the most frequent n-gram is right in 0.161.
 """
 
 import re

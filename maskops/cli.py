@@ -29,6 +29,12 @@ class System(str, Enum):
     hpm = "hpm"
     spark = "spark"
     maskgit = "maskgit"
+    electra = "electra"
+    dupmae = "dupmae"
+    ernie_gram = "ernie_gram"
+
+
+TEXT_SYSTEMS = (System.electra, System.dupmae, System.ernie_gram)
 
 
 class Data(str, Enum):
@@ -65,20 +71,27 @@ def _root() -> None:
 def pretrain(
     out: Annotated[Path, typer.Option(help="Where losses.jsonl, checkpoints/ and model/ go.")],
     images: Annotated[
-        Path | None, typer.Option(help="Folder of images, searched with its subfolders; not for maskgit.")
+        Path | None,
+        typer.Option(help="Folder of images, searched with its subfolders; for systems of images, not maskgit."),
+    ] = None,
+    text: Annotated[
+        Path | None, typer.Option(help="Text file, or folder of text files; for electra, dupmae and ernie_gram.")
     ] = None,
     system: Annotated[System, typer.Option(help="What to train.")] = System.mae,
     data: Annotated[Data, typer.Option(help="maskgit: images that scikit-learn or scikit-image ships.")] = Data.digits,
-    epochs: Annotated[float, typer.Option(min=0.0, help="Passes over the images.")] = 100,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images per step and process.")] = 64,
+    epochs: Annotated[float, typer.Option(min=0.0, help="Passes over the images or the text.")] = 100,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images or texts per step and process.")] = 64,
     mask_ratio: Annotated[
-        float | None, typer.Option(help="Share of patches that are masked, above 0 and below 1. Default: as published.")
+        float | None, typer.Option(help="Share that is masked, above 0 and below 1. Default: as published.")
     ] = None,
     size: Annotated[
         str,
         typer.Option(help="Size of the model: tiny, small, base, large; for spark also resnet50, convnext_base, ..."),
     ] = "base",
     image_size: Annotated[int, typer.Option(min=1, help="Height and width of the crops.")] = 224,
+    context: Annotated[
+        int, typer.Option(min=4, help="Tokens of a text: bytes, and dupmae's two special tokens.")
+    ] = 128,
     patch_size: Annotated[
         int | None,
         typer.Option(min=1, help="Height and width of a patch. Default: 16; of spark the stride of the CNN, 32."),
@@ -87,36 +100,45 @@ def pretrain(
     lr: Annotated[
         float | None,
         typer.Option(
-            min=0.0, help="mae: for 256 images a step, scaled with the batch, 1.5e-4. maskgit: of a step, by size."
+            min=0.0,
+            help="For 256 samples a step, scaled with the batch; 1.5e-4 on images, 1e-3 on text. maskgit: of a step, by size.",
         ),
     ] = None,
     warmup_epochs: Annotated[float | None, typer.Option(min=0.0, help="Default: 5% of the epochs.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the weights, the crops and the masks.")] = 0,
-    workers: Annotated[int, typer.Option(min=0, help="Processes that load images, per training process.")] = 2,
+    seed: Annotated[int, typer.Option(min=0, help="Of the weights, the samples and the masks.")] = 0,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that load samples, per training process.")] = 2,
     bf16: Annotated[bool, typer.Option("--bf16", help="Mixed precision in bfloat16.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in --out.")] = False,
     save_every: Annotated[int | None, typer.Option(min=1, help="Steps between checkpoints.")] = None,
 ) -> None:
-    """Pre-train a model on a folder of images. On several processes or machines: `accelerate launch -m maskops pretrain ...`.
+    """Pre-train a model on images or text. On several processes or machines: `accelerate launch -m maskops pretrain ...`.
     maskgit trains in one process on --data and takes --size, --epochs, --batch-size, --lr, --seed, --resume and --save-every.
     """
     if system is System.maskgit:
-        refused = images is not None or bf16
+        refused = images is not None or text is not None or bf16
         return _pretrain_maskgit(
             refused, out, data.value, size, epochs, batch_size, lr, seed, resume, save_every or 500
         )
-    changes = {"image_size": image_size, "patch_size": patch_size, "mask_ratio": mask_ratio, "norm_pix": norm_pix}
-    _pretrain_images(
-        system.value, size, {name: value for name, value in changes.items() if value is not None}, images=images, out=out,
-        epochs=epochs, batch_size=batch_size, lr=1.5e-4 if lr is None else lr, seed=seed, workers=workers, bf16=bf16,
+    on_text = system in TEXT_SYSTEMS
+    refused = images or patch_size or image_size != 224 if on_text else text or context != 128
+    if refused:
+        other = "--images, --image-size and --patch-size" if on_text else "--text and --context"
+        _fail(f"--system {system.value} trains on {'--text' if on_text else '--images'}: leave out {other}", 2)
+    changes = {"image_size": image_size, "patch_size": patch_size, "norm_pix": norm_pix}
+    changes = {"mask_ratio": mask_ratio, **({"context": context} if on_text else changes)}
+    default_lr = 1e-3 if on_text else 1.5e-4
+    _pretrain_samples(
+        system.value, size, {name: value for name, value in changes.items() if value is not None},
+        "--text" if on_text else "--images", data=text if on_text else images, out=out, epochs=epochs, batch_size=batch_size,
+        lr=default_lr if lr is None else lr, seed=seed, workers=workers, bf16=bf16,
         resume=resume, warmup_epochs=0.05 * epochs if warmup_epochs is None else warmup_epochs, save_every=save_every,
     )  # fmt: skip
 
 
-def _pretrain_images(
-    system: str, size: str, changes: dict[str, Any], *, images: Path | None, out: Path, **settings: Any
+def _pretrain_samples(
+    system: str, size: str, changes: dict[str, Any], option: str, *, data: Path | None, out: Path, **settings: Any
 ) -> None:
-    """The systems of maskops.train.  changes: of the config; settings: fields of maskops.train.Settings."""
+    """The systems of maskops.train.  changes: of the config; option: that gives data; settings: of maskops.train.Settings."""
     _need("accelerate", "safetensors", "PIL", "rich")
     from maskops.checkpoint import CheckpointError
     from maskops.data import EmptyFolderError
@@ -125,11 +147,11 @@ def _pretrain_images(
 
     _check_epochs(settings["epochs"])
     try:
-        if images is None:
-            raise ValueError(f"--images must be given with --system {system}")
+        if data is None:
+            raise ValueError(f"{option} must be given with --system {system}")
         if not 0 < changes.get("mask_ratio", 0.5) < 1:
             raise ValueError(f"--mask-ratio must be above 0 and below 1, got {changes['mask_ratio']:g}")
-        result = train(model_class(system).Config.of_size(size, **changes), Settings(images, out, **settings))
+        result = train(model_class(system).Config.of_size(size, **changes), Settings(data, out, **settings))
     except (EmptyFolderError, CheckpointError, ValueError, OSError) as error:
         _fail(error, 2)
     except TrainingError as error:
@@ -137,11 +159,12 @@ def _pretrain_images(
     except KeyboardInterrupt:
         print(f"maskops: interrupted; add --resume to go on from the last checkpoint in {out}", file=sys.stderr)
         raise typer.Exit(130) from None
+    unit = option.removeprefix("--").removesuffix("s") + "s"
     print(
-        f"{result.step} steps, loss {result.loss:.4f}, {result.images_per_second:.0f} images/s: {result.model_folder}"
+        f"{result.step} steps, loss {result.loss:.4f}, {result.images_per_second:.0f} {unit}/s: {result.model_folder}"
     )
     if result.unreadable:
-        print(f"{len(result.unreadable)} unreadable images were skipped")
+        print(f"{len(result.unreadable)} unreadable {'images' if unit == 'images' else 'text files'} were skipped")
 
 
 def _check_epochs(epochs: float) -> None:
@@ -153,7 +176,7 @@ def _pretrain_maskgit(
     refused: bool, out: Path, data: str, size: str, epochs: float, batch_size: int, lr: float | None, *rest: int
 ) -> None:
     if refused:
-        _fail("--system maskgit trains on --data, in float32: leave out --images and --bf16", 2)
+        _fail("--system maskgit trains on --data, in float32: leave out --images, --text and --bf16", 2)
     _need("safetensors", "rich", *(("sklearn",) if data == "digits" else ("skimage",)))
     from maskops.checkpoint import CheckpointError
     from maskops.maskgit import Settings

@@ -4,12 +4,13 @@ Everything is a function of (seed, position), never of a running generator: a re
 of DataLoader workers see the same crops in the same order.
 """
 
+import hashlib
 import math
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image, UnidentifiedImageError
@@ -24,7 +25,7 @@ _UNREADABLE = (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.D
 
 
 class EmptyFolderError(ValueError):
-    """A folder without a readable image."""
+    """A folder without a readable image, or without text."""
 
 
 class Key(NamedTuple):
@@ -72,6 +73,8 @@ class ImageFolder(Dataset):
     Decoded images are kept in memory up to cache_mb in each process: small folders are decoded once.
     """
 
+    unit = "images"
+
     def __init__(self, folder: str | Path, crop: Crop, seed: int = 0, cache_mb: int = 256) -> None:
         self.folder, self.crop, self.seed = Path(folder), crop, seed
         if not self.folder.is_dir():
@@ -88,6 +91,14 @@ class ImageFolder(Dataset):
 
     def __len__(self) -> int:
         return len(self.paths)
+
+    def identity(self) -> dict[str, Any]:
+        """What tells these samples from others."""
+        names = "\n".join(path.relative_to(self.folder).as_posix() for path in self.paths)
+        return {
+            "crop_scale": list(self.crop.scale), "images": len(self),
+            "image_names": hashlib.sha256(names.encode()).hexdigest(),
+        }  # fmt: skip
 
     def __getitem__(self, key: Key) -> tuple[Tensor, int]:
         unreadable = -1

@@ -1,14 +1,15 @@
 """Pre-training of the systems in SYSTEMS, on Hugging Face Accelerate: one process, or many under `accelerate launch` or `torchrun`.
 
 A system is a config (a frozen dataclass with the class attribute `system`, its name in SYSTEMS) and a model, Model(config), with
-`Config`, the config's class, `training_loss(images, step)` and, if it has something to do after the optimiser, `after_step(step)`.
+`Config`, the config's class, `training_loss(samples, step)` and, if they have something to do, `prepare(data)` before the first
+step and `after_step(step)` after the optimiser. A config with `window` trains on text, windows of so many bytes, others on images.
 
-The same losses come out of an unbroken run, of a run killed and resumed, and of two processes with half the batch each:
-crops and masks depend on (seed, position in the stream of samples) alone, and a checkpoint holds everything else.
+The same losses come out of an unbroken run, of a run killed and resumed, and, on images, of two processes with half the batch each:
+samples and masks depend on (seed, position in the stream of samples) alone, and a checkpoint holds everything else. Models of text
+draw masks for their own rows: another number of processes takes the same text under other masks.
 """
 
 import dataclasses
-import hashlib
 import importlib
 import json
 import math
@@ -28,12 +29,16 @@ from maskops import checkpoint
 from maskops.checkpoint import CheckpointError
 from maskops.data import Crop, GlobalBatches, ImageFolder
 from maskops.progress import TrainingProgress
+from maskops.texts import TextFolder
 
 SYSTEMS = {
     "mae": "maskops.models.mae:MAE",
     "colormae": "maskops.models.colormae:ColorMAE",
     "hpm": "maskops.models.hpm:HPM",
     "spark": "maskops.models.spark:SparK",
+    "electra": "maskops.models.electra:ELECTRA",
+    "dupmae": "maskops.models.dupmae:DupMAE",
+    "ernie_gram": "maskops.models.ernie_gram:ERNIEGram",
 }
 """What can be pre-trained: name -> module and class of its model."""
 
@@ -46,9 +51,9 @@ class TrainingError(RuntimeError):
 
 @dataclass(frozen=True)
 class Settings:
-    """How to train. lr is for 256 images a step and scaled linearly with the batch, as MAE does; batch_size is per process."""
+    """How to train. lr is for 256 samples a step and scaled linearly with the batch, as MAE does; batch_size is per process."""
 
-    images: Path
+    data: Path  # a folder of images; for systems of text a file or a folder of files
     out: Path
     epochs: float = 800
     batch_size: int = 64
@@ -86,12 +91,18 @@ class Step(NamedTuple):
         first, total: the batch is the rows from `first` on of a step of `total` rows over all processes: masks are drawn for all of
             them and cut with models.images.rows_of, so that they do not depend on the number of processes.
         progress: the share of training that is done, in [0, 1).
+        draws: the seed of `generator`, for models that draw for their own rows: of the run's seed, the step and the process.
     """
 
     seed: Tensor
     first: int
     total: int
     progress: float
+    draws: int = 0
+
+    def generator(self) -> torch.Generator:
+        """A generator on the device, whose draws depend on the seed, the step and the process alone."""
+        return torch.Generator(self.seed.device).manual_seed(self.draws)
 
 
 class _Loss(nn.Module):
@@ -101,8 +112,8 @@ class _Loss(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, images: Tensor, step: Step) -> Tensor:
-        return self.model.training_loss(images, step)
+    def forward(self, samples: Tensor, step: Step) -> Tensor:
+        return self.model.training_loss(samples, step)
 
 
 def model_class(system: str) -> type[nn.Module]:
@@ -114,23 +125,23 @@ def model_class(system: str) -> type[nn.Module]:
 
 
 def pretrain(config: Any, settings: Settings) -> Result:
-    """Train the system of `config` on settings.images; writes losses.jsonl, checkpoints/ and model/ below settings.out.
+    """Train the system of `config` on settings.data; writes losses.jsonl, checkpoints/ and model/ below settings.out.
 
     Raises:
-        EmptyFolderError: no readable image.
+        EmptyFolderError: no readable image, no text.
         CheckpointError: settings.out holds a run and resume is off, or the run there was started with other settings.
         TrainingError: the loss is not finite.
         ValueError: config masks nothing, so that there is nothing to learn from.
     """
-    if not 0 < config.mask_ratio < 1 or config.num_keep == config.num_patches:
-        raise ValueError(f"pretrain: mask_ratio must be in (0, 1), got {config.mask_ratio}, which masks no patch")
+    all_kept = not hasattr(config, "window") and config.num_keep == config.num_patches
+    if not 0 < config.mask_ratio < 1 or all_kept:
+        raise ValueError(f"pretrain: mask_ratio must be in (0, 1), got {config.mask_ratio}, which masks nothing")
     accelerator = Accelerator(mixed_precision="bf16" if settings.bf16 else None)
     if accelerator.scaler is not None:
         raise TrainingError("mixed precision must be bf16 or off, got fp16")
     run = _Run(accelerator, config, settings)
-    with TrainingProgress(
-        run.total_steps, run.step, title=config.system, shown=accelerator.is_main_process
-    ) as progress:
+    shown = accelerator.is_main_process
+    with TrainingProgress(run.total_steps, run.step, title=config.system, shown=shown, unit=run.data.unit) as progress:
         run.train(progress)
     return run.finish(progress.images_per_second)
 
@@ -140,12 +151,17 @@ class _Run:
 
     def __init__(self, accelerator: Accelerator, config: Any, settings: Settings) -> None:
         self.accelerator, self.config, self.settings = accelerator, config, settings
-        self.data = ImageFolder(settings.images, Crop(config.image_hw, settings.crop_scale), settings.seed)
+        if hasattr(config, "window"):
+            self.data = TextFolder(settings.data, config.window, settings.seed)
+        else:
+            self.data = ImageFolder(settings.data, Crop(config.image_hw, settings.crop_scale), settings.seed)
         self.global_batch = settings.batch_size * accelerator.num_processes
         self.total_steps = max(1, math.ceil(settings.epochs * len(self.data) / self.global_batch))
         # Every process starts from the same weights.
         torch.manual_seed(settings.seed)
         self.plain_model = model_class(config.system)(config)
+        if hasattr(self.plain_model, "prepare"):
+            self.plain_model.prepare(self.data)
         optimizer = make_optimizer(self.plain_model, settings.weight_decay)
         # Placed by hand: the saved state of the optimiser must find its parameters where they stay.
         self.plain_model.to(accelerator.device)
@@ -163,8 +179,8 @@ class _Run:
     def train(self, progress: TrainingProgress) -> None:
         began = time.monotonic()
         self.model.train()
-        for images, unreadable in self._loader():
-            self._train_step(images)
+        for samples, unreadable in self._loader():
+            self._train_step(samples)
             self._undecodable.update(i for i in unreadable.tolist() if i >= 0)
             if self._due_to_look():
                 self._write_losses()
@@ -174,13 +190,13 @@ class _Run:
             if self._out_of_time(time.monotonic() - began):
                 break
 
-    def _train_step(self, images: Tensor) -> None:
-        images = images.to(self.accelerator.device, non_blocking=True)
+    def _train_step(self, samples: Tensor) -> None:
+        samples = samples.to(self.accelerator.device, non_blocking=True)
         lr = self.settings.lr * self.global_batch / 256 * self._schedule()
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         step = self._step()
-        loss = self.model(images, step)
+        loss = self.model(samples, step)
         self.accelerator.backward(loss)
         self.optimizer.step()
         if hasattr(self.plain_model, "after_step"):
@@ -199,7 +215,11 @@ class _Run:
     def _step(self) -> Step:
         seed = torch.tensor([self.settings.seed, self.step], device=self.accelerator.device)
         first = self.accelerator.process_index * self.settings.batch_size
-        return Step(seed, first, self.global_batch, self.step / self.total_steps)
+        # No two steps or processes of a run share a number, and neighbouring seeds are far apart.
+        draws = (
+            self.settings.seed * 2**40 + self.step * self.accelerator.num_processes + self.accelerator.process_index
+        ) % 2**63
+        return Step(seed, first, self.global_batch, self.step / self.total_steps, draws)
 
     def _schedule(self) -> float:
         """Linear warm-up, then half a cosine down to 0, as a factor of the learning rate."""
@@ -266,13 +286,10 @@ class _Run:
 
     def _identity(self) -> dict[str, Any]:
         """What a resumed run must have in common with the run that it continues."""
-        names = "\n".join(path.relative_to(self.settings.images).as_posix() for path in self.data.paths)
         same = ("epochs", "lr", "weight_decay", "warmup_epochs", "seed")
         return {
             "system": self.config.system, "model": _jsonable(dataclasses.asdict(self.config)), "total_steps": self.total_steps,
-            "global_batch": self.global_batch, "crop_scale": list(self.settings.crop_scale),
-            "mixed_precision": self.accelerator.mixed_precision, "images": len(self.data),
-            "image_names": hashlib.sha256(names.encode()).hexdigest(),
+            "global_batch": self.global_batch, "mixed_precision": self.accelerator.mixed_precision, **self.data.identity(),
             **{name: getattr(self.settings, name) for name in same},
         }  # fmt: skip
 
@@ -316,7 +333,8 @@ class _Run:
     def _report(self, unreadable: dict[Path, str]) -> None:
         if unreadable:
             lines = [f"  {path}: {reason}" for path, reason in unreadable.items()]
-            count = f"{len(lines)} unreadable image{'s' if len(lines) > 1 else ''} skipped:"
+            unit = "image" if self.data.unit == "images" else "text file"
+            count = f"{len(lines)} unreadable {unit}{'s' if len(lines) > 1 else ''} skipped:"
             self.accelerator.print("\n".join([count, *lines]))
 
 

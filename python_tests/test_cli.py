@@ -78,6 +78,51 @@ def test_pretrain_spark(tmp_path: Path) -> None:
     assert type(model).__name__ == "SparK" and model.config.num_keep == 2
 
 
+def test_pretrain_on_text(tmp_path: Path) -> None:
+    import torch
+
+    from maskops.train import load_pretrained
+
+    text, out = tmp_path / "text", tmp_path / "out"
+    text.mkdir()
+    (text / "a.txt").write_text("some words, and some more words, " * 8)
+    (text / "b.txt").write_bytes(b"")
+    command = [
+        "pretrain", "--system", "ernie_gram", "--text", text, "--out", out, "--size", "tiny", "--context", 32, "--batch-size", 4,
+        "--epochs", 2, "--workers", 0,
+    ]  # fmt: skip
+    done = run(*command)
+    assert done.returncode == 0, done.stderr
+    assert " steps, loss" in done.stdout and "texts/s" in done.stdout and "texts/s" in done.stderr
+    assert "b.txt: the file is empty" in done.stdout and "1 unreadable text files were skipped" in done.stdout
+    refused = run(*command)
+    assert refused.returncode == 2 and "holds a run already" in refused.stderr and "Traceback" not in refused.stderr
+    assert run(*command, "--resume").returncode == 0
+    (text / "a.txt").write_text("some words, and some more w0rds, " * 8)
+    other = run(*command, "--resume")
+    assert other.returncode == 2 and "text was" in other.stderr and "Traceback" not in other.stderr
+    model = load_pretrained(out)
+    assert model.encode(torch.randint(256, (1, 20))).shape == (1, 20, 128) and model.lexicon[0] < 2**63 - 1
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("--text", "."), "no text files"),
+        (("--text", "missing"), "missing is no file and no folder"),
+        ((), "--text must be given with --system electra"),
+        (("--text", ".", "--images", "."), "trains on --text: leave out --images, --image-size and --patch-size"),
+        (("--text", ".", "--patch-size", 8), "trains on --text: leave out --images, --image-size and --patch-size"),
+        (("--system", "mae", "--text", "."), "trains on --images: leave out --text and --context"),
+        (("--system", "maskgit", "--text", "."), "leave out --images, --text and --bf16"),
+        (("--text", ".", "--size", "huge"), "size must be one of ['tiny', 'small', 'base', 'large'], got 'huge'"),
+    ],
+)
+def test_wrong_use_of_text_is_exit_code_2_and_one_message(tmp_path: Path, args: tuple, message: str) -> None:
+    done = run("pretrain", "--system", "electra", "--out", tmp_path / "out", "--size", "tiny", *args, cwd=tmp_path)
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [

@@ -27,16 +27,18 @@ import sys
 from pathlib import Path
 from maskops.models.mae import MAEConfig
 from maskops.models.spark import SparKConfig
-from maskops.train import Settings, pretrain
+from maskops.train import Settings, model_class, pretrain
 
-images, out, batch, epochs, resume, workers, system = sys.argv[1:8]
+data, out, batch, epochs, resume, workers, system = sys.argv[1:8]
 if system == "mae":
     config = MAEConfig(image_size=32, patch_size=8, dim=32, depth=1, heads=2, mlp_dim=64, decoder_dim=32, decoder_depth=1,
                        decoder_heads=2, decoder_mlp_dim=64)
+elif system in ("electra", "dupmae", "ernie_gram"):
+    config = model_class(system).Config.of_size("tiny", context=16, dim=32, depth=1)
 else:
     config = SparKConfig(image_size=32, patch_size=8, depths=(1, 1), width=8, decoder_dim=16)
 result = pretrain(config, Settings(
-    Path(images), Path(out), epochs=float(epochs), batch_size=int(batch), lr=3e-2, warmup_epochs=1, resume=resume == "resume",
+    Path(data), Path(out), epochs=float(epochs), batch_size=int(batch), lr=3e-2, warmup_epochs=1, resume=resume == "resume",
     workers=int(workers), save_every=3, seed=5))
 print("LOSS", result.loss, "UNREADABLE", len(result.unreadable))
 """
@@ -52,8 +54,16 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("text")
+    for name in "ab":
+        (folder / f"{name}.txt").write_text(f"some text of the file {name}, ")
+    return folder
+
+
 def command(
-    images: Path,
+    data: Path,
     out: Path,
     *,
     batch: int = 4,
@@ -62,7 +72,7 @@ def command(
     workers: int = 0,
     system: str = "mae",
 ) -> list[str]:
-    return [sys.executable, "-P", "-c", PROGRAM, *map(str, (images, out, batch, epochs, resume, workers, system))]
+    return [sys.executable, "-P", "-c", PROGRAM, *map(str, (data, out, batch, epochs, resume, workers, system))]
 
 
 def environment(**extra: str) -> dict[str, str]:
@@ -92,11 +102,27 @@ def unbroken(images: Path, tmp_path_factory: pytest.TempPathFactory) -> list[flo
 
 
 def test_killed_runs_resume_to_the_same_losses(images: Path, tmp_path: Path, unbroken: list[float]) -> None:
-    out, rng = tmp_path / "run", random.Random(1)
+    assert killed_and_resumed(images, tmp_path / "run") == unbroken
+
+
+@pytest.mark.parametrize("system", ["electra", "dupmae", "ernie_gram"])
+def test_killed_runs_on_text_resume_to_the_same_losses(text: Path, tmp_path: Path, system: str) -> None:
+    """Four windows of text; read by other processes, which must not change what is read, in the unbroken run."""
+    train(text, tmp_path / "unbroken", epochs=21, system=system, workers=2)
+    unbroken = losses(tmp_path / "unbroken")
+    assert len(unbroken) in (21, 16) and sum(unbroken[-3:]) < sum(unbroken[:3])
+    assert killed_and_resumed(text, tmp_path / "run", epochs=21, system=system) == unbroken
+
+
+def killed_and_resumed(data: Path, out: Path, **options: object) -> list[float]:
+    rng = random.Random(1)
     for kill_at in (2, 8, 14):
         # Killed once a step has been logged, a random moment later: in a step, in a save, between two files of a checkpoint.
         process = subprocess.Popen(
-            command(images, out, resume="resume"), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+            command(data, out, resume="resume", **options),
+            env=environment(),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
         )
         log = out / "losses.jsonl"
         deadline = time.monotonic() + 60
@@ -111,10 +137,10 @@ def test_killed_runs_resume_to_the_same_losses(images: Path, tmp_path: Path, unb
     (out / "checkpoints" / ".partial-00000099-1").mkdir()
     with open(out / "losses.jsonl", "a") as file:
         file.write('{"step": 99, "lo')
-    train(images, out, resume="resume")
-    assert losses(out) == unbroken
+    train(data, out, resume="resume", **options)
     left = sorted(path.name for path in (out / "checkpoints").iterdir())
-    assert left[-1] == "step-00000021" and not any("partial" in name for name in left)
+    assert left[-1] == f"step-{len(losses(out)):08d}" and not any("partial" in name for name in left)
+    return losses(out)
 
 
 def test_workers_give_the_same_losses(images: Path, tmp_path: Path, unbroken: list[float]) -> None:
@@ -139,14 +165,23 @@ def test_spark_resumes_and_trains_on_two_processes(images: Path, tmp_path: Path)
     torch.testing.assert_close(torch.tensor(found), torch.tensor(losses(whole)), rtol=1e-3, atol=1e-4)
 
 
-def train_on_two_processes(images: Path, out: Path, **options: object) -> list[float]:
+def test_text_trains_on_two_processes(text: Path, tmp_path: Path) -> None:
+    """Each process masks its own rows anew, so the losses are others than those of one process."""
+    found = train_on_two_processes(text, tmp_path / "two", epochs=4, system="electra")
+    train(text, tmp_path / "one", epochs=4, system="electra")
+    one = losses(tmp_path / "one")
+    assert len(found) == len(one) and found != one
+    torch.testing.assert_close(torch.tensor(found), torch.tensor(one), rtol=0.3, atol=0)
+
+
+def train_on_two_processes(data: Path, out: Path, **options: object) -> list[float]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "1"}
     processes = [
         subprocess.Popen(
-            command(images, out, batch=2, **options),
+            command(data, out, batch=2, **options),
             env=environment(**shared, RANK=str(rank), LOCAL_RANK=str(rank)), stdout=subprocess.PIPE,
             stderr=subprocess.PIPE, text=True,
         )
@@ -240,7 +275,7 @@ def test_a_run_is_neither_overwritten_nor_mixed(images: Path, tmp_path: Path) ->
     from maskops.train import Settings, load_pretrained, pretrain
 
     config = MAEConfig.of_size("tiny", image_size=32, patch_size=16, mask_ratio=0.5, depth=1, decoder_depth=1)
-    settings = dict(images=images, out=tmp_path / "run", epochs=1, batch_size=4, workers=0)
+    settings = dict(data=images, out=tmp_path / "run", epochs=1, batch_size=4, workers=0)
     result = pretrain(config, Settings(**settings))
     assert load_pretrained(tmp_path / "run").config == config
     with pytest.raises(CheckpointError, match="holds a run already"):

@@ -36,7 +36,7 @@ def run(out: Path, seconds: float) -> bool:
     print(f"{photos} photos; {len(crops)} held-out crops, {CONFIG.mask_ratio:.0%} of their patches masked", flush=True)
     steps = _affordable_steps(seconds)
     settings = Settings(
-        images=out / "photos", out=out / "run", epochs=steps * BATCH / photos, batch_size=BATCH, lr=LR * 256 / BATCH,
+        data=out / "photos", out=out / "run", epochs=steps * BATCH / photos, batch_size=BATCH, lr=LR * 256 / BATCH,
         warmup_epochs=0.05 * steps * BATCH / photos, crop_scale=(0.06, 0.4), workers=1, max_seconds=1.2 * seconds,
     )  # fmt: skip
     result = pretrain(CONFIG, settings)

@@ -7,20 +7,26 @@ B texts, L tokens, token 0 the class token and the last a separator, D width, V 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 import maskops
 from maskops import AttentionMask
+from maskops.models.texts import ByteText
 from maskops.nn.transformer import CrossBlock, Transformer, init_linear_and_norm, sincos_positions
+
+if TYPE_CHECKING:
+    from maskops.train import Step
 
 
 @dataclass(frozen=True)
-class DupMAEConfig:
+class DupMAEConfig(ByteText):
     """Sizes of a DupMAE; the last id of the vocabulary is the mask token.  hide: share of keys that a decoder row does not see."""
 
+    system: ClassVar[str] = "dupmae"
+    specials: ClassVar[int] = 2  # the class token and the separator
     vocabulary: int
     context: int = 512
     dim: int = 768
@@ -63,6 +69,8 @@ class DupMAE(nn.Module):
         >>> model(tokens).loss.shape, model.embedding(tokens, top=16).shape
         (torch.Size([]), torch.Size([2, 48]))
     """
+
+    Config = DupMAEConfig
 
     def __init__(self, config: DupMAEConfig) -> None:
         super().__init__()
@@ -126,6 +134,12 @@ class DupMAE(nn.Module):
         asked = torch.zeros_like(words).scatter(1, torch.where(inner, tokens, tokens[:, :1]), 1.0)
         bow_loss = -(words * asked).sum(1).div(lengths.clamp(min=1)).mean()
         return DupMAEOutput(decoder_loss + self.config.bow_weight * bow_loss + told, decoder_loss, bow_loss, told)
+
+    def training_loss(self, texts: Tensor, step: Step) -> Tensor:
+        """The loss of this process's rows of a step of maskops.train.  texts: bytes, int64 [B, window]."""
+        # Before the mask token, the last id, come the class token and the separator.
+        first, last = (texts.new_full((len(texts), 1), self.config.mask_id - i) for i in (2, 1))
+        return self(torch.cat([first, texts, last], 1), generator=step.generator()).loss
 
     def embedding(self, tokens: Tensor, lengths: Tensor | None = None, *, top: int = 0) -> Tensor:
         """Vectors for retrieval: the class token's, and of the bag of words the `top` first of the hashed parts.  [B, D + top].

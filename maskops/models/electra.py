@@ -10,20 +10,25 @@ but a token drawn twice counts once in the generator's loss.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 import maskops
 from maskops import AttentionMask
+from maskops.models.texts import ByteText
 from maskops.nn.transformer import Transformer, init_linear_and_norm, sincos_positions
+
+if TYPE_CHECKING:
+    from maskops.train import Step
 
 
 @dataclass(frozen=True)
-class ELECTRAConfig:
+class ELECTRAConfig(ByteText):
     """Sizes of an ELECTRA; the last id of the vocabulary is the mask token.  generator_size: its share of dim and heads."""
 
+    system: ClassVar[str] = "electra"
     vocabulary: int
     context: int = 128
     dim: int = 256
@@ -67,6 +72,8 @@ class ELECTRA(nn.Module):
         >>> out.loss.shape, out.logits.shape
         (torch.Size([]), torch.Size([2, 20]))
     """
+
+    Config = ELECTRAConfig
 
     def __init__(self, config: ELECTRAConfig) -> None:
         super().__init__()
@@ -131,6 +138,10 @@ class ELECTRA(nn.Module):
         real = None if lengths is None else torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
         told = maskops.replaced_token_loss(logits, tokens, corrupted, real)
         return ELECTRAOutput(loss + self.config.discriminator_weight * told, loss, told, logits, corrupted, mask)
+
+    def training_loss(self, texts: Tensor, step: Step) -> Tensor:
+        """The loss of this process's rows of a step of maskops.train.  texts: bytes, int64 [B, window]."""
+        return self(texts, generator=step.generator()).loss
 
     def _embed(self, tokens: Tensor) -> Tensor:
         if tokens.shape[1] > self.config.context:

@@ -1,0 +1,39 @@
+"""What models of text share when they are pre-trained on bytes by maskops.train: sizes and ids."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+BYTES = 256
+
+# small, base and large are those of ELECTRA, tiny that of the small BERTs.
+SIZES: dict[str, dict[str, int]] = {
+    "tiny": dict(dim=128, depth=2, heads=2),
+    "small": dict(dim=256, depth=12, heads=4),
+    "base": dict(dim=768, depth=12, heads=12),
+    "large": dict(dim=1024, depth=24, heads=16),
+}
+
+
+class ByteText:
+    """Of a config: the ids 0 to 255 are bytes, then come `specials` ids of the system and the mask token.
+
+    window: how many bytes of text a sample has, what is left of the context beside the special tokens.
+    """
+
+    specials: ClassVar[int] = 0
+    on_bytes: ClassVar[dict[str, Any]] = {}  # other fields of of_size
+
+    @classmethod
+    def of_size(cls, size: str, **changes: Any) -> Any:
+        """The config of a size in SIZES for text as bytes, with single fields changed."""
+        if size not in SIZES:
+            raise ValueError(f"{cls.__name__}: size must be one of {list(SIZES)}, got {size!r}")
+        fields = {"vocabulary": BYTES + cls.specials + 1, "context": 128, **cls.on_bytes, **SIZES[size], **changes}
+        if fields["context"] <= cls.specials:
+            raise ValueError(f"{cls.__name__}: context must be at least {cls.specials + 1}, got {fields['context']}")
+        return cls(**fields)
+
+    @property
+    def window(self) -> int:
+        return self.context - self.specials  # type: ignore[attr-defined]

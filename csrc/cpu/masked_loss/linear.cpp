@@ -109,8 +109,7 @@ class LinearRun {
 
 Tensor zeros_like_device(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType type) {
   Tensor x = empty_like_device(like, sizes, type);
-  std::memset(x.mutable_data_ptr(), 0, static_cast<size_t>(x.numel()) * x.element_size());
-  return x;
+  return torch::stable::zero_(x);
 }
 
 void run_forward(LinearRun& run, Tensor& loss, Tensor& lse, Tensor* sample) {
@@ -189,9 +188,7 @@ std::tuple<Tensor, Tensor, Tensor> masked_loss_linear_backward(const Tensor& gra
   LinearRun run(hidden, weight, bias, target, ignore, scale, smoothing, z_loss, true);
   LinearLoss& args = run.args;
   if (run.empty()) {
-    std::memset(grad_weight.mutable_data_ptr(), 0, static_cast<size_t>(grad_weight.numel()) * grad_weight.element_size());
-    std::memset(grad_bias.mutable_data_ptr(), 0, static_cast<size_t>(grad_bias.numel()) * grad_bias.element_size());
-    return {grad_hidden, grad_weight, grad_bias};
+    return {grad_hidden, torch::stable::zero_(grad_weight), torch::stable::zero_(grad_bias)};
   }
   args.lse = run.vector(0), args.slope = run.vector(1);
   std::memset(args.grad_hidden, 0, static_cast<size_t>(args.d_panels() * args.stride * LinearLoss::kPanel * run.element()));

@@ -195,7 +195,11 @@ def test_wrong_type_of_every_argument(backend: str, function: str, argument: str
     getattr(maskops, function)(**good, backend=backend)
     # Of a sequence its second element is named.
     sequences = {"sizes", "grid", "cell", "vocabulary"}
-    values = [wrong[argument]] + [[1, None]] * (argument not in sequences) + ([None] if argument in good and argument != "mask_ratio" else [])
+    values = (
+        [wrong[argument]]
+        + [[1, None]] * (argument not in sequences)
+        + ([None] if argument in good and argument != "mask_ratio" else [])
+    )
     for value in values:
         with pytest.raises(TypeError, match=rf"^{function}: {argument} must be .*, got "):
             getattr(maskops, function)(**{**good, argument: value}, backend=backend)

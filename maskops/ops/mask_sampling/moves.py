@@ -141,7 +141,7 @@ def restore_spans(
         ids int64 [B, W] without sentinels, padded, and their lengths int64 [B].
 
     Notes:
-        A span may have another length than it had, or none. A sentinel that stands once only is dropped.
+        A span may have another length than it had, or none. A sentinel that stands once only stays, as a token.
 
     Raises:
         ValueError: wrong dtype or shape, lengths out of range, equal sentinels.  TypeError: an id that is no int.

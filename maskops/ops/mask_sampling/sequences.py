@@ -139,19 +139,12 @@ def group_masking(
     check_tensor(name, "groups", groups, "[1 or B, N]", (torch.int64,), (None, None), groups)
     given.choice(name, "unit", unit, ("token", "group"))
     given.choice(name, "rounding", rounding, ("round", "floor", "ceil"))
-    ratios = [
-        given.share(name, "mask_ratio", r) for r in (mask_ratio if isinstance(mask_ratio, Sequence) else (mask_ratio,))
-    ]
-    # Not by sorted(), which a compiled program refuses where the ratios vary.
-    if not 0 < len(ratios) <= 254 or any(a > b for a, b in pairwise(ratios)):
-        fail(name, "mask_ratio", "ascend, 1 to 254 of them", mask_ratio)
+    ratios = _ascending(name, mask_ratio if isinstance(mask_ratio, Sequence) else (mask_ratio,))
     count = given.size(name, "num_groups", groups.shape[1] if num_groups is None else num_groups, 0, 4096)
     device = groups.device
     seed = given.seed_of(name, seed, generator, device)
     if weight is not None:
-        check_is_dense(name, "weight", weight)
-        check_tensor(name, "weight", weight, "[B, num_groups]", FLOATS, (None, count), groups)
-        check_values(name, "weight", (weight >= 0) & weight.isfinite(), "be finite and at least 0", weight)
+        _check_weight(name, weight, count, groups)
     rows = groups.shape[0] if weight is None or groups.shape[0] != 1 else weight.shape[0]
     rows = rows if B is None else given.size(name, "B", B)
     if groups.shape[0] not in (1, rows):
@@ -170,6 +163,21 @@ def group_masking(
     if not isinstance(mask_ratio, Sequence):
         return level == 0
     return level <= torch.arange(len(ratios), device=device)[:, None, None]
+
+
+def _ascending(name: str, mask_ratio: Sequence) -> list[float]:
+    ratios = [given.share(name, "mask_ratio", ratio) for ratio in mask_ratio]
+    # Not by sorted(), which a compiled program refuses where the ratios vary.
+    if not 0 < len(ratios) <= 254 or any(a > b for a, b in pairwise(ratios)):
+        fail(name, "mask_ratio", "ascend, 1 to 254 of them", mask_ratio)
+    return ratios
+
+
+def _check_weight(name: str, weight: Tensor, count: int, groups: Tensor) -> None:
+    """The words are those of group_masking, not of the op that weighted_masking shares with it."""
+    check_is_dense(name, "weight", weight)
+    check_tensor(name, "weight", weight, "[B, num_groups]", FLOATS, (None, count), groups)
+    check_values(name, "weight", (weight >= 0) & weight.isfinite(), "be finite and at least 0", weight)
 
 
 def _budgets(most: Tensor, ratios: list[float], rounding: str, at_least: int, at_most: int) -> Tensor:

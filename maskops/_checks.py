@@ -1,5 +1,6 @@
 """The wording of every error about an argument; csrc/common/check.h says the same sentences for the C++ backends."""
 
+import math
 import numbers
 import operator
 from collections.abc import Sequence
@@ -22,6 +23,13 @@ def describe(x: Tensor) -> str:
 def check_is_tensor(op: str, arg: str, x: object) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{op}: {arg} must be a tensor, got {type(x).__name__}")
+
+
+def check_is_dense(op: str, arg: str, x: object) -> None:
+    """As check_is_tensor; nested and sparse tensors are refused too, before anything asks for their sizes."""
+    check_is_tensor(op, arg, x)
+    if x.layout != torch.strided or x.is_nested:
+        fail(op, arg, "be a dense tensor", "a nested one" if x.is_nested else f"one of layout {x.layout}")
 
 
 def integer(op: str, arg: str, value: object) -> int:
@@ -55,7 +63,28 @@ def number(op: str, arg: str, value: object) -> float:
         return value
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{op}: {arg} must be a number, got {type(value).__name__}")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        fail(op, arg, "fit in a float", "a larger number")
+
+
+def finite(op: str, arg: str, value: object) -> float:
+    """As number, without infinities; NaN is left to a range."""
+    value = number(op, arg, value)
+    if value in (math.inf, -math.inf):
+        fail(op, arg, "be finite", f"{value:g}")
+    return value
+
+
+def above_zero(op: str, arg: str, value: object) -> float:
+    """A finite number above 0, of which the inverse is finite too, in float32."""
+    value = number(op, arg, value)
+    if not value > 0:
+        fail(op, arg, "be above 0", f"{value:g}")
+    if not 1e-38 <= value < math.inf:
+        fail(op, arg, "be at least 1e-38 and finite", f"{value:g}")
+    return value
 
 
 def boolean(op: str, arg: str, value: object) -> bool:
@@ -97,7 +126,7 @@ def check_tensor(
 def check_ids(op: str, arg: str, ids: Tensor, tokens: int, *, allow_pad: bool = True) -> None:
     """ids [B, K] of distinct tokens in [0, tokens), -1 for an empty slot. Looks at the data: not for fake tensors."""
     low = -1 if allow_pad else 0
-    if ids.device.type != "cpu":
+    if ids.device.type != "cpu" or torch.compiler.is_compiling():
         _assert_ids_on_device(op, arg, ids, tokens, low)
         return
     outside = (ids < low) | (ids >= tokens)
@@ -125,9 +154,16 @@ def _assert_ids_on_device(op: str, arg: str, ids: Tensor, tokens: int, low: int)
 
 def check_values(op: str, arg: str, good: Tensor, expected: str, values: Tensor) -> None:
     """Every element of `good` must hold; the first bad element of `values` is named."""
-    if good.device.type != "cpu":
+    if good.device.type != "cpu" or torch.compiler.is_compiling():
         torch._assert_async(good.all(), f"{op}: {arg} must {expected}")
-    elif not good.all():
-        at = torch.nonzero(~good)[0].tolist()
-        where = ", ".join(str(i) for i in at)
-        raise ValueError(f"{op}: {arg}[{where}] must {expected}, got {values[tuple(at)].item()}")
+        return
+    batched = torch._C._functorch.is_batchedtensor(good)
+    while torch._C._functorch.is_batchedtensor(good):  # torch.vmap allows no `if` on its tensors
+        good = torch._C._functorch.get_unwrapped(good)
+    if good.all():
+        return
+    if batched:
+        raise ValueError(f"{op}: {arg} must {expected}, got others in a batch of torch.vmap")
+    at = torch.nonzero(~good)[0].tolist()
+    where = ", ".join(str(i) for i in at)
+    raise ValueError(f"{op}: {arg}[{where}] must {expected}, got {values[tuple(at)].item()}")

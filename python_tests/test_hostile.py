@@ -111,7 +111,7 @@ def test_errors_of_a_split_name_it_and_its_arguments(backend: str, order: str) -
 
 
 WEIGHT = maskops.nm_compress(torch.tensor([[0.0, 3.0, 0.0, 4.0]]), 2, 4)
-ROW, BYTE = torch.ones(1, 4), torch.zeros(1, 1, dtype=torch.uint8)
+ROW, BYTE, ZERO = torch.ones(1, 4), torch.zeros(1, 1, dtype=torch.uint8), torch.tensor([0])
 QUERY = torch.ones(1, 1, 2, 4)
 TENSOR, OPTIONAL, INT, NUMBER, FLAG = "x", [None], 4.0, "1", 1  # a value that is none of these
 GOOD = {
@@ -151,6 +151,39 @@ GOOD = {
         {"pred": TENSOR, "images": TENSOR, "split": OPTIONAL, "patch_size": OPTIONAL, "norm_pix": FLAG, "beta": NUMBER,
          "kind": OPTIONAL, "on": OPTIONAL},
     ),
+    "linear_cross_entropy": (
+        {"hidden": ROW, "weight": ROW, "target": ZERO},
+        {"hidden": TENSOR, "weight": TENSOR, "target": TENSOR, "mask": TENSOR, "ids": TENSOR, "bias": OPTIONAL,
+         "ignore_index": INT, "label_smoothing": NUMBER, "weight_per_token": TENSOR, "temperature": NUMBER, "cosine": FLAG,
+         "z_loss": NUMBER, "reduction": OPTIONAL, "denominator": OPTIONAL},
+    ),
+    "linear_sample": (
+        {"hidden": ROW, "weight": ROW, "target": ZERO},
+        {"hidden": TENSOR, "temperature": NUMBER, "sample_temperature": NUMBER, "seed": INT, "generator": OPTIONAL},
+    ),
+    "masked_regression": (
+        {"pred": ROW, "target": ROW},
+        {"pred": TENSOR, "target": TENSOR, "mask": TENSOR, "kind": OPTIONAL, "normalise": FLAG, "denominator": OPTIONAL,
+         "beta": NUMBER, "eps": NUMBER, "weight_per_token": TENSOR, "reduction": OPTIONAL},
+    ),
+    "contrastive_loss": (
+        {"query": ROW, "keys": ROW, "positives": ZERO, "negatives_ids": ZERO[None]},
+        {"query": TENSOR, "keys": TENSOR, "positives": TENSOR, "negatives_ids": TENSOR, "temperature": NUMBER, "collide": FLAG,
+         "cosine": FLAG, "weight_per_token": TENSOR, "reduction": FLAG},
+    ),
+    "linear_max_pool": (
+        {"hidden": ROW[None], "weight": ROW},
+        {"hidden": TENSOR, "weight": TENSOR, "bias": OPTIONAL, "mask": TENSOR},
+    ),
+    "corrupt_tokens": (
+        {"ids": ZERO[None], "mask": ZERO[None] > 0, "mask_id": 9, "vocabulary": 9},
+        {"ids": TENSOR, "mask": TENSOR, "mask_id": INT, "vocabulary": INT, "hide": NUMBER, "random": NUMBER, "seed": INT},
+    ),
+    "group_masking": ({"groups": ZERO[None], "mask_ratio": 0.5}, {"groups": TENSOR, "weight": TENSOR, "num_groups": INT}),
+    "span_masking": ({"B": 1, "N": 9, "mask_prob": 0.5}, {"B": INT, "span": INT, "replacement": FLAG, "lengths": TENSOR}),
+    "modality_masking": ({"B": 1, "sizes": (2, 3), "num_keep": 2}, {"B": INT, "sizes": 4.0, "generator": OPTIONAL}),
+    "cell_masking": ({"B": 1, "grid": (4, 4), "cell": 2, "mask_ratio": 0.5}, {"cell": INT, "grid": INT, "device": OPTIONAL}),
+    "sample_gates": ({"logits": ROW}, {"logits": TENSOR, "seed": INT}),
 }  # fmt: skip
 
 
@@ -160,7 +193,13 @@ def test_wrong_type_of_every_argument(backend: str, function: str, argument: str
     """None, or a list with None in it, is refused by maskops itself: the dispatcher names no argument of the public function."""
     good, wrong = GOOD[function]
     getattr(maskops, function)(**good, backend=backend)
-    values = [wrong[argument], [1, None]] + ([None] if argument in good and argument != "mask_ratio" else [])
+    # Of a sequence its second element is named.
+    sequences = {"sizes", "grid", "cell", "vocabulary"}
+    values = (
+        [wrong[argument]]
+        + [[1, None]] * (argument not in sequences)
+        + ([None] if argument in good and argument != "mask_ratio" else [])
+    )
     for value in values:
         with pytest.raises(TypeError, match=rf"^{function}: {argument} must be .*, got "):
             getattr(maskops, function)(**{**good, argument: value}, backend=backend)

@@ -10,6 +10,7 @@ CAE's neighbour share (.867) is in models/test_cae.py, with the law of its block
 """
 
 import math
+from functools import partial
 from itertools import permutations
 
 import pytest
@@ -273,6 +274,9 @@ def test_collator_in_workers() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True)) and not torch.equal(*runs[0])
 
 
+IDS = torch.zeros(1, 2, dtype=torch.int64)
+
+
 @pytest.mark.parametrize(
     "call, error, match",
     [
@@ -302,8 +306,48 @@ def test_collator_in_workers() -> None:
         (lambda: maskops.move_spans(*(torch.zeros(1, 2, 3).long(),) * 3), ValueError, r"ids must have shape \[B, N\]"),
         (lambda: maskops.sector_groups(torch.ones(2, 3), 4), ValueError, "points must be a float tensor"),
         (lambda: maskops.random_words(-1), ValueError, "size must be in"),
+        (lambda: maskops.random_words((2**30, 2**30)), ValueError, r"size must be of at most 2\^40 numbers"),
+        (lambda: maskops.block_masking(1, (4, 4), 3, largest=0), ValueError, r"largest must be in \[1, 4096\], got 0"),
+        (lambda: maskops.colour_masking(1, (4, 4), 0.5, colour="red", sigma=1e-9), ValueError, r"sigma must be 1 .* \[0.001, 10\]"),
+        (lambda: maskops.multiblock_masking(1, (8, 8), target_scale=(0, 0.2)), ValueError, "target_scale must be two asc"),
+        (lambda: maskops.cell_masking(1, (6, 6), (2, 2, 2), 0.5), TypeError, "cell must be two int"),
+        (lambda: maskops.tube_masking(1, 2**20, 2**20, 0.5), ValueError, r"frames N must be below 2\^30"),
+        (lambda: maskops.frequency_masking(1, 4, 1.0), TypeError, "size must be two int, got 4"),
+        (lambda: maskops.frequency_masking(1, (4, 4), 2**2000), ValueError, "radius must fit in a float"),
+        (lambda: maskops.modality_masking(1, 4, 2), TypeError, "sizes must be a sequence of int, got 4"),
+        (lambda: maskops.bernoulli_masking(2, 4, torch.rand(3)), ValueError, r"p must have shape \[N\], .* got \[3\]"),
+        (lambda: maskops.corrupt_tokens(IDS, None, 1, 2), TypeError, "mask must be a tensor, got NoneType"),
+        (lambda: maskops.corrupt_tokens(IDS, IDS > 0, 1, (1, 2, 3)), TypeError, "vocabulary must be an int or two"),
+        (lambda: maskops.corrupt_tokens(IDS, IDS > 0, 1, (2**63 - 1, -(2**63))), ValueError, "vocabulary must have 1 to"),
+        (lambda: maskops.span_masking(2, 4, num_spans=torch.ones(3).long()), ValueError, r"num_spans must have shape \[B\]"),
+        (lambda: maskops.group_masking(IDS, 0.5, weight=-torch.ones(1, 2)), ValueError, r"weight\[0, 0\] must be finite"),
+        (lambda: maskops.group_masking(IDS.repeat(2, 1), 0.5, B=3), ValueError, r"groups must have shape \[1 or B, N\] = \[1 or 3"),
+        (lambda: maskops.sector_groups(torch.ones(1, 3, 2), 4, valid=torch.ones(3) > 0), ValueError, "valid must have shape"),
+        (lambda: maskops.sector_groups(torch.ones(1, 3, 2), 4, rings=2, max_radius=math.inf), ValueError, "max_radius must be fin"),
+        (lambda: maskops.random_masking(1, 4, num_keep=IDS[0, :1], max_seqlen=-1), ValueError, "max_seqlen must be in"),
+        (lambda: maskops.nested_masking(1, 4, (2,), seed=IDS[0].to_sparse()), ValueError, "nested_masking: seed must be a dense"),
+        (lambda: maskops.MaskCollator(maskops.random_masking, 3), TypeError, "collate must be a function or None, got 3"),
     ],
 )  # fmt: skip
 def test_errors_name_the_argument(call: object, error: type[Exception], match: str) -> None:
     with pytest.raises(error, match=match):
         call()
+
+
+def test_numbers_that_once_were_too_large_or_too_few() -> None:
+    assert maskops.frequency_masking(1, (4, 4), 1e300, low_share=1.0).sum() == 0
+    assert maskops.modality_masking(0, (4, 4), 2).ids_keep.shape == (0, 2)
+    assert maskops.modality_masking(2, (5,), 3).ids_keep.shape == (2, 3)
+    weight = torch.tensor([[0.0, 1.0]])
+    for dtype in (torch.float64, torch.bfloat16):
+        same = [
+            maskops.group_masking(IDS.new_tensor([[0, 1]]), 0.5, weight=w, seed=0) for w in (weight, weight.to(dtype))
+        ]
+        assert torch.equal(*same)
+        noise = torch.tensor([[0.5, 0.25, 1.0]], dtype=dtype)
+        assert maskops.random_masking(1, 3, num_keep=1, noise=noise).ids_keep.tolist() == [[1]]
+    # A circle of 5000 sectors in float16 would fill every other one.
+    at = torch.linspace(0.1, 0.2, 500)
+    points = torch.stack([at.cos(), at.sin()], 1)[None].half()
+    assert torch.equal(maskops.sector_groups(points, 5000), maskops.sector_groups(points.float(), 5000))
+    assert repr(maskops.MaskCollator(partial(maskops.random_masking, N=4))).startswith("MaskCollator(functools.partial")

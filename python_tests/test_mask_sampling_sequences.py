@@ -122,6 +122,49 @@ def test_moved_spans_come_back() -> None:
     assert torch.equal(moved.predicted.sum(1), lengths + 1) and not moved.predicted[moved.ids >= 1000].any()
 
 
+@pytest.mark.parametrize(
+    "change, error, match",
+    [
+        ({"spans": torch.tensor([[[1, 2], [1, 5]]])}, ValueError, r"move_spans: spans\[0, 1, 0\] must ascend without overlap"),
+        ({"spans": torch.tensor([[[1, 2], [3, 6]]])}, ValueError, r"spans\[0, 1, 0\] must ascend without overlap"),
+        ({"spans": torch.tensor([[[-1, -1], [3, 4]]])}, ValueError, r"spans\[0, 1, 0\] must ascend without overlap"),
+        ({"spans": torch.tensor([[[1, 2], [-2, -2]]])}, ValueError, r"spans\[0, 1, 0\] must ascend without overlap"),
+        ({"lengths": torch.tensor([6])}, ValueError, r"lengths\[0\] must be in \[0, 5\], got 6"),
+        ({"sentinels": torch.tensor([9, 9])}, ValueError, r"sentinels\[0\] must differ from one another, got 9"),
+        ({"end_id": 1.5}, TypeError, "end_id must be int, got 1.5"),
+        ({"end_id": 2**63}, ValueError, "end_id must fit in 64 bits"),
+        ({"pad_id": True}, TypeError, "pad_id must be int, got True"),
+    ],
+)  # fmt: skip
+def test_spans_that_are_none(change: dict, error: type[Exception], match: str) -> None:
+    good = {"ids": torch.arange(5)[None], "spans": torch.tensor([[[1, 2], [3, 5]]]), "sentinels": torch.tensor([8, 9])}
+    maskops.move_spans(**good)
+    with pytest.raises(error, match=match):
+        maskops.move_spans(**(good | change))
+    if "spans" not in change:
+        moved = good["ids"], good["sentinels"]
+        with pytest.raises(error, match=match):
+            maskops.restore_spans(*moved, **change) if "sentinels" not in change else maskops.restore_spans(
+                moved[0], **change
+            )
+
+
+def test_wrong_spans_in_a_compiled_program_and_under_vmap() -> None:
+    ids, spans, sentinels = torch.arange(5)[None], torch.tensor([[[1, 2], [3, 5]]]), torch.tensor([8, 9])
+
+    def move(spans: torch.Tensor) -> torch.Tensor:
+        return maskops.move_spans(ids, spans, sentinels).ids
+
+    for call, error in (
+        (torch.compile(move, fullgraph=True, backend="aot_eager"), RuntimeError),
+        (torch.vmap(move), ValueError),
+    ):
+        good = spans[None].repeat(2, 1, 1, 1) if error is ValueError else spans
+        assert torch.equal(call(good).view(-1, 9)[:1], move(spans))
+        with pytest.raises(error, match="move_spans: spans must ascend without overlap"):
+            call(good + 1)
+
+
 def test_moves_of_odd_sizes() -> None:
     for B, N in ((0, 5), (2, 0)):
         spans, sentinels = torch.full((B, 3, 2), -1), torch.arange(3) + 50

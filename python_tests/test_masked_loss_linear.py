@@ -143,6 +143,15 @@ def test_large_logits_do_not_overflow() -> None:
         ({"denominator": "tokens"}, ValueError, "denominator must be one of"),
         ({"temperature": 0.0}, ValueError, "temperature must be above 0"),
         ({"temperature": "hot"}, TypeError, "temperature must be a number"),
+        ({"temperature": math.inf}, ValueError, "temperature must be at least 1e-38 and finite, got inf"),
+        ({"temperature": 1e-320}, ValueError, "temperature must be at least 1e-38 and finite"),
+        ({"temperature": 2**2000}, ValueError, "temperature must fit in a float"),
+        ({"z_loss": math.inf}, ValueError, "z_loss must be finite, got inf"),
+        ({"reduction": None}, TypeError, "reduction must be str, got None"),
+        ({"denominator": -1.0, "reduction": "none"}, ValueError, "denominator must be above 0, got -1"),
+        ({"denominator": torch.ones(2)}, ValueError, "denominator must have shape"),
+        ({"denominator": math.inf}, ValueError, "denominator must be at least 1e-38 and finite"),
+        ({"mask": torch.ones(3, 7).to_sparse()}, ValueError, "mask must be a dense tensor, got one of layout"),
         ({"mask": torch.ones(3, 6, dtype=torch.bool)}, ValueError, "mask must have shape"),
         ({"mask": torch.ones(3, 7)}, ValueError, "mask must be bool"),
         ({"ids": torch.zeros(3, 7, dtype=torch.long)}, IndexError, "ids.* must be unique"),
@@ -157,6 +166,58 @@ def test_wrong_arguments(change: dict, error: type[Exception], match: str) -> No
     hidden, weight, bias, target = inputs()
     with pytest.raises(error, match=match):
         maskops.linear_cross_entropy(hidden, weight, target, bias=bias, **change)
+
+
+def test_options_are_checked_before_any_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_kernel(*_: object, **__: object) -> None:
+        raise AssertionError("a kernel ran")
+
+    hidden, weight, _, target = inputs()
+    for module in ("linear", "sample"):
+        monkeypatch.setattr(f"maskops.ops.masked_loss.{module}.find_op", lambda *_: no_kernel)
+    for change in ({"reduction": "avg"}, {"weight_per_token": torch.ones(3)}, {"denominator": 0.0}):
+        for loss in (maskops.linear_cross_entropy, maskops.linear_sample):
+            with pytest.raises(ValueError, match=f"{loss.__name__}: {next(iter(change))} must"):
+                loss(hidden, weight, target, **change)
+
+
+def test_ids_are_checked_in_a_compiled_program() -> None:
+    """An id beyond its row would be one of the next row."""
+    hidden, weight, _, target = inputs((2, 3))
+    loss = torch.compile(
+        lambda ids: maskops.linear_cross_entropy(hidden, weight, target[:, :2], ids=ids),
+        fullgraph=True,
+        backend="aot_eager",
+    )
+    ids = torch.tensor([[0, 2], [1, -1]])
+    torch.testing.assert_close(loss(ids), maskops.linear_cross_entropy(hidden, weight, target[:, :2], ids=ids))
+    for wrong, match in ((ids + 1, r"ids must be in \[-1, 3\)"), (ids * 0, "ids must be unique in its row")):
+        with pytest.raises(RuntimeError, match=f"linear_cross_entropy: {match}"):
+            loss(wrong)
+
+
+@pytest.mark.parametrize("backend", ["native", "triton", "reference"])
+def test_no_width_and_no_codebooks(backend: str) -> None:
+    """Native kernels once read logits that no product had written."""
+    bias = torch.arange(5.0, requires_grad=True)
+    target = torch.tensor([0, 4])
+    loss = maskops.linear_cross_entropy(torch.ones(2, 0), torch.ones(5, 0), target, bias=bias, backend=backend)
+    same(loss, F.cross_entropy(bias.expand(2, 5), target), [bias])
+    none = maskops.linear_cross_entropy(torch.ones(2, 3), torch.ones(0, 5, 3), target[:, None][:, :0], backend=backend)
+    assert none == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_vectors_of_zeros_have_no_direction(dtype: torch.dtype) -> None:
+    """torch's normalize gives NaN in float16, and a gradient of 1e12 in float32."""
+    hidden, weight = torch.randn(3, 4).to(dtype), torch.randn(5, 4).to(dtype)
+    hidden[1], weight[2] = 0, 0
+    leaves = hidden.requires_grad_(), weight.requires_grad_()
+    loss = maskops.linear_cross_entropy(*leaves, torch.tensor([0, 1, -100]), cosine=True, reduction="none")
+    torch.testing.assert_close(loss[1].item(), math.log(5))
+    grads = torch.autograd.grad(loss.sum(), leaves)
+    assert loss.isfinite().all() and (grads[0][1] == 0).all() and (grads[1][2] == 0).all()
+    assert all(grad.isfinite().all() and grad.abs().max() < 10 for grad in grads)
 
 
 # ---------------------------------------------------------------- samples

@@ -1,6 +1,7 @@
 """masked_regression, contrastive_loss, linear_max_pool, mask_pool, replaced_token_loss, pairwise_rank_loss: what they equal."""
 
 import math
+import os
 from collections.abc import Callable
 
 import pytest
@@ -9,6 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import maskops
+from maskops.testing import op_of
+
+IDS = torch.tensor([0, 1, 2])
 
 
 def same(ours: Tensor, theirs: Tensor, leaves: list[Tensor], scale: Tensor | float = 1.0) -> None:
@@ -99,7 +103,94 @@ def test_contrast_with_nan_in_a_query_that_does_not_count() -> None:
     assert loss.isfinite() and query.grad.isfinite().all() and keys.grad.isfinite().all() and (query.grad[1] == 0).all()
 
 
+def test_nan_in_a_key_that_no_counted_query_names() -> None:
+    """0 times NaN in the backward of a unit vector once was that key's gradient."""
+    query, keys = torch.randn(3, 8), torch.randn(5, 8)
+    keys[3:] = math.nan
+    keys.requires_grad_()
+    ids = torch.tensor([[1], [3], [-1]])
+    maskops.contrastive_loss(query, keys, torch.tensor([0, -1, 2]), ids).backward()
+    assert keys.grad.isfinite().all() and (keys.grad[3:] == 0).all() and (keys.grad[:3] != 0).any(1)[:2].all()
+
+
+def test_autocast_takes_two_dtypes() -> None:
+    x, y, ids = torch.randn(3, 8), torch.randn(3, 8), torch.arange(3)
+    half = x.bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = [
+            (maskops.masked_regression(half, y), maskops.masked_regression(half.float(), y)),
+            (
+                maskops.contrastive_loss(half, y, ids, ids[:, None]),
+                maskops.contrastive_loss(half.float(), y, ids, ids[:, None]),
+            ),
+        ]
+    for mixed, wide in losses:
+        torch.testing.assert_close(mixed, wide, rtol=1e-2, atol=1e-2)
+    with pytest.raises(ValueError, match="masked_regression: target must be bfloat16"):
+        maskops.masked_regression(half, y)
+    with pytest.raises(ValueError, match="contrastive_loss: keys must be bfloat16"):
+        maskops.contrastive_loss(half, y, ids, ids[:, None])
+
+
+@pytest.mark.parametrize(
+    "call, match",
+    [
+        (
+            lambda x: maskops.masked_regression(x, x, kind="smooth_l1", beta=math.inf),
+            "beta must be at least 1e-38 and finite",
+        ),
+        (lambda x: maskops.masked_regression(x, x, eps=math.inf), "eps must be at least 1e-38 and finite"),
+        (lambda x: maskops.masked_regression(x.long(), x), "pred must be float32 or"),
+        (
+            lambda x: maskops.contrastive_loss(x, x, IDS.int(), IDS[:, None]),
+            r"positives must be int64 \[M\], got int32",
+        ),
+        (lambda x: maskops.contrastive_loss(x, x, IDS, IDS), r"negatives_ids must have shape \[M, K\]"),
+        (lambda x: maskops.contrastive_loss(x, x, IDS, IDS[:, None], math.inf), "temperature must be at least"),
+        (lambda x: maskops.pairwise_rank_loss(x, x, margin=math.inf), "margin must be finite"),
+        (lambda x: maskops.mask_pool(x[None].to_sparse(), x[None]), "features must be a dense tensor"),
+        (
+            lambda x: maskops.linear_max_pool(torch.nested.nested_tensor([x]), x),
+            "hidden must be a dense tensor, got a nested",
+        ),
+    ],
+)
+def test_arguments_once_taken_in_silence(call: Callable, match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        call(torch.ones(3, 3))
+
+
 # ---------------------------------------------------------------- pooling
+
+
+@pytest.mark.parametrize("backend", ["native", "triton", "reference"])
+def test_max_pool_without_width_and_with_a_nan_that_counts(backend: str) -> None:
+    bias = torch.arange(3.0, requires_grad=True)
+    out = maskops.linear_max_pool(torch.ones(2, 4, 0), torch.ones(3, 0), bias, backend=backend)
+    assert torch.equal(out, bias.expand(2, 3)) and torch.autograd.grad(out.sum(), bias)[0].tolist() == [2, 2, 2]
+    assert (
+        maskops.masked_regression(torch.ones(2, 0), torch.ones(2, 0), kind="cosine", normalise=True, backend=backend)
+        == 1
+    )
+    hidden = torch.randn(2, 70, 4)
+    hidden[0, 40] = math.nan
+    out = maskops.linear_max_pool(hidden, torch.randn(3, 4), backend=backend)
+    assert out[0].isnan().all() and out[1].isfinite().all()
+
+
+@pytest.mark.skipif(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") < 12 << 30, reason="reserves 7 GB")
+def test_max_pool_of_more_tokens_than_float32_counts() -> None:
+    tokens = 2**24 + 20
+    hidden = torch.zeros(1, tokens, 1)
+    hidden[0, 2**24 + 1] = 5
+    _, at = op_of("native", "masked_loss_max_pool")(hidden, torch.ones(1, 1), None, torch.ones(1, tokens) > 0)
+    assert at.item() == 2**24 + 1
+
+
+def test_mask_pool_of_sums_beyond_float16() -> None:
+    for tokens, value in ((1000, 100.0), (70000, 0.5)):
+        out = maskops.mask_pool(torch.full((1, tokens, 1), value).half(), torch.ones(1, 1, tokens) > 0)
+        torch.testing.assert_close(out.item(), value, rtol=2e-3, atol=0)
 
 
 def test_max_pool_equals_the_naive_one() -> None:

@@ -26,8 +26,8 @@ inline void check_contrast(const Tensor& query, const Tensor& keys, const Tensor
   const char* op = "contrastive_loss";
   check_tensor(op, "query", query, "[M, D]", kFloats, {kAny, kAny}, query);
   check_tensor(op, "keys", keys, "[P, D]", {query.scalar_type()}, {kAny, query.size(1)}, query);
-  check_tensor(op, "positive", positive, "[M]", kInt64, {query.size(0)}, query);
-  check_tensor(op, "negatives", negatives, "[M, K]", kInt64, {query.size(0), kAny}, query);
+  check_tensor(op, "positives", positive, "[M]", kInt64, {query.size(0)}, query);
+  check_tensor(op, "negatives_ids", negatives, "[M, K]", kInt64, {query.size(0), kAny}, query);
   if (!(scale > 0)) fail(op, "scale", "be above 0", scale);
 }
 
@@ -35,12 +35,12 @@ inline void check_contrast_ids(const int64_t* positive, const int64_t* negatives
   const std::string range = "be in [-1, " + std::to_string(P) + ")";
   for (int64_t m = 0; m < M; ++m) {
     if (positive[m] < -1 || positive[m] >= P) {
-      fail_index("contrastive_loss", "positive[" + std::to_string(m) + "]", range, std::to_string(positive[m]));
+      fail_index("contrastive_loss", "positives[" + std::to_string(m) + "]", range, std::to_string(positive[m]));
     }
   }
   for (int64_t i = 0; i < M * K; ++i) {
     if (negatives[i] >= -1 && negatives[i] < P) continue;
-    const std::string place = "negatives[" + std::to_string(i / K) + ", " + std::to_string(i % K) + "]";
+    const std::string place = "negatives_ids[" + std::to_string(i / K) + ", " + std::to_string(i % K) + "]";
     fail_index("contrastive_loss", place, range, std::to_string(negatives[i]));
   }
 }

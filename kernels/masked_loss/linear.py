@@ -293,6 +293,11 @@ def _masked_loss_linear_backward(grad, hidden, weight, bias, target, lse, ignore
     )
     bias = None if bias is None else bias.contiguous()
     (N, D), (G, V) = hidden.shape, weight.shape[:2]
+    if D == 0:  # no columns, and yet the bias has a gradient
+        one = hidden.new_zeros(N, 1), weight.new_zeros(G, V, 1)
+        options = ignore, scale, smoothing, z_loss
+        grad_bias = _masked_loss_linear_backward(grad, *one, bias, target, lse, *options)[2]
+        return torch.empty_like(hidden), torch.empty_like(weight), grad_bias
     order, count = _counted_first(target, ignore)
     grad_weight, grad_bias = weight.new_empty((G, V, D)), weight.new_empty((G, V))
     sums = torch.zeros((N, D), dtype=accumulator(hidden)[0], device=hidden.device)

@@ -10,6 +10,12 @@ from maskops.kernels._common import accumulator, cdiv, dot_add, launch, rounded
 
 
 @triton.jit
+def _higher(a, b):
+    # tl.max passes NaN over.
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def _pool_kernel(hidden_ptr, weight_ptr, bias_ptr, mask_ptr, out_ptr, at_ptr, L, D, V, ACC: tl.constexpr, PRECISION: tl.constexpr,
                  BLOCK_L: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
     # One program owns BLOCK_V classes of a sample and walks over its tokens; of equal logits the first counts.
@@ -36,11 +42,11 @@ def _pool_kernel(hidden_ptr, weight_ptr, bias_ptr, mask_ptr, out_ptr, at_ptr, L,
         if bias_ptr is not None:
             total += tl.load(bias_ptr + v, mask=v < V, other=0.0).to(ACC)[None, :]
         total = tl.where(seen[:, None], total, float("-inf"))
-        high = tl.max(total, 0)
+        high = tl.reduce(total, 0, _higher)
         place = tl.argmax(total, 0)
         any_seen = tl.max(seen.to(tl.int32), 0) > 0
-        better = any_seen & ((high > best) | (found < 0))
-        # Hidden tokens share -inf with logits of -inf: the first that is seen.
+        better = any_seen & ((high > best) | (found < 0) | (high != high))
+        # Hidden tokens share -inf with logits of -inf: the first that is seen. So it is for NaN.
         first = tl.min(tl.where(seen, token, L), 0)
         place = tl.where(high > float("-inf"), l0 + place, first)
         found = tl.where(better, place.to(tl.int64), found)
@@ -118,6 +124,9 @@ def masked_loss_max_pool(hidden, weight, bias, mask):
 def _masked_loss_max_pool_backward(grad, hidden, weight, at):
     grad, hidden, weight, at = grad.contiguous(), hidden.contiguous(), weight.contiguous(), at.contiguous()
     (B, L, D), V = hidden.shape, weight.shape[0]
+    if D == 0:  # no columns, and yet the bias has a gradient
+        grad_bias = _masked_loss_max_pool_backward(grad, hidden.new_zeros(B, L, 1), weight.new_zeros(V, 1), at)[2]
+        return torch.empty_like(hidden), torch.empty_like(weight), grad_bias
     acc = accumulator(hidden)[1]
     grad_hidden, grad_weight = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (hidden, weight))
     grad_bias = torch.empty(V, dtype=weight.dtype, device=weight.device)

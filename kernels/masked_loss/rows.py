@@ -15,12 +15,13 @@ def _target(target_ptr, n, d, mask, D, NORMALISE: tl.constexpr, EPS: tl.constexp
     """The target of a row, normalised; zero past D."""
     wanted = tl.load(target_ptr + d, mask=mask, other=0.0).to(ACC)
     if NORMALISE:
-        mean = tl.sum(wanted, 0) / D
+        count = tl.maximum(D, 1)  # a width of 0 is no division by it
+        mean = tl.sum(wanted, 0) / count
         wanted = tl.where(mask, wanted - mean, 0.0)
         # What is left of the mean after rounding would show in a constant row, whose deviation is next to nothing.
-        rest = tl.sum(wanted, 0) / D
+        rest = tl.sum(wanted, 0) / count
         wanted = tl.where(mask, wanted - rest, 0.0)
-        wanted = wanted / tl.sqrt(tl.sum(wanted * wanted, 0) / D + EPS)
+        wanted = wanted / tl.sqrt(tl.sum(wanted * wanted, 0) / count + EPS)
     return wanted
 
 

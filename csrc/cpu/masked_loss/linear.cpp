@@ -213,6 +213,7 @@ std::tuple<Tensor, Tensor, Tensor> masked_loss_linear_backward(const Tensor& gra
         for (int64_t i = begin; i < end; ++i) run.kernels().tile_gradient(args, i, first + i, buffers[i]->get());
       });
       const int64_t items = run.kernels().hidden_items(args);
+      if (items == 0) continue;  // no width
       parallel_for(items, count * work / items, [&](int64_t begin, int64_t end) { run.kernels().add_hidden(args, first, count, begin, end); });
     }
   }

@@ -16,6 +16,7 @@ namespace {
 constexpr int64_t kPanel = LinearLoss::kPanel, kTile = LinearLoss::kTile;
 constexpr int64_t kSteps = 128;     // rows of a panel that stay in the L1 cache
 constexpr int64_t kRowBlock = 192;  // rows of grad_hidden at a time
+constexpr int64_t kCounted = int64_t{1} << 23;  // rows that float32 can count, lanes included
 
 template <class S>
 S* at(void* base, int64_t offset) {
@@ -72,6 +73,7 @@ struct Loss {
 
   void fill_logits(int64_t tile, const S* panels, S* logits) const {
     const int64_t count = classes(tile);
+    if (a.D == 0) memset(logits, 0, size_t(count * a.stride) * sizeof(S));  // no product writes them
     for (int64_t p = 0; p < a.row_panels(); ++p) {
       const int64_t rows = min_of(kPanel, a.stride - p * kPanel);
       const S* across = at<S>(a.across, p * a.D * kPanel);
@@ -205,11 +207,12 @@ struct Loss {
         const int64_t begin = samples.starts[b], end = samples.starts[b + 1], to = b * a.V + tile * kTile + v;
         S top = S(-__builtin_inff());
         int64_t found = -1;
-        if (begin < end) {
-          V best = V::load(logits + v * a.stride + begin), row = V::load(first), best_row = row;
+        for (int64_t part = begin; part < end; part += kCounted) {
+          const int64_t stop = min_of(part + kCounted, end);
+          V best = V::load(logits + v * a.stride + part), row = V::load(first), best_row = row;
           const V zero = V::zero();
           V strange = best * zero;  // NaN where a logit is not finite, which a maximum does not show
-          for (int64_t m = begin + V::width; m < end; m += V::width) {
+          for (int64_t m = part + V::width; m < stop; m += V::width) {
             const V x = V::load(logits + v * a.stride + m);
             row = row + V::all(S(V::width));
             best_row = where_less(best, x, row, best_row);
@@ -219,16 +222,17 @@ struct Loss {
           best.store(values);
           best_row.store(rows);
           for (int64_t i = 0; i < V::width; ++i) {
-            if (found < 0 || values[i] > top || (values[i] == top && int64_t(rows[i]) < found)) top = values[i], found = int64_t(rows[i]);
+            const int64_t place = part - begin + int64_t(rows[i]);
+            if (found < 0 || values[i] > top || (values[i] == top && place < found)) top = values[i], found = place;
           }
           if (const S sum = strange.sum(); sum != sum) {
-            for (int64_t m = begin; m < end; ++m) {
+            for (int64_t m = part; m < stop; ++m) {
               const S x = logits[v * a.stride + m];
               if (x != x) top = x, found = m - begin;
             }
           }
-          found = samples.positions[begin + found];
         }
+        if (found >= 0) found = samples.positions[begin + found];
         at<S>(samples.out, to)[0] = top, samples.at[to] = found;
       }
     }

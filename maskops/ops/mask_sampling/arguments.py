@@ -9,8 +9,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from maskops._backends import find_op
-from maskops._checks import check_is_tensor, fail, integer, number
-from maskops.ops.mask_sampling.uniform import Seed, seed_tensor
+from maskops._checks import check_is_dense, fail, integer, number
+from maskops.ops.mask_sampling.uniform import MAX_TOKENS, Seed, seed_tensor
 from maskops.ops.visible_tokens.split import TokenSplit
 
 ORDERS = ("ascending", "random")
@@ -74,10 +74,16 @@ def share(function: str, name: str, value: object) -> float:
     return found
 
 
-def grid_of(function: str, grid: object) -> tuple[int, int]:
+def grid_of(function: str, grid: object, name: str = "grid") -> tuple[int, int]:
     if not isinstance(grid, Sequence) or len(grid) != 2:
-        raise TypeError(f"{function}: grid must be two int, got {grid!r}")
-    return size(function, "grid[0]", grid[0]), size(function, "grid[1]", grid[1])
+        raise TypeError(f"{function}: {name} must be two int, got {grid!r}")
+    return size(function, f"{name}[0]", grid[0]), size(function, f"{name}[1]", grid[1])
+
+
+def check_tokens(function: str, name: str, tokens: int) -> None:
+    """As many tokens of a row as the kernels count. name: the argument, or the product of several."""
+    if tokens >= MAX_TOKENS:
+        fail(function, name, "be below 2^30", tokens)
 
 
 def choice(function: str, name: str, value: object, options: Sequence[str]) -> str:
@@ -132,6 +138,6 @@ def shuffled(
 
 
 def check_scores(function: str, name: str, x: Tensor) -> None:
-    check_is_tensor(function, name, x)
+    check_is_dense(function, name, x)
     if x.dim() != 2 or not x.is_floating_point():
         fail(function, name, "be a float tensor [B, N]", f"{x.dtype} {list(x.shape)}")

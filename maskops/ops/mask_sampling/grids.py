@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from maskops._backends import find_op, public
-from maskops._checks import boolean, check_is_tensor, fail, number
+from maskops._checks import FLOATS, boolean, check_is_dense, check_tensor, fail, finite, number
 from maskops.ops.mask_sampling import arguments as given
 from maskops.ops.mask_sampling.scores import NATIVE, TRITON
 from maskops.ops.mask_sampling.uniform import Seed
@@ -69,7 +69,7 @@ def block_masking(
     aspect, exact = number(name, "aspect", aspect), boolean(name, "exact", exact)
     if not 0.001 <= aspect <= 1:
         fail(name, "aspect", "be in [0.001, 1]", aspect)
-    sizes = [given.size(name, "smallest", smallest), given.size(name, "largest", largest or 4096)]
+    sizes = [given.size(name, "smallest", smallest), given.size(name, "largest", 4096 if largest is None else largest)]
     where = given.where(name, device, seed, generator)
     op = find_op("mask_sampling_blocks", where.type, backend, name)
     counts = torch.full((B,), num_mask, dtype=torch.int64, device=where)
@@ -111,7 +111,7 @@ def _range_of(name: str, arg: str, pair: object, low: float, high: float) -> tup
         raise TypeError(f"{name}: {arg} must be two numbers, got {pair!r}")
     a, b = number(name, arg, pair[0]), number(name, arg, pair[1])
     if not low <= a <= b <= high:
-        fail(name, arg, f"be two ascending numbers in [{low}, {high}]", pair)
+        fail(name, arg, f"be two ascending numbers in [{low:g}, {high:g}]", pair)
     return a, b
 
 
@@ -130,7 +130,7 @@ def multiblock_masking(
     Args:
         B, grid: images, patches along height and width, 2 to 64 each.
         targets: target blocks of an image, 1 to 64.
-        target_scale, target_aspect, context_scale, context_aspect: from and to; share of the grid in (0, 1], height over width.
+        target_scale, target_aspect, context_scale, context_aspect: from and to; share of the grid in [1e-6, 1], height over width.
         min_keep: what a context must have more of.
         shared_sizes: one size of the targets and one of the contexts for all images, so that rows are equally long, as published.
         seed, generator, device: as in random_masking.
@@ -159,8 +159,8 @@ def multiblock_masking(
     if min(h, w) < 2:
         fail(name, "grid", "be at least 2 x 2", (h, w))
     scales = [
-        _range_of(name, "target_scale", target_scale, 0, 1),
-        _range_of(name, "context_scale", context_scale, 0, 1),
+        _range_of(name, "target_scale", target_scale, 1e-6, 1),
+        _range_of(name, "context_scale", context_scale, 1e-6, 1),
     ]
     aspects = [
         _range_of(name, "target_aspect", target_aspect, 0.01, 100),
@@ -220,9 +220,10 @@ def cell_masking(
     """
     name = "cell_masking"
     B, (h, w) = given.size(name, "B", B), given.grid_of(name, grid)
-    ch, cw = given.grid_of(name, cell if isinstance(cell, Sequence) else (cell, cell))
+    ch, cw = given.grid_of(name, cell, "cell") if isinstance(cell, Sequence) else [given.size(name, "cell", cell)] * 2
     if not ch or not cw or h % ch or w % cw:
         fail(name, "cell", f"divide the grid {h} x {w}", (ch, cw))
+    given.check_tokens(name, "grid[0] grid[1]", h * w)
     cells = (h // ch) * (w // cw)
     keep = given.kept_of(name, cells, mask_ratio, num_keep, rounding)
     where = given.where(name, device, seed, generator)
@@ -265,6 +266,8 @@ def tube_masking(
     """
     name = "tube_masking"
     B, frames, N = given.size(name, "B", B), given.size(name, "frames", frames), given.size(name, "N", N)
+    given.check_tokens(name, "N", N)
+    given.check_tokens(name, "frames N", frames * N)
     keep = given.kept_of(name, N, mask_ratio, num_keep, rounding)
     where = given.where(name, device, seed, generator)
     split = given.shuffled(given.seed_of(name, seed, generator, where), B, N, keep, "ascending", backend, name)
@@ -303,7 +306,7 @@ def frequency_masking(
         [55, 55]
     """
     name = "frequency_masking"
-    B, (h, w) = given.size(name, "B", B), given.grid_of(name, size)
+    B, (h, w) = given.size(name, "B", B), given.grid_of(name, size, "size")
     radius, low_share = number(name, "radius", radius), given.share(name, "low_share", low_share)
     if not radius >= 0:
         fail(name, "radius", "be at least 0", radius)
@@ -312,7 +315,7 @@ def frequency_masking(
     op = find_op("mask_sampling_bernoulli", where.type, backend, name)
     keep_low = op(given.seed_of(name, seed, generator, where), threshold, B, 1)[:, :, None]
     y, x = torch.arange(h, device=where) - h // 2, torch.arange(w, device=where) - w // 2
-    return keep_low ^ ((y * y)[:, None] + x * x < radius**2)
+    return keep_low ^ ((y * y)[:, None] + x * x < radius * radius)
 
 
 def sector_groups(
@@ -347,12 +350,16 @@ def sector_groups(
         [[0, 1, 2, 3]]
     """
     name = "sector_groups"
-    check_is_tensor(name, "points", points)
-    if points.dim() != 3 or points.shape[2] < 2 or not points.is_floating_point():
+    check_is_dense(name, "points", points)
+    if points.dim() != 3 or points.shape[2] < 2 or points.dtype not in FLOATS:
         fail(name, "points", "be a float tensor [B, P, 2 or more]", f"{points.dtype} {list(points.shape)}")
     sectors, rings = given.size(name, "sectors", sectors, 1), given.size(name, "rings", rings, 1)
-    if rings > 1 and (max_radius is None or not number(name, "max_radius", max_radius) > 0):
+    if rings > 1 and (max_radius is None or not finite(name, "max_radius", max_radius) > 0):
         fail(name, "max_radius", "be above 0 for more than one ring", max_radius)
+    if valid is not None:
+        check_tensor(name, "valid", valid, "[B, P]", (torch.bool,), points.shape[:2], points)
+    # Half precision has fewer numbers than a circle may have sectors.
+    points = points if points.dtype == torch.float64 else points.float()
     x, y = points[..., 0], points[..., 1]
     angle = torch.atan2(y, x) / (2 * math.pi)
     known = angle.isfinite() if valid is None else angle.isfinite() & valid

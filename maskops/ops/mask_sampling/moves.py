@@ -5,8 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from maskops._checks import check_tensor
-from maskops.ops.mask_sampling import arguments as given
+from maskops._checks import check_tensor, check_values, integer
 
 INT64 = (torch.int64,)
 
@@ -35,6 +34,25 @@ def _pieces(sizes: Tensor, first: Tensor, width: int) -> tuple[Tensor, Tensor]:
     return torch.where(at < ends[:, -1:], source, -1), ends[:, -1]
 
 
+def _check_row_lengths(name: str, lengths: Tensor, width: int) -> None:
+    check_values(name, "lengths", (lengths >= 0) & (lengths <= width), f"be in [0, {int(width)}]", lengths)
+
+
+def _check_sentinels(name: str, sentinels: Tensor) -> None:
+    once = (sentinels[:, None] == sentinels).sum(1) == 1
+    check_values(name, "sentinels", once, "differ from one another", sentinels)
+
+
+def _check_spans(name: str, spans: Tensor, lengths: Tensor) -> None:
+    there = spans[:, :, 0] >= 0
+    before = torch.nn.functional.pad(spans[:, :-1], (0, 0, 1, 0)) if spans.shape[1] else spans
+    begin, end = spans.unbind(2)
+    follows = (before[:, :, 1] <= begin) & (before[:, :, 0] >= 0) & (begin <= end) & (end <= lengths[:, None])
+    good = torch.where(there, follows, (begin == -1) & (end == -1))
+    expected = "ascend without overlap within the row's length, -1 past the last"
+    check_values(name, "spans", good[:, :, None].expand(spans.shape), expected, spans)
+
+
 def move_spans(
     ids: Tensor, spans: Tensor, sentinels: Tensor, *, lengths: Tensor | None = None, end_id: int | None = None,
     pad_id: int = 0,
@@ -58,7 +76,7 @@ def move_spans(
         One gather with computed positions. A row without spans is copied. Every original token is there exactly once.
 
     Raises:
-        ValueError: wrong dtype or shape.
+        ValueError: wrong dtype or shape, spans out of order or of the row, equal sentinels.  TypeError: an id that is no int.
 
     Source:
         CM3 (Aghajanyan et al., 2022, arXiv 2201.07520).
@@ -69,6 +87,8 @@ def move_spans(
         [[1, 90, 3, 91, 90, 2, 91, 4, 5]]
     """
     name = "move_spans"
+    pad_id = integer(name, "pad_id", pad_id)
+    end_id = None if end_id is None else integer(name, "end_id", end_id)
     check_tensor(name, "ids", ids, "[B, N]", INT64, (None, None), ids)
     B, N = ids.shape
     check_tensor(name, "spans", spans, "[B, S, 2]", INT64, (B, None, 2), ids)
@@ -76,6 +96,9 @@ def move_spans(
     check_tensor(name, "sentinels", sentinels, "[S]", INT64, (S,), ids)
     real = torch.full((B,), N, dtype=torch.int64, device=ids.device) if lengths is None else lengths
     check_tensor(name, "lengths", real, "[B]", INT64, (B,), ids)
+    _check_sentinels(name, sentinels)
+    _check_row_lengths(name, real, N)
+    _check_spans(name, spans, real)
     there = spans[:, :, 0] >= 0
     begins, ends = (torch.where(there, spans[:, :, i], real[:, None]) for i in (0, 1))
     codes = (-2 - torch.arange(S, device=ids.device)).expand(B, S)
@@ -90,7 +113,7 @@ def move_spans(
     source, total = _pieces(sizes, first, N + 2 * S + int(end_id is not None))
     special = torch.cat([sentinels, sentinels.new_tensor([pad_id if end_id is None else end_id])])
     out = torch.where(source >= 0, _at(ids, source), special[(-2 - source).clamp(0, S)])
-    out = torch.where(source == -1, given.size(name, "pad_id", pad_id, -(2**62), 2**62), out)
+    out = torch.where(source == -1, pad_id, out)
     return MovedSpans(out, source, total, (source >= 0) | (source == -2 - S))
 
 
@@ -118,10 +141,10 @@ def restore_spans(
         ids int64 [B, W] without sentinels, padded, and their lengths int64 [B].
 
     Notes:
-        A span may have another length than it had, or none. A sentinel that stands once only is dropped.
+        A span may have another length than it had, or none. A sentinel that stands once only stays, as a token.
 
     Raises:
-        ValueError: wrong dtype or shape.
+        ValueError: wrong dtype or shape, lengths out of range, equal sentinels.  TypeError: an id that is no int.
 
     Source:
         CM3 (Aghajanyan et al., 2022, arXiv 2201.07520).
@@ -132,11 +155,15 @@ def restore_spans(
         [1, 7, 8, 3]
     """
     name = "restore_spans"
+    pad_id = integer(name, "pad_id", pad_id)
+    end_id = None if end_id is None else integer(name, "end_id", end_id)
     check_tensor(name, "ids", ids, "[B, W]", INT64, (None, None), ids)
     B, W = ids.shape
     check_tensor(name, "sentinels", sentinels, "[S]", INT64, (None,), ids)
     real = torch.full((B,), W, dtype=torch.int64, device=ids.device) if lengths is None else lengths
     check_tensor(name, "lengths", real, "[B]", INT64, (B,), ids)
+    _check_sentinels(name, sentinels)
+    _check_row_lengths(name, real, W)
     at = torch.arange(W, device=ids.device)
     if end_id is not None:
         is_last = (at == real[:, None] - 1) & (ids == end_id)
@@ -157,4 +184,4 @@ def restore_spans(
     sizes = torch.cat([torch.stack([gaps[:, :-1], spans], 2).flatten(1), gaps[:, -1:]], 1).clamp(min=0)
     begin = torch.cat([torch.stack([starts[:, :-1], second + 1], 2).flatten(1), starts[:, -1:]], 1)
     source, total = _pieces(sizes, begin, W)
-    return torch.where(source == -1, given.size(name, "pad_id", pad_id, -(2**62), 2**62), _at(ids, source)), total
+    return torch.where(source == -1, pad_id, _at(ids, source)), total

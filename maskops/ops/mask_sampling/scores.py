@@ -145,7 +145,7 @@ def colour_masking(
         mask_ratio: share of masked patches; kept = floor, round or ceil of (1 - mask_ratio) N.
         num_keep: instead of mask_ratio.
         colour: "red", "green", "blue", "purple".
-        sigma: s of red and blue, (s, t) of green and purple, in patches, in (0, 10]. Default: 1.5, 1, (0.5, 2).
+        sigma: s of red and blue, (s, t) of green and purple, in patches, in [0.001, 10]. Default: 1.5, 1, (0.5, 2).
         rounding: "floor" (ColorMAE), "round" or "ceil".
         seed, generator, device: as in random_masking.
         order: "random", highest noise first, or "ascending".
@@ -175,9 +175,9 @@ def colour_masking(
     given.choice(name, "order", order, given.ORDERS)
     sigmas = SIGMAS[colour] if sigma is None else sigma
     sigmas = tuple(number(name, "sigma", s) for s in (sigmas if isinstance(sigmas, Sequence) else (sigmas,)))
-    ordered = all(0 < s <= 10 for s in sigmas) and list(sigmas) == sorted(set(sigmas))
+    ordered = all(0.001 <= s <= 10 for s in sigmas) and list(sigmas) == sorted(set(sigmas))
     if len(sigmas) != COLOURS[colour] or not ordered:
-        fail(name, "sigma", f"be {COLOURS[colour]} ascending numbers in (0, 10] for {colour}", sigma)
+        fail(name, "sigma", f"be {COLOURS[colour]} ascending numbers in [0.001, 10] for {colour}", sigma)
     keep = given.kept_of(name, h * w, mask_ratio, num_keep, rounding)
     where = given.where(name, device, seed, generator)
     op = find_op("mask_sampling_colour", where.type, backend, name)

@@ -2,12 +2,13 @@
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from maskops._backends import find_op, public
-from maskops._checks import boolean, check_tensor, fail
+from maskops._checks import FLOATS, boolean, check_is_dense, check_tensor, check_values, describe, fail
 from maskops.ops.mask_sampling import arguments as given
 from maskops.ops.mask_sampling.scores import NATIVE, TRITON
 from maskops.ops.mask_sampling.uniform import Seed
@@ -71,6 +72,7 @@ def span_masking(
         )
         counts = ((rate * real + words) >> 32).clamp(min=least)
     elif isinstance(num_spans, Tensor):
+        check_tensor(name, "num_spans", num_spans, "[B]", (torch.int64,), (B,), seed)
         counts = num_spans
     else:
         counts = torch.full_like(real, given.size(name, "num_spans", num_spans, 0, 2**20))
@@ -110,7 +112,7 @@ def group_masking(
         unit: "token": the budget counts tokens (whole-word masking); "group": it counts groups that have tokens (n-grams, sectors).
         rounding: "round" (half to even), "floor" or "ceil" of the budget.
         at_least, at_most: bounds of the budget, in its unit; at_least only where the row has anything.
-        weight: float [B, num_groups] for an order that prefers groups by weight. Default: uniform.
+        weight: float [B, num_groups], finite, at least 0, for an order that prefers groups by weight. Default: uniform.
         seed, generator: as in random_masking.
         backend: "auto", "native", "triton", "reference".
 
@@ -137,21 +139,21 @@ def group_masking(
     check_tensor(name, "groups", groups, "[1 or B, N]", (torch.int64,), (None, None), groups)
     given.choice(name, "unit", unit, ("token", "group"))
     given.choice(name, "rounding", rounding, ("round", "floor", "ceil"))
-    ratios = [
-        given.share(name, "mask_ratio", r) for r in (mask_ratio if isinstance(mask_ratio, Sequence) else (mask_ratio,))
-    ]
-    if ratios != sorted(ratios) or not ratios:
-        fail(name, "mask_ratio", "ascend", mask_ratio)
+    ratios = _ascending(name, mask_ratio if isinstance(mask_ratio, Sequence) else (mask_ratio,))
     count = given.size(name, "num_groups", groups.shape[1] if num_groups is None else num_groups, 0, 4096)
     device = groups.device
     seed = given.seed_of(name, seed, generator, device)
+    if weight is not None:
+        _check_weight(name, weight, count, groups)
     rows = groups.shape[0] if weight is None or groups.shape[0] != 1 else weight.shape[0]
     rows = rows if B is None else given.size(name, "B", B)
+    if groups.shape[0] not in (1, rows):
+        fail(name, "groups", f"have shape [1 or B, N] = [1 or {int(rows)}, *]", describe(groups))
     if weight is None:
         order = given.shuffled(seed, rows, count, count, "random", backend, name).ids_keep
     else:
-        check_tensor(name, "weight", weight, "[B, num_groups]", (torch.float32,), (rows, count), groups)
-        key = find_op("mask_sampling_race", device.type, backend, name)(seed, weight)
+        check_tensor(name, "weight", weight, "[B, num_groups]", FLOATS, (rows, count), groups)
+        key = find_op("mask_sampling_race", device.type, backend, name)(seed, weight.detach().float())
         order = given.ranked(key, count, "random", backend, name).ids_keep
     most = (groups >= 0).sum(1) if unit == "token" else _present(groups, count)
     bounds = given.size(name, "at_least", at_least), 2**62 if at_most is None else given.size(name, "at_most", at_most)
@@ -161,6 +163,21 @@ def group_masking(
     if not isinstance(mask_ratio, Sequence):
         return level == 0
     return level <= torch.arange(len(ratios), device=device)[:, None, None]
+
+
+def _ascending(name: str, mask_ratio: Sequence) -> list[float]:
+    ratios = [given.share(name, "mask_ratio", ratio) for ratio in mask_ratio]
+    # Not by sorted(), which a compiled program refuses where the ratios vary.
+    if not 0 < len(ratios) <= 254 or any(a > b for a, b in pairwise(ratios)):
+        fail(name, "mask_ratio", "ascend, 1 to 254 of them", mask_ratio)
+    return ratios
+
+
+def _check_weight(name: str, weight: Tensor, count: int, groups: Tensor) -> None:
+    """The words are those of group_masking, not of the op that weighted_masking shares with it."""
+    check_is_dense(name, "weight", weight)
+    check_tensor(name, "weight", weight, "[B, num_groups]", FLOATS, (None, count), groups)
+    check_values(name, "weight", (weight >= 0) & weight.isfinite(), "be finite and at least 0", weight)
 
 
 def _budgets(most: Tensor, ratios: list[float], rounding: str, at_least: int, at_most: int) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from maskops._backends import find_op, public
-from maskops._checks import check_is_tensor, check_tensor, fail, integer
+from maskops._checks import check_is_dense, check_tensor, fail, integer
 from maskops.ops.mask_sampling import arguments as given
 from maskops.ops.mask_sampling.scores import NATIVE, TRITON
 from maskops.ops.mask_sampling.uniform import Seed
@@ -50,6 +50,8 @@ def random_words(
     count = 1
     for one in sizes:
         count = count * one
+        if count > 2**40:
+            fail(name, "size", "be of at most 2^40 numbers", tuple(sizes))
     return op(given.seed_of(name, seed, generator, where), count).view(sizes)
 
 
@@ -88,8 +90,11 @@ def bernoulli_masking(
     B, N = given.size(name, "B", B), given.size(name, "N", N)
     where = given.where(name, device, p, seed, generator)
     if isinstance(p, Tensor):
+        check_is_dense(name, "p", p)
         if p.dim() > 2 or not p.is_floating_point():
             fail(name, "p", "be a float tensor of at most two axes", f"{p.dtype} {list(p.shape)}")
+        if any(have not in (1, want) for have, want in zip(reversed(p.shape), (N, B), strict=False)):
+            fail(name, "p", f"have shape [N], [1 or B, 1 or N] = [1 or {int(B)}, 1 or {int(N)}]", list(p.shape))
         threshold = (p.detach().to(where).double().nan_to_num(0.0).clamp(0, 1) * 2**32).round().long()
         threshold = threshold.view(1, -1) if p.dim() < 2 else threshold
     else:
@@ -175,18 +180,27 @@ def corrupt_tokens(
     """
     name = "corrupt_tokens"
     check_tensor(name, "ids", ids, "[B, N]", (torch.int64,), (None, None), ids)
-    low, high = vocabulary if isinstance(vocabulary, Sequence) else (0, vocabulary)
+    check_tensor(name, "mask", mask, "[B, N]", (torch.bool,), tuple(ids.shape), ids)
+    pair = isinstance(vocabulary, Sequence)
+    if pair and len(vocabulary) != 2:
+        raise TypeError(f"{name}: vocabulary must be an int or two, got {vocabulary!r}")
+    ends = zip(("vocabulary[0]", "vocabulary[1]"), vocabulary, strict=True) if pair else [("vocabulary", vocabulary)]
+    low, high = [0] * (not pair) + [integer(name, arg, end) for arg, end in ends]
     hide, random = given.share(name, "hide", hide), given.share(name, "random", random)
     if hide + random > 1 + 1e-9:
         fail(name, "hide + random", "be at most 1", hide + random)
     first, second = given.threshold_of(hide), min(given.threshold_of(hide + random), 2**32)
+    if not int(second > first) <= high - low < 2**31:
+        fail(name, "vocabulary", "have 1 to 2^31 - 1 ids, or none where random is 0", f"[{low}, {high})")
     op = find_op("mask_sampling_corrupt", ids.device.type, backend, name)
     seed = given.seed_of(name, seed, generator, ids.device)
     return op(
         seed,
         ids,
         mask,
-        *(integer(name, n, v) for n, v in (("mask_id", mask_id), ("low", low), ("high", high))),
+        integer(name, "mask_id", mask_id),
+        low,
+        high,
         first,
         second,
     )
@@ -225,7 +239,7 @@ def sample_gates(
         [0.0, 1.0]
     """
     name = "sample_gates"
-    check_is_tensor(name, "logits", logits)
+    check_is_dense(name, "logits", logits)
     if not logits.is_floating_point():
         fail(name, "logits", "be a float tensor", logits.dtype)
     given.choice(name, "noise", noise, ("logistic", "gumbel"))
@@ -258,6 +272,8 @@ class MaskCollator:
     def __init__(self, draw: Callable, collate: Callable | None = None, **options: Any) -> None:
         if not callable(draw):
             raise TypeError(f"MaskCollator: draw must be a function, got {draw!r}")
+        if collate is not None and not callable(collate):
+            raise TypeError(f"MaskCollator: collate must be a function or None, got {collate!r}")
         self.draw, self.collate, self.options = draw, collate, options
 
     def __call__(self, samples: Sequence) -> tuple[Any, Any]:
@@ -265,4 +281,4 @@ class MaskCollator:
         return collate(samples), self.draw(len(samples), **self.options)
 
     def __repr__(self) -> str:
-        return f"MaskCollator({self.draw.__name__}, {self.options})"
+        return f"MaskCollator({getattr(self.draw, '__name__', repr(self.draw))}, {self.options})"

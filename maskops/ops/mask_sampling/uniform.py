@@ -12,7 +12,7 @@ from maskops._backends import find_op, public
 from maskops._checks import (
     any_integer,
     check_generator,
-    check_is_tensor,
+    check_is_dense,
     check_tensor,
     check_values,
     fail,
@@ -81,6 +81,8 @@ def random_masking(
         num_keep = integer(FUNCTION, "num_keep", num_keep)
     mask_ratio = None if mask_ratio is None else number(FUNCTION, "mask_ratio", mask_ratio)
     max_seqlen = None if max_seqlen is None else integer(FUNCTION, "max_seqlen", max_seqlen)
+    if max_seqlen is not None and not 0 <= max_seqlen < MAX_TOKENS:
+        fail(FUNCTION, "max_seqlen", "be in [0, 2^30)", max_seqlen)
     _check_arguments(B, N, mask_ratio, num_keep, rounding, order, noise)
     counts, max_keep, max_mask, total = _keep_counts(B, N, mask_ratio, num_keep, rounding, lengths, max_seqlen, device)
     if noise is None:
@@ -90,6 +92,7 @@ def random_masking(
         )
     else:
         op = find_op("mask_sampling_rank", device.type, backend)
+        noise = noise.float() if noise.dtype in (torch.bfloat16, torch.float16) else noise
         out = op(noise, counts, lengths, max_keep, max_mask, order == "ascending")
     ids_keep, ids_mask, ids_restore, num_mask, cu_seqlens = out
     return TokenSplit(ids_keep, ids_mask, ids_restore, counts, num_mask, cu_seqlens, max_keep, total)
@@ -119,6 +122,9 @@ def seed_tensor(
     if isinstance(seed, Tensor):
         if seed.dtype != torch.int64 or tuple(seed.shape) not in ((), (2,)):
             fail(function, "seed", "be int, or int64 [] or [2]", f"{seed.dtype} {list(seed.shape)}")
+        check_is_dense(function, "seed", seed)
+        if seed.is_meta and device.type != "meta":
+            fail(function, "seed", f"be on {device}", "a tensor on meta")
         seed = seed.to(device)
         return seed if seed.dim() else torch.stack([seed, torch.zeros_like(seed)])
     if seed is not None:
@@ -163,7 +169,7 @@ def _check_arguments(
     if order not in ("random", "ascending"):
         fail(FUNCTION, "order", "be 'random' or 'ascending'", repr(order))
     if noise is not None:
-        check_is_tensor(FUNCTION, "noise", noise)
+        check_is_dense(FUNCTION, "noise", noise)
     if noise is not None and tuple(noise.shape) != (B, N):
         fail(FUNCTION, "noise", f"have shape [B, N] = [{B}, {N}]", f"{list(noise.shape)}")
 

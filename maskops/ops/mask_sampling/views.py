@@ -11,11 +11,11 @@ from maskops.ops.mask_sampling.uniform import Seed
 from maskops.ops.visible_tokens.split import TokenSplit
 
 
-def _views(name: str, B: int, N: int, counts: object) -> tuple[int, int, list[int]]:
+def _views(name: str, B: int, N: int, counts: object, argument: str = "num_keep") -> tuple[int, int, list[int]]:
     if not isinstance(counts, Sequence) or not counts:
-        raise TypeError(f"{name}: num_keep must be a sequence of int, got {counts!r}")
+        raise TypeError(f"{name}: {argument} must be a sequence of int, got {counts!r}")
     N = given.size(name, "N", N, 0, 2**30 - 1)
-    sizes = [given.size(name, f"num_keep[{i}]", count, 0, N) for i, count in enumerate(counts)]
+    sizes = [given.size(name, f"{argument}[{i}]", count, 0, N) for i, count in enumerate(counts)]
     return given.size(name, "B", B), N, sizes
 
 
@@ -135,7 +135,8 @@ def modality_masking(
         (torch.Size([4, 98]), torch.Size([4, 588]))
     """
     name = "modality_masking"
-    B, _, sizes = _views(name, B, 2**30 - 1, sizes)
+    B, _, sizes = _views(name, B, 2**30 - 1, sizes, "sizes")
+    given.check_tokens(name, "sum of sizes", sum(sizes))
     keep = given.size(name, "num_keep", num_keep, 0, sum(sizes))
     given.choice(name, "order", order, given.ORDERS)
     alphas = list(alpha) if isinstance(alpha, Sequence) else [alpha] * len(sizes)
@@ -144,7 +145,8 @@ def modality_masking(
         fail(name, "alpha", f"be one number or {len(sizes)}", len(alphas))
     where = given.where(name, device, seed, generator)
     seed, M, widest = given.seed_of(name, seed, generator, where), len(sizes), max(sizes)
-    words = find_op("mask_sampling_words", where.type, backend, name)(seed, B * (sum(alphas) - 1)).view(B, -1)
+    words = find_op("mask_sampling_words", where.type, backend, name)(seed, B * (sum(alphas) - 1))
+    words = words.view(B, sum(alphas) - 1)
     ends = [sum(alphas[: i + 1]) - 1 for i in range(M - 1)]
     edges = torch.nn.functional.pad(words.sort(1).values[:, ends], (1, 0))
     gaps = torch.cat([edges, torch.full_like(edges[:, :1], 2**32)], 1).diff(dim=1)

@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from maskops._checks import FLOATS, check_is_tensor, check_is_tensor_or_none, check_tensor, number
-from maskops.ops.masked_loss.linear import INT64, reduced
+from maskops._checks import FLOATS, check_is_dense, check_tensor, finite
+from maskops.ops.masked_loss.linear import INT64, check_is_dense_or_none, check_reduced, reduced
 
 
 def replaced_token_loss(
@@ -43,17 +43,18 @@ def replaced_token_loss(
     """
     op = "replaced_token_loss"
     for name, x in (("logits", logits), ("original", original), ("corrupted", corrupted)):
-        check_is_tensor(op, name, x)
-    check_is_tensor_or_none(op, "mask", mask)
+        check_is_dense(op, name, x)
+    check_is_dense_or_none(op, "mask", mask)
     check_tensor(op, "logits", logits, "[...]", FLOATS, logits.shape, logits)
     for name, x in (("original", original), ("corrupted", corrupted)):
         check_tensor(op, name, x, "[...]", INT64, logits.shape, logits)
     mask = torch.ones_like(original, dtype=torch.bool) if mask is None else mask
     check_tensor(op, "mask", mask, "[...]", (torch.bool,), logits.shape, logits)
+    check_reduced(op, mask, None, reduction, denominator, "[...]")
     wide = logits if logits.dtype == torch.float64 else logits.float()
     clean = torch.where(mask, wide, 0)
     loss = F.binary_cross_entropy_with_logits(clean, (corrupted != original).to(clean.dtype), reduction="none")
-    return reduced(op, torch.where(mask, loss, 0), mask, None, reduction, denominator)
+    return reduced(torch.where(mask, loss, 0), mask, None, reduction, denominator)
 
 
 def pairwise_rank_loss(
@@ -89,18 +90,19 @@ def pairwise_rank_loss(
         tensor(0.1269)
     """
     op = "pairwise_rank_loss"
-    check_is_tensor(op, "scores", scores)
-    check_is_tensor(op, "target", target)
-    check_is_tensor_or_none(op, "mask", mask)
+    check_is_dense(op, "scores", scores)
+    check_is_dense(op, "target", target)
+    check_is_dense_or_none(op, "mask", mask)
     check_tensor(op, "scores", scores, "[B, N]", FLOATS, (None, None), scores)
     check_tensor(op, "target", target, "[B, N]", FLOATS, scores.shape, scores)
     mask = torch.ones_like(scores, dtype=torch.bool) if mask is None else mask
     check_tensor(op, "mask", mask, "[B, N]", (torch.bool,), scores.shape, scores)
-    margin = number(op, "margin", margin)
+    margin = finite(op, "margin", margin)
     if not margin >= 0:
         raise ValueError(f"{op}: margin must be at least 0, got {margin:g}")
     wide = scores if scores.dtype == torch.float64 else scores.float()
     clean, goal = torch.where(mask, wide, 0), torch.where(mask, target.detach(), 0)
+    check_reduced(op, mask, None, reduction, denominator, "[B, N, N]")
     pairs = mask[:, :, None] & mask[:, None] & (goal[:, :, None] > goal[:, None] + margin)
     loss = torch.where(pairs, F.softplus(clean[:, None] - clean[:, :, None]), 0)
-    return reduced(op, loss, pairs, None, reduction, denominator)
+    return reduced(loss, pairs, None, reduction, denominator)

@@ -3,13 +3,12 @@
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from maskops._backends import find_op, public
-from maskops._checks import FLOATS, boolean, check_is_tensor, check_tensor, fail
+from maskops._checks import FLOATS, above_zero, boolean, check_is_dense, check_tensor, fail
 from maskops._registry import OpSpec, define_op
-from maskops.ops.masked_loss.linear import INT64, NATIVE, positive, reduced, unit_rows
+from maskops.ops.masked_loss.linear import INT64, NATIVE, check_reduced, one_of, reduced, unit_rows
 from maskops.reference import masked_loss as reference
 from maskops.reference.visible_tokens import accumulation_dtype
 
@@ -46,8 +45,9 @@ def contrastive_loss(
         weight_per_token.
 
     Notes:
-        Without negatives the loss is 0. Queries that do not count and keys that no counted query names are not read. Gradients of
-        keys are summed in the order of the queries: deterministic, for every number of threads too.
+        Without negatives the loss is 0. Queries that do not count and keys that no counted query names are not read: NaN there
+        reaches nothing. A vector of zeros has cosine 0 with all, without a gradient. Gradients of keys are summed in the order of
+        the queries: deterministic, for every number of threads too.
 
     Raises:
         ValueError: wrong dtype, shape, device or option.  IndexError: an id out of range.  TypeError: another type.
@@ -62,27 +62,39 @@ def contrastive_loss(
         tensor([0.5514, 0.3133, 0.0000])
     """
     for name, x in (("query", query), ("keys", keys), ("positives", positives), ("negatives_ids", negatives_ids)):
-        check_is_tensor(FUNCTION, name, x)
-    if collide not in COLLISIONS:
-        fail(FUNCTION, "collide", f"be one of {COLLISIONS}", repr(collide))
-    scale = 1 / positive(FUNCTION, "temperature", temperature)
+        check_is_dense(FUNCTION, name, x)
+    one_of(FUNCTION, "collide", collide, COLLISIONS)
+    scale = 1 / above_zero(FUNCTION, "temperature", temperature)
+    _check(query, keys, positives, negatives_ids, scale, True, FLOATS)
     counted = positives >= 0
+    check_reduced(FUNCTION, counted, weight_per_token, reduction, denominator, "[M]")
     if boolean(FUNCTION, "cosine", cosine):
-        _check(query, keys, positives, negatives_ids, scale, True)
-        query, keys = unit_rows(query, counted), F.normalize(keys, dim=-1)
+        query, keys = unit_rows(query, counted), unit_rows(keys, _named(keys, positives, negatives_ids))
     op = find_op("masked_loss_contrast", query.device.type, backend)
     loss, _ = op(query, keys, positives, negatives_ids, scale, collide == "-inf")
-    return reduced(FUNCTION, loss, counted, weight_per_token, reduction, denominator)
+    return reduced(loss, counted, weight_per_token, reduction, denominator)
+
+
+def _named(keys: Tensor, positives: Tensor, negatives: Tensor) -> Tensor:
+    """bool [P]: the keys that a counted query names. What is no id at all is the op's to refuse."""
+    ids = torch.cat([positives[:, None], negatives], 1)
+    last = keys.shape[0]
+    ids = torch.where((positives >= 0)[:, None] & (ids >= 0) & (ids < last), ids, last)
+    return torch.zeros(last + 1, dtype=torch.bool, device=keys.device).scatter(0, ids.flatten(), True)[:-1]
 
 
 # ---------------------------------------------------------------- the op
 
 
-def _check(query: Tensor, keys: Tensor, positive: Tensor, negatives: Tensor, scale: float, collide: bool) -> None:
+def _check(
+    query: Tensor, keys: Tensor, positive: Tensor, negatives: Tensor, scale: float, collide: bool,
+    dtypes: tuple[torch.dtype, ...] = (),
+) -> None:  # fmt: skip
+    """dtypes: what keys may be before autocast. Default: query's."""
     check_tensor(FUNCTION, "query", query, "[M, D]", FLOATS, (None, None), query)
-    check_tensor(FUNCTION, "keys", keys, "[P, D]", (query.dtype,), (None, query.shape[1]), query)
-    check_tensor(FUNCTION, "positive", positive, "[M]", INT64, query.shape[:1], query)
-    check_tensor(FUNCTION, "negatives", negatives, "[M, K]", INT64, (query.shape[0], None), query)
+    check_tensor(FUNCTION, "keys", keys, "[P, D]", dtypes or (query.dtype,), (None, query.shape[1]), query)
+    check_tensor(FUNCTION, "positives", positive, "[M]", INT64, query.shape[:1], query)
+    check_tensor(FUNCTION, "negatives_ids", negatives, "[M, K]", INT64, (query.shape[0], None), query)
     if not scale > 0:
         fail(FUNCTION, "scale", "be above 0", f"{scale:g}")
 
@@ -125,7 +137,7 @@ define_op(
         reference=reference.masked_loss_contrast,
         check=_check,
         check_data=lambda query, keys, positive, negatives, *_: _check_ids(
-            keys, positive=positive, negatives=negatives
+            keys, positives=positive, negatives_ids=negatives
         ),
         fake=lambda query, *rest: tuple(
             query.new_empty(query.shape[0], dtype=accumulation_dtype(query.dtype)) for _ in range(2)
@@ -144,7 +156,7 @@ define_op(
         reference=reference._masked_loss_contrast_backward,
         check=_check_backward,
         check_data=lambda grad, query, keys, positive, negatives, *_: _check_ids(
-            keys, positive=positive, negatives=negatives
+            keys, positives=positive, negatives_ids=negatives
         ),
         fake=lambda grad, query, keys, *rest: (query.new_empty(query.shape), keys.new_empty(keys.shape)),
         cuda=False,

@@ -9,13 +9,14 @@ from torch import Tensor
 from maskops._backends import find_op, public
 from maskops._checks import (
     FLOATS,
+    above_zero,
     boolean,
     check_ids,
-    check_is_tensor,
-    check_is_tensor_or_none,
+    check_is_dense,
     check_tensor,
     describe,
     fail,
+    finite,
     integer,
     number,
 )
@@ -53,7 +54,7 @@ def linear_cross_entropy(
         label_smoothing: in [0, 1].
         weight_per_token: float, target's shape: a factor of each loss.
         temperature: > 0, divides the logits.
-        cosine: unit vectors of hidden and weight, as HuBERT and wav2vec 2.0.
+        cosine: unit vectors of hidden and weight, as HuBERT and wav2vec 2.0; a vector of zeros stays one, without a gradient.
         z_loss: factor of logsumexp^2, >= 0.
         reduction: "mean" (sum / denominator), "sum", or "none".
         denominator: "count" = the losses that count, "weight" = the sum of their weights, "all" = target's elements, or the
@@ -82,11 +83,12 @@ def linear_cross_entropy(
         tensor(5.)
     """
     rows = rows_of(FUNCTION, hidden, weight, target, mask, ids, bias, ignore_index, cosine)
-    scale = 1 / positive(FUNCTION, "temperature", temperature)
-    smoothing, z_loss = number(FUNCTION, "label_smoothing", label_smoothing), number(FUNCTION, "z_loss", z_loss)
+    scale = 1 / above_zero(FUNCTION, "temperature", temperature)
+    smoothing, z_loss = number(FUNCTION, "label_smoothing", label_smoothing), finite(FUNCTION, "z_loss", z_loss)
+    check_reduced(FUNCTION, rows.counted, weight_per_token, reduction, denominator, "target's shape")
     op = find_op("masked_loss_linear", hidden.device.type, backend)
     loss, _ = op(rows.hidden, rows.weight, rows.bias, rows.target, rows.ignore, scale, smoothing, z_loss)
-    return reduced(FUNCTION, rows.of_target(loss), rows.counted, weight_per_token, reduction, denominator)
+    return reduced(rows.of_target(loss), rows.counted, weight_per_token, reduction, denominator)
 
 
 class Rows(NamedTuple):
@@ -113,9 +115,9 @@ def rows_of(
 ) -> Rows:  # fmt: skip
     """Check what is not the ops' to check, and flatten."""
     for name, x in (("hidden", hidden), ("weight", weight), ("target", target)):
-        check_is_tensor(op, name, x)
+        check_is_dense(op, name, x)
     for name, x in (("mask", mask), ("ids", ids), ("bias", bias)):
-        check_is_tensor_or_none(op, name, x)
+        check_is_dense_or_none(op, name, x)
     ignore = integer(op, "ignore_index", ignore_index)
     if weight.dim() not in (2, 3) or hidden.dim() < 1:
         name, x, want = ("weight", weight, "[V, D] or [G, V, D]") if hidden.dim() else ("hidden", hidden, "[..., D]")
@@ -137,18 +139,34 @@ def rows_of(
         target = torch.where(counted, target, ignore)
     weight = weight if books else weight[None]
     bias = bias if bias is None or books else bias[None]
-    flat, slots = target.reshape(-1, weight.shape[0]), None
+    flat, slots = rows_first(target if books else target[..., None]), None
     if ids is not None:
         flat, slots, counted = _at_rows(op, hidden, flat, ids, counted, ignore)
-    hidden = hidden.reshape(-1, hidden.shape[-1])
+    hidden = rows_first(hidden)
     if boolean(op, "cosine", cosine):
-        hidden, weight = unit_rows(hidden, (flat != ignore).any(1)), F.normalize(weight, dim=-1)
+        check_tensor(op, "hidden", hidden, "[N, D]", FLOATS, (None, None), hidden)
+        check_tensor(op, "weight", weight, "[G, V, D]", FLOATS, (None, None, hidden.shape[1]), hidden)
+        hidden, weight = unit_rows(hidden, (flat != ignore).any(1)), unit_vectors(weight)
     return Rows(hidden, weight, bias, flat, ignore, counted, slots)
+
+
+def rows_first(x: Tensor) -> Tensor:
+    """[..., D] as [N, D], also where D is 0."""
+    return x.flatten(0, -2) if x.dim() > 1 else x[None]
 
 
 def unit_rows(x: Tensor, used: Tensor) -> Tensor:
     """Rows [N, D] of length 1; rows that are not used are 0 before, or NaN there would come back through the gradient."""
-    return F.normalize(torch.where(used[:, None], x, 0), dim=-1)
+    return unit_vectors(torch.where(used[:, None], x, 0))
+
+
+def unit_vectors(x: Tensor) -> Tensor:
+    """Vectors [..., D] of length 1. One of zeros stays as it is, without a gradient: F.normalize gives NaN for it in float16,
+    and a gradient of 1e12 in float32."""
+    wide = x.to(accumulation_dtype(x.dtype))
+    length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+    some = length > 0
+    return torch.where(some, wide / torch.where(some, length, 1), 0).to(x.dtype)
 
 
 def _at_rows(
@@ -156,8 +174,7 @@ def _at_rows(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Targets of slots as targets of all rows; `slots`, the row of each slot; counted without the empty slots."""
     tokens = hidden.shape[1]
-    if not torch.compiler.is_compiling():
-        check_ids(op, "ids", ids, tokens)
+    check_ids(op, "ids", ids, tokens)
     rows = hidden.shape[0] * tokens
     first = torch.arange(hidden.shape[0], device=ids.device)[:, None] * tokens
     slots = torch.where(ids >= 0, first + ids, rows).reshape(-1)
@@ -167,31 +184,52 @@ def _at_rows(
     return spread, slots, counted & (full[..., None] if counted.dim() > 2 else full)
 
 
-def reduced(
-    op: str, loss: Tensor, counted: Tensor, weight: Tensor | None, reduction: str, denominator: str | float | Tensor
-) -> Tensor:
-    """loss [...] of which `counted` count, weighted and reduced as the public functions say."""
-    if reduction not in REDUCTIONS:
-        fail(op, "reduction", f"be one of {REDUCTIONS}", repr(reduction))
-    check_is_tensor_or_none(op, "weight_per_token", weight)
-    if isinstance(denominator, str) and denominator not in DENOMINATORS:
-        fail(op, "denominator", f"be one of {DENOMINATORS} or a number", repr(denominator))
+def one_of(op: str, arg: str, value: object, options: tuple[str, ...]) -> None:
+    if not isinstance(value, str):
+        raise TypeError(f"{op}: {arg} must be str, got {value!r}")
+    if value not in options:
+        fail(op, arg, f"be one of {options}", repr(value))
+
+
+def check_reduced(
+    op: str, counted: Tensor, weight: Tensor | None, reduction: str, denominator: str | float | Tensor, shape: str
+) -> None:
+    """What `reduced` takes, checked before any kernel runs.  shape: of the losses, counted's, in words."""
+    one_of(op, "reduction", reduction, REDUCTIONS)
+    check_is_dense_or_none(op, "weight_per_token", weight)
     if weight is not None:
-        check_tensor(op, "weight_per_token", weight, "target's shape", FLOATS, loss.shape, loss)
+        check_tensor(op, "weight_per_token", weight, shape, FLOATS, counted.shape, counted)
+    if isinstance(denominator, Tensor):
+        check_tensor(op, "denominator", denominator, "[]", (*FLOATS, torch.int64), (), counted)
+    elif not isinstance(denominator, str):
+        above_zero(op, "denominator", denominator)
+    elif denominator not in DENOMINATORS:
+        fail(op, "denominator", f"be one of {DENOMINATORS} or a number", repr(denominator))
+
+
+def check_is_dense_or_none(op: str, arg: str, x: object) -> None:
+    if x is not None and not isinstance(x, Tensor):
+        raise TypeError(f"{op}: {arg} must be a tensor or None, got {type(x).__name__}")
+    if x is not None:
+        check_is_dense(op, arg, x)
+
+
+def reduced(
+    loss: Tensor, counted: Tensor, weight: Tensor | None, reduction: str, denominator: str | float | Tensor
+) -> Tensor:
+    """loss [...] of which `counted` count, weighted and reduced as the public functions say, after check_reduced."""
+    if weight is not None:
         weight = torch.where(counted, weight.to(loss.dtype), 0)
         loss = loss * weight
     if reduction == "none":
         return loss
     total = loss.sum()
-    return total if reduction == "sum" else divided(op, total, counted, weight, denominator)
+    return total if reduction == "sum" else divided(total, counted, weight, denominator)
 
 
-def divided(
-    op: str, total: Tensor, counted: Tensor, weight: Tensor | None, denominator: str | float | Tensor
-) -> Tensor:
+def divided(total: Tensor, counted: Tensor, weight: Tensor | None, denominator: str | float | Tensor) -> Tensor:
     """total / denominator, 0 where that is 0."""
     if isinstance(denominator, Tensor):
-        check_tensor(op, "denominator", denominator, "[]", (*FLOATS, torch.int64), (), total)
         by = denominator.to(total.dtype)
     elif denominator == "all":
         by = total.new_full((), float(max(counted.numel(), 1)))
@@ -200,7 +238,7 @@ def divided(
     elif denominator == "weight":
         by = weight.sum()
     else:
-        return total / positive(op, "denominator", denominator)
+        return total / number("reduced", "denominator", denominator)
     return torch.where(by == 0, 0, total / torch.where(by == 0, 1, by))
 
 

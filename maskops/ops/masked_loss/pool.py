@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from maskops._backends import find_op, public
-from maskops._checks import FLOATS, check_is_tensor, check_is_tensor_or_none, check_tensor, check_values, fail
+from maskops._checks import FLOATS, check_is_dense, check_tensor, check_values
 from maskops._registry import OpSpec, define_op
-from maskops.ops.masked_loss.linear import INT64, NATIVE
+from maskops.ops.masked_loss.linear import INT64, NATIVE, check_is_dense_or_none, one_of
 from maskops.reference import masked_loss as reference
 from maskops.reference.visible_tokens import accumulation_dtype
 
@@ -49,10 +49,10 @@ def linear_max_pool(
         >>> maskops.linear_max_pool(hidden, torch.eye(2), mask=torch.tensor([[True, True, False]]))
         tensor([[1., 2.]])
     """
-    check_is_tensor(FUNCTION, "hidden", hidden)
-    check_is_tensor(FUNCTION, "weight", weight)
-    check_is_tensor_or_none(FUNCTION, "bias", bias)
-    check_is_tensor_or_none(FUNCTION, "mask", mask)
+    check_is_dense(FUNCTION, "hidden", hidden)
+    check_is_dense(FUNCTION, "weight", weight)
+    check_is_dense_or_none(FUNCTION, "bias", bias)
+    check_is_dense_or_none(FUNCTION, "mask", mask)
     if mask is None:
         mask = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
     op = find_op("masked_loss_max_pool", hidden.device.type, backend)
@@ -91,10 +91,9 @@ def mask_pool(features: Tensor, masks: Tensor, kind: str = "mean") -> Tensor:
                  [0.]]])
     """
     function = "mask_pool"
-    check_is_tensor(function, "features", features)
-    check_is_tensor(function, "masks", masks)
-    if kind not in POOLS:
-        fail(function, "kind", f"be one of {POOLS}", repr(kind))
+    check_is_dense(function, "features", features)
+    check_is_dense(function, "masks", masks)
+    one_of(function, "kind", kind, POOLS)
     check_tensor(function, "features", features, "[B, N, D]", FLOATS, (None, None, None), features)
     batch, count, _ = features.shape
     dtypes = {"mean": (torch.bool, features.dtype), "softmax": (features.dtype,), "max": (torch.bool,)}[kind]
@@ -111,11 +110,13 @@ def mask_pool(features: Tensor, masks: Tensor, kind: str = "mean") -> Tensor:
         found = clean[:, None].masked_fill(~masks[..., None], -torch.inf)
         found = found.amax(2) if count else features.new_full((batch, masks.shape[1], features.shape[2]), -torch.inf)
         return torch.where(masks.any(2)[..., None], found, 0)
-    out = share @ clean
     if kind == "softmax":
-        return out
-    total = share.sum(2, keepdim=True)
-    return torch.where(total == 0, 0, out / torch.where(total == 0, 1, total))
+        return share @ clean
+    # Shares of at most 1, by a power of two, which rounds nothing: sums of float16 would overflow.
+    total = share.sum(2, keepdim=True, dtype=accumulation_dtype(share.dtype))
+    scale = (-total.detach().clamp(min=1).log2().ceil()).exp2()
+    out = (share * scale.to(share.dtype)) @ clean
+    return torch.where(total == 0, 0, out / torch.where(total == 0, 1, total * scale)).to(features.dtype)
 
 
 # ---------------------------------------------------------------- the op

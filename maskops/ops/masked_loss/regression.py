@@ -6,9 +6,16 @@ import torch
 from torch import Tensor
 
 from maskops._backends import find_op, public
-from maskops._checks import FLOATS, boolean, check_is_tensor, check_is_tensor_or_none, check_tensor, fail, number
+from maskops._checks import FLOATS, above_zero, boolean, check_is_dense, check_tensor, fail
 from maskops._registry import OpSpec, define_op
-from maskops.ops.masked_loss.linear import NATIVE, reduced
+from maskops.ops.masked_loss.linear import (
+    NATIVE,
+    check_is_dense_or_none,
+    check_reduced,
+    one_of,
+    reduced,
+    rows_first,
+)
 from maskops.reference import masked_loss as reference
 from maskops.reference.visible_tokens import accumulation_dtype
 
@@ -61,27 +68,28 @@ def masked_regression(
         1.0
     """
     for name, x in (("pred", pred), ("target", target)):
-        check_is_tensor(FUNCTION, name, x)
-    check_is_tensor_or_none(FUNCTION, "mask", mask)
-    if not isinstance(kind, str):
-        raise TypeError(f"{FUNCTION}: kind must be str, got {kind!r}")
+        check_is_dense(FUNCTION, name, x)
+    check_is_dense_or_none(FUNCTION, "mask", mask)
+    one_of(FUNCTION, "kind", kind, KINDS)
     if pred.dim() < 1:
         fail(FUNCTION, "pred", "have shape [..., D]", list(pred.shape))
-    check_tensor(FUNCTION, "target", target, "[..., D]", (pred.dtype,), pred.shape, pred)
+    # Whether the two dtypes agree is the op's to say: autocast may make them so.
+    check_tensor(FUNCTION, "pred", pred, "[..., D]", FLOATS, pred.shape, pred)
+    check_tensor(FUNCTION, "target", target, "[..., D]", FLOATS, pred.shape, pred)
     places = pred.shape[:-1]
     if mask is None:
         mask = torch.ones(places, dtype=torch.bool, device=pred.device)
     check_tensor(FUNCTION, "mask", mask, "[...]", (torch.bool,), places, pred)
+    check_reduced(FUNCTION, mask, weight_per_token, reduction, denominator, "[...]")
     op = find_op("masked_loss_regression", pred.device.type, backend)
     options = (
         kind,
-        number(FUNCTION, "beta", beta),
+        above_zero(FUNCTION, "beta", beta),
         boolean(FUNCTION, "normalise", normalise),
-        number(FUNCTION, "eps", eps),
+        above_zero(FUNCTION, "eps", eps),
     )
-    rows = pred.reshape(-1, pred.shape[-1]), target.detach().reshape(-1, pred.shape[-1]), mask.reshape(-1)
-    loss = op(*rows, *options).reshape(places)
-    return reduced(FUNCTION, loss, mask, weight_per_token, reduction, denominator)
+    loss = op(rows_first(pred), rows_first(target.detach()), mask.flatten(), *options).reshape(places)
+    return reduced(loss, mask, weight_per_token, reduction, denominator)
 
 
 # ---------------------------------------------------------------- the op

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from maskops._backends import find_op, public
-from maskops._checks import check_tensor, number
+from maskops._checks import above_zero, check_tensor, finite, number
 from maskops._registry import OpSpec, define_op
 from maskops.ops.mask_sampling import INT64, Seed, seed_tensor
 from maskops.ops.masked_loss.linear import (
@@ -14,6 +14,7 @@ from maskops.ops.masked_loss.linear import (
     NATIVE,
     OPTIONS,
     check_linear,
+    check_reduced,
     check_target,
     fake_loss,
     linear_gradients,
@@ -69,15 +70,16 @@ def linear_sample(
         tensor([ 0,  1, -1])
     """
     rows = rows_of(FUNCTION, hidden, weight, target, mask, ids, bias, ignore_index, cosine)
-    scale = 1 / positive(FUNCTION, "temperature", temperature)
-    cool = positive(FUNCTION, "sample_temperature", sample_temperature)
-    smoothing, z_loss = number(FUNCTION, "label_smoothing", label_smoothing), number(FUNCTION, "z_loss", z_loss)
+    scale = 1 / above_zero(FUNCTION, "temperature", temperature)
+    cool = above_zero(FUNCTION, "sample_temperature", sample_temperature)
+    smoothing, z_loss = number(FUNCTION, "label_smoothing", label_smoothing), finite(FUNCTION, "z_loss", z_loss)
+    check_reduced(FUNCTION, rows.counted, weight_per_token, reduction, denominator, "target's shape")
     words = seed_tensor(seed, generator, hidden.device, FUNCTION)
     op = find_op("masked_loss_sample", hidden.device.type, backend)
     loss, _, sample = op(
         rows.hidden, rows.weight, rows.bias, rows.target, words, rows.ignore, scale, smoothing, z_loss, cool
     )
-    loss = reduced(FUNCTION, rows.of_target(loss), rows.counted, weight_per_token, reduction, denominator)
+    loss = reduced(rows.of_target(loss), rows.counted, weight_per_token, reduction, denominator)
     return loss, rows.of_target(sample, -1)
 
 

@@ -32,6 +32,7 @@ from maskops.progress import TrainingProgress
 SYSTEMS = {
     "mae": "maskops.models.mae:MAE",
     "colormae": "maskops.models.colormae:ColorMAE",
+    "dmjd": "maskops.models.dmjd:DMJD",
     "hpm": "maskops.models.hpm:HPM",
     "spark": "maskops.models.spark:SparK",
 }

@@ -3,7 +3,8 @@
 Aghajanyan et al., "CM3: A Causal Masked Multimodal Model of the Internet", 2022 (arXiv 2201.07520).
 B documents, N tokens, W tokens of a moved document, S sentinels, D width, V vocabulary.
 
-Spans are drawn as in maskops.draw_spans: at least one a document, as in the paper; n^2 candidates, as in the published code.
+Spans are drawn as in maskops.draw_spans: one or more are asked for, as in the paper, from n^2 candidates, as in the published code;
+a short document may get none.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 Ma et al., "Disjoint Masking with Joint Distillation for Efficient Masked Image Modeling", 2022 (arXiv 2212.00433).
 B images, N patches, K visible, D encoder width, V values per patch.
 
-The network is the MAE of models/mae.py with pixels as targets. The published one has masked convolutions in front of the encoder and
-histograms of gradients as targets, and draws one random order for all images of a batch; here every image has its own.
+The network is the MAE of models/mae.py with pixels as targets. The published one has masked convolutions in front of the encoder
+and histograms of gradients as targets, and draws one random order for all images of a batch; here every image has its own.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 class DMJDOutput(NamedTuple):
     """What DMJD.forward returns.
 
-    loss = masked_loss + theta visible_loss, scalars, each the mean of the two views; preds: [B, N, V] of each view, from the decoder;
+    loss = masked_loss + theta visible_loss, scalars, each the mean of the two views; preds: the decoder's, [B, N, V] of each view;
     splits: which patches were visible in each view.
     """
 
@@ -41,7 +41,10 @@ class DMJDOutput(NamedTuple):
 
 @dataclass(frozen=True)
 class DMJDConfig(MAEConfig):
-    """MAEConfig with the published mask ratio, the side of a cell of patches that is masked whole, and the visible loss's weight."""
+    """MAEConfig with the published mask ratio.
+
+    cell: patches along the side of a cell, which is masked whole; theta: weight of the loss on visible patches.
+    """
 
     system: ClassVar[str] = "dmjd"
     mask_ratio: float = 0.6
@@ -73,13 +76,11 @@ class DMJDConfig(MAEConfig):
 
 
 class VisibleHead(nn.Module):
-    """Predict a visible patch from its own latent: an MLP of three layers and a linear branch beside it.  [B, K, D] -> [B, K, V]."""
+    """Predict a visible patch from its own latent: an MLP of three layers plus a linear branch.  [B, K, D] -> [B, K, V]."""
 
     def __init__(self, dim: int, values: int) -> None:
         super().__init__()
-        self.mlp = nn.Sequential(
-            nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, values)
-        )
+        self.mlp = nn.Sequential(nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, values))
         self.linear = nn.Linear(dim, values)
         self.apply(init_linear_and_norm)
 
@@ -151,7 +152,9 @@ class DMJD(MAE):
             preds.append(self.decode(latent, split))
             options = {"patch_size": self.patch_size, "norm_pix": c.norm_pix}
             masked = maskops.masked_patch_loss(preds[-1], images, split, **options)
-            visible = maskops.masked_patch_loss(seen, images, split, **options, kind="smooth_l1", beta=2.0, on="visible")
+            visible = maskops.masked_patch_loss(
+                seen, images, split, **options, kind="smooth_l1", beta=2.0, on="visible"
+            )
             losses.append(torch.stack([masked, visible]))
         masked_loss, visible_loss = (losses[0] + losses[1]).div(2).unbind()
         return DMJDOutput(masked_loss + c.theta * visible_loss, masked_loss, visible_loss, tuple(preds), splits)

@@ -7,15 +7,8 @@ tests see to it that there is never one without the other, so the model's file i
 from importlib.util import find_spec
 from typing import NamedTuple
 
-PARTS = {
-    "meap",
-    "electra",
-    "dupmae",
-    "spark",
-    "recap",
-    "dmjd",
-    "cm3",
-}  # their tests show a part of what is to be shown, and say so
+# Their tests show a part of what is to be shown, and say so.
+PARTS = {"meap", "electra", "dupmae", "spark", "recap", "dmjd", "cm3"}
 FAMILIES = {
     "S": "mask_sampling", "G": "visible_tokens", "A": "masked_attention", "C": "masked_loss", "R": "masked_loss",
     "W": "nm_matmul", "F": "feature_reuse", "V": "sparse_conv",

@@ -26,6 +26,7 @@ class System(str, Enum):
 
     mae = "mae"
     colormae = "colormae"
+    dmjd = "dmjd"
     hpm = "hpm"
     spark = "spark"
     maskgit = "maskgit"

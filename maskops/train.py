@@ -34,6 +34,7 @@ from maskops.texts import TextFolder
 SYSTEMS = {
     "mae": "maskops.models.mae:MAE",
     "colormae": "maskops.models.colormae:ColorMAE",
+    "dmjd": "maskops.models.dmjd:DMJD",
     "hpm": "maskops.models.hpm:HPM",
     "spark": "maskops.models.spark:SparK",
     "electra": "maskops.models.electra:ELECTRA",

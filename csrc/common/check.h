@@ -39,6 +39,14 @@ inline std::string dtype_name(ScalarType type) {
     case ScalarType::Char: return "int8";
     case ScalarType::Byte: return "uint8";
     case ScalarType::Bool: return "bool";
+    case ScalarType::ComplexHalf: return "complex32";
+    case ScalarType::ComplexFloat: return "complex64";
+    case ScalarType::ComplexDouble: return "complex128";
+    case ScalarType::UInt16: return "uint16";
+    case ScalarType::UInt32: return "uint32";
+    case ScalarType::UInt64: return "uint64";
+    case ScalarType::Float8_e4m3fn: return "float8_e4m3fn";
+    case ScalarType::Float8_e5m2: return "float8_e5m2";
     default: return "another dtype";
   }
 }
@@ -59,6 +67,12 @@ std::string join_sizes(const Sizes& sizes) {
 }
 
 inline std::string describe(const Tensor& x) { return dtype_name(x.scalar_type()) + " " + join_sizes(x.sizes()); }
+
+inline std::string plain_number(double x) {
+  std::ostringstream text;
+  text << x;  // as Python's :g
+  return text.str();
+}
 
 template <class Got>
 [[noreturn]] void fail(const char* op, const std::string& arg, const std::string& expected, const Got& got) {

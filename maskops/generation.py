@@ -169,6 +169,10 @@ class MaskedGenerator:
         if condition is not None:
             check_is_tensor("generate", "condition", condition)
             check_tensor("generate", "condition", condition, "[B]", (torch.int64,), (len(tokens),), like)
+            last = getattr(self.model, "null_condition", None)
+            if last is not None:
+                inside = (condition >= 0) & (condition <= last)
+                check_values("generate", "condition", inside, f"be in [0, {last}] for this model", condition)
         guided = any(self.guidance) if isinstance(self.guidance, list) else self.guidance != 0
         if guided and condition is None:
             raise ValueError("generate: condition must be given with guidance, got None")

@@ -72,9 +72,10 @@ def _convert(module: nn.Module, path: str, keep: tuple[type, ...], done: dict[in
         new = module
     elif isinstance(module, tuple(LAYERS)):
         # Not a container, whatever it holds: its own forward would read hidden cells.
+        kind, base = type(module).__name__, _base(module).__name__
         raise TypeError(
-            f"to_block_masked: {_name(path)} is a {type(module).__name__}, which has no block-masked kind (of {_base(module).__name__}"
-            " itself there is one; a parametrization must be removed first)"
+            f"to_block_masked: {_name(path)} is a {kind}, which has no block-masked kind, as {base} itself has;"
+            " a parametrization must be removed first"
         )
     elif module._modules:
         new = copy.copy(module)

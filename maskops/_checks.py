@@ -3,7 +3,7 @@
 import math
 import numbers
 import operator
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -91,6 +91,24 @@ def boolean(op: str, arg: str, value: object) -> bool:
     if not isinstance(value, bool):
         raise TypeError(f"{op}: {arg} must be bool, got {value!r}")
     return value
+
+
+def one_of(op: str, arg: str, value: object, known: Collection[str]) -> str:
+    """value, one of a few words."""
+    if not isinstance(value, str) or value not in known:
+        fail(op, arg, f"be one of {tuple(known)}", repr(value))
+    return value
+
+
+def sizes_of(op: str, arg: str, value: object, axes: int, least: int) -> list[int]:
+    """One number for each axis, or one for all: from `least` to 2^31 - 1."""
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        sizes = integers(op, arg, value)
+    else:
+        sizes = [integer(op, arg, value)] * axes
+    if len(sizes) != axes or any(isinstance(size, int) and not least <= size < 2**31 for size in sizes):
+        fail(op, arg, f"be {axes} numbers from {least} to 2^31 - 1", f"[{', '.join(map(str, sizes))}]")
+    return sizes
 
 
 def check_generator(op: str, generator: object) -> None:

@@ -6,6 +6,7 @@ keys and values in a ContextCache, or a few local ones, which read the others fr
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from maskops._checks import check_is_tensor, check_tensor, check_values, fail, integer, integers, number
+from maskops.generation_plans import BlockCache, FullOnly, ReCAP, token_evaluations
 from maskops.ops.feature_reuse import ContextCache, Selection, cached_attention, confidence_select
 from maskops.ops.masked_attention import masked_attention
 from maskops.reuse import BlockCache, FullOnly, ReCAP, token_evaluations
@@ -100,15 +103,39 @@ class MaskedGenerator:
         self, model: MaskedModel, schedule: Sequence[int] | None, reuse: FullOnly | ReCAP | BlockCache | None = None, *,
         temperature: float = 4.5, sample_temperature: float = 1.0, guidance: float | Sequence[float] = 0.0,
     ) -> None:  # fmt: skip
-        self.model, self.reuse = model, FullOnly() if reuse is None else reuse
+        name, self.model = "MaskedGenerator", model
+        missing = [
+            part for part in ("num_tokens", "prefix", "num_layers", "logits", "parameters") if not hasattr(model, part)
+        ]
+        if missing:
+            raise TypeError(
+                f"{name}: model must be a MaskedModel, got {type(model).__name__} without {', '.join(missing)}"
+            )
+        self.reuse = FullOnly() if reuse is None else reuse
+        if not isinstance(self.reuse, FullOnly | ReCAP | BlockCache):
+            raise TypeError(f"{name}: reuse must be FullOnly, ReCAP or BlockCache, got {type(reuse).__name__}")
         if (schedule is None) != isinstance(self.reuse, BlockCache):
             raise ValueError("MaskedGenerator: schedule must be given, except with BlockCache")
-        self.counts = list(schedule or [])
+        self.counts = [] if schedule is None else integers(name, "schedule", schedule)
         if schedule is not None and min(self.counts, default=0) < 0:
             raise ValueError(f"MaskedGenerator: schedule must hold counts of at least 0, got {self.counts}")
-        if not isinstance(guidance, int | float) and len(guidance) != len(self.counts):
-            raise ValueError(f"MaskedGenerator: guidance must be one number or {len(self.counts)}, got {len(guidance)}")
-        self.temperature, self.sample_temperature, self.guidance = temperature, sample_temperature, guidance
+        if isinstance(guidance, Sequence) and not isinstance(guidance, str):
+            guidance = [self._finite("guidance", w) for w in guidance]
+            if len(guidance) != len(self.counts):
+                raise ValueError(f"{name}: guidance must be one number or {len(self.counts)}, got {len(guidance)}")
+        else:
+            guidance = self._finite("guidance", guidance)
+        self.guidance = guidance
+        self.temperature = self._finite("temperature", temperature, 0)
+        self.sample_temperature = self._finite("sample_temperature", sample_temperature, 0)
+
+    @staticmethod
+    def _finite(argument: str, value: float, least: float = -math.inf) -> float:
+        found = number("MaskedGenerator", argument, value)
+        if not (math.isfinite(found) and found >= least):
+            expected = "be finite" if least == -math.inf else f"be finite and at least {least}"
+            fail("MaskedGenerator", argument, expected, found)
+        return found
 
     @torch.no_grad()
     def generate(
@@ -125,19 +152,31 @@ class MaskedGenerator:
             progress: draw a progress bar (needs rich).
 
         Raises:
-            ValueError: neither or both of batch and tokens, a wrong shape, a schedule that decodes another number.
+            ValueError: neither or both of batch and tokens, a wrong shape or dtype, a schedule that decodes another number,
+                guidance without a condition.  TypeError: an argument of another type.
         """
-        device = next(self.model.parameters()).device
+        device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
         if (batch is None) == (tokens is None):
             raise ValueError("generate: batch or tokens must be given, one of them")
+        seed, first_row = integer("generate", "seed", seed), integer("generate", "first_row", first_row)
         if tokens is None:
+            if integer("generate", "batch", batch) < 0:
+                raise ValueError(f"generate: batch must be at least 0, got {batch}")
             tokens = torch.full((batch, self.model.num_tokens), -1, dtype=torch.int64, device=device)
-        if tokens.dim() != 2 or tokens.shape[1] != self.model.num_tokens or tokens.dtype != torch.int64:
-            raise ValueError(
-                f"generate: tokens must be int64 [B, {self.model.num_tokens}], got {tokens.dtype} {list(tokens.shape)}"
-            )
-        if condition is not None and tuple(condition.shape) != tokens.shape[:1]:
-            raise ValueError(f"generate: condition must have shape [{len(tokens)}], got {list(condition.shape)}")
+        check_is_tensor("generate", "tokens", tokens)
+        like = torch.empty(0, device=device)
+        check_tensor("generate", "tokens", tokens, "[B, N]", (torch.int64,), (None, self.model.num_tokens), like)
+        check_values("generate", "tokens", tokens >= -1, "be at least -1, which is a masked one", tokens)
+        if condition is not None:
+            check_is_tensor("generate", "condition", condition)
+            check_tensor("generate", "condition", condition, "[B]", (torch.int64,), (len(tokens),), like)
+            last = getattr(self.model, "null_condition", None)
+            if last is not None:
+                inside = (condition >= 0) & (condition <= last)
+                check_values("generate", "condition", inside, f"be in [0, {last}] for this model", condition)
+        guided = any(self.guidance) if isinstance(self.guidance, list) else self.guidance != 0
+        if guided and condition is None:
+            raise ValueError("generate: condition must be given with guidance, got None")
         run = _Run(self, tokens.clone(), condition, seed, first_row)
         if isinstance(self.reuse, BlockCache):
             run.blocks(self.reuse, progress)
@@ -185,17 +224,18 @@ class _Run:
         self.condition, self.seed, self.first_row = condition, seed, first_row
         self.trace: list[Step] = []
         self.cache: ContextCache | None = None
-        self.guided = generator.guidance != 0 and bool(generator.guidance)
+        self.guided = condition is not None and generator.guidance != 0 and bool(generator.guidance)
 
     # ------------------------------------------------------------ schedules
 
     def groups(self, groups: list[list[int]], progress: bool) -> None:
         """Each group: a full step that chooses the tokens of the group, then local steps over them."""
-        left = int((~self.known).sum(1).max()) if len(self.tokens) else 0
-        if left != sum(map(sum, groups)):
-            raise ValueError(
-                f"generate: the schedule must decode the {left} masked tokens, got {sum(map(sum, groups))}"
-            )
+        left, decoded = (~self.known).sum(1).tolist(), sum(map(sum, groups))
+        for row, masked in enumerate(left):
+            if masked != decoded:
+                raise ValueError(
+                    f"generate: schedule must decode the {masked} masked tokens of row {row}, got {decoded}"
+                )
         total = sum(map(len, groups))
         with _Bar(total, progress) as bar:
             for g, counts in enumerate(groups):

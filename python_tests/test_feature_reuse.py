@@ -197,7 +197,7 @@ def test_threshold_decodes_all_that_is_sure_and_at_least_one() -> None:
     [
         ({"threshold": 0.5}, "num_select or threshold must be given, one of them"),
         ({"num_select": -1}, "num_select must be at least 0, got -1"),
-        ({"noise": "uniform"}, "noise must be 'gumbel' or 'none'"),
+        ({"noise": "uniform"}, r"noise must be one of \('gumbel', 'none'\)"),
         ({"num_select": None, "threshold": 1.5}, r"threshold must be in \[0, 1\)"),
         ({"num_select": None, "threshold": 0.5, "temperature": 1.0}, "temperature must be 0 with a threshold"),
         ({"probs": True, "sample_temperature": 0.5}, "sample_temperature must be 0 or 1 of probabilities"),

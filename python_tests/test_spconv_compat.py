@@ -83,3 +83,50 @@ def test_dense_with_channels_last() -> None:
     x = stored_input()
     assert torch.equal(x.dense(channels_first=False), x.dense().permute(0, 2, 3, 4, 1))
     assert spconv.SparseSequential(spconv.ToDense())(x).shape == (2, 4, *SHAPE)
+
+
+# ---------------------------------------------------------------- pools
+
+POOLED = [[0, 0, 0], [0, 1, 1], [0, 2, 2], [1, 0, 0], [1, 1, 1]]
+ROWS = torch.tensor([[1.0, -3.0], [2.0, -2.0], [-1.0, 5.0], [4.0, 4.0], [6.0, -6.0], [3.0, 9.0]])
+INDICES = torch.tensor([[0, 0, 0], [0, 0, 1], [0, 3, 3], [0, 5, 5], [1, 1, 1], [1, 2, 2]], dtype=torch.int32)
+
+
+def small() -> spconv.SparseConvTensor:
+    return spconv.SparseConvTensor(ROWS, INDICES, [6, 6], 2)
+
+
+def test_max_pool_has_the_places_and_the_maxima_of_spconv() -> None:
+    """spconv 2.3.8 on the CPU gives these places and values, but 0 for a negative maximum: its algorithm Native starts there."""
+    out = spconv.SparseMaxPool2d(2)(small())
+    assert out.indices.tolist() == POOLED and out.spatial_shape == (3, 3)
+    assert out.features.tolist() == [[2.0, -2.0], [-1.0, 5.0], [4.0, 4.0], [6.0, -6.0], [3.0, 9.0]]
+
+
+def test_average_pool_counts_active_places() -> None:
+    out = spconv.SparseAvgPool2d(2, stride=2)(small())
+    assert out.features.tolist() == [[1.5, -2.5], [-1.0, 5.0], [4.0, 4.0], [6.0, -6.0], [3.0, 9.0]]
+
+
+def test_global_pools() -> None:
+    x = small()
+    assert spconv.SparseGlobalMaxPool()(x).tolist() == [[4.0, 5.0], [6.0, 9.0]]
+    assert spconv.SparseGlobalAvgPool(name="pool")(x).tolist() == [[1.5, 1.0], [4.5, 1.5]]
+
+
+@pytest.mark.parametrize("axes", [1, 2, 3])
+@pytest.mark.parametrize("kind", ["Max", "Avg"])
+def test_arguments_and_keys_of_pools_are_those_of_spconv(kind: str, axes: int) -> None:
+    pool = getattr(spconv, f"Sparse{kind}Pool{axes}d")
+    made = pool(3, None, 1, 1, "pool", None, False, "name")
+    assert made.stride == (3,) * axes and made.padding == (1,) * axes
+    indices = torch.tensor([[0] + [1] * axes, [0] + [4] * axes], dtype=torch.int32)
+    x = spconv.SparseConvTensor(torch.randn(2, 4), indices, [6] * axes, 1)
+    net = spconv.SparseSequential(
+        made, nn.ReLU(), getattr(spconv, f"SparseInverseConv{axes}d")(4, 2, 3, indice_key="pool")
+    )
+    assert net(x).indices is x.indices
+    with pytest.raises(TypeError, match=f"Sparse{kind}Pool{axes}d: input must be a SparseConvTensor"):
+        made(torch.ones(2, 4))
+    with pytest.raises(ValueError, match="stride must be"):
+        pool(3, 0)

@@ -70,6 +70,12 @@ std::string join_sizes(const Sizes& sizes) {
 
 inline std::string describe(const Tensor& x) { return dtype_name(x.scalar_type()) + " " + join_sizes(x.sizes()); }
 
+inline std::string plain_number(double x) {
+  std::ostringstream text;
+  text << x;  // as Python's :g
+  return text.str();
+}
+
 template <class Got>
 [[noreturn]] void fail(const char* op, const std::string& arg, const std::string& expected, const Got& got) {
   std::ostringstream text;

@@ -61,7 +61,7 @@ __global__ void __launch_bounds__(kPlaceThreads, 4) insert_kernel(const PlaceRow
     if (before < 0) return;
     const std::int64_t first = before < n ? before : n, again = before < n ? n : before;
     (void)first, (void)again;
-    MASKOPS_DEVICE_CHECK(!same_place(place, known.at(before)), std::out_of_range, "sparse_conv_map", "coords must be unique", "coords[",
+    MASKOPS_DEVICE_CHECK(!same_place(place, known.at(before)), std::out_of_range, "kernel_map", "coords must be unique", "coords[",
                          again, "] must be unique, got ", (PlaceText{place, known.columns}), " as in row ", first);
   }
 }
@@ -100,7 +100,7 @@ __global__ void __launch_bounds__(kPlaceThreads, 4) reverse_kernel(const std::in
   if (i >= entries) return;
   const std::int32_t n = load(map + i);
   const std::int64_t k = i / count, m = i % count;
-  const char* name = "sparse_conv_reverse";
+  const char* name = "kernel_map";
   (void)name;
   MASKOPS_DEVICE_CHECK(n >= -1 && n < rows, std::out_of_range, name, "map must be in [-1, rows)", "map[", k, ", ", m, "] must be in [-1, ",
                        rows, "), got ", n);

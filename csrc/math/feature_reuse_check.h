@@ -12,12 +12,6 @@ constexpr int64_t kMostCachedChannels = 256;
 
 inline TokenStrides token_strides(const Tensor& x) { return {x.stride(0), x.stride(1), x.stride(2), x.stride(3)}; }
 
-inline std::string plain_number(double x) {
-  std::ostringstream text;
-  text << x;  // as Python's :g
-  return text.str();
-}
-
 inline void check_cache_write(const Tensor& k_cache, const Tensor& v_cache, const Tensor& valid, const Tensor& k, const Tensor& v,
                               const Tensor& ids) {
   const char *op = "ContextCache.write_", *cached = "[B, H, N, D]", *local = "[B, H, U, D]";
@@ -69,7 +63,7 @@ inline void check_sample(const Tensor& logits, const Tensor& known, const Tensor
   check_tensor(op, "known", known, "[B, N]", kBool, {logits.size(0), logits.size(1)}, logits);
   check_tensor(op, "seed", seed, "[2]", kInt64, {2}, logits);
   if (logits.size(2) < 1) fail(op, "logits", "have V of at least 1", logits.size(2));
-  if (first_row < 0) fail(op, "first_row", "be at least 0", first_row);
+  if (first_row < 0 || first_row > INT32_MAX) fail(op, "first_row", "be in [0, 2^31)", first_row);
   if (!(temperature >= 0 && temperature < HUGE_VAL)) {
     fail(op, "sample_temperature", "be finite and at least 0", plain_number(temperature));
   }

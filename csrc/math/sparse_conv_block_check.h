@@ -22,7 +22,8 @@ inline void check_block_cells(const char* op, const Tensor& x, int64_t B, int64_
   check_tensor(op, "cells", cells, "[B, h, w]", kBool, {B, kAny, kAny}, x);
   const int64_t h = cells.size(1), w = cells.size(2);
   if (h < 1 || w < 1 || H % h != 0 || W % w != 0) fail(op, "cells", "divide " + positions(H, W), describe(cells));
-  if (B * H * W > INT32_MAX) fail(op, "x", "have fewer than 2^31 positions", describe(x));
+  const int64_t row = std::max<int64_t>(1, W), image = std::max<int64_t>(1, H);
+  if (W > INT32_MAX || H > INT32_MAX / row || B > INT32_MAX / row / image) fail(op, "x", "have fewer than 2^31 positions", describe(x));
 }
 
 inline void check_block_cells(const char* op, const Tensor& x, const Tensor& cells) {
@@ -45,8 +46,9 @@ inline WindowSizes check_windows(const char* op, int64_t H, int64_t W, const Ten
   if (!good) fail(op, "stride", "divide the " + positions(cell[0], cell[1]) + " of a cell", join_sizes(stride));
   good = padding.size() == 2;
   for (int i = 0; good && i < 2; ++i) {
-    const int64_t reach = sizes[i] + 2 * padding[i] - kernel[i];
-    good = padding[i] >= 0 && padding[i] < kernel[i] && (sizes[i] == 0 || (reach >= 0 && reach / stride[i] + 1 == sizes[i] / stride[i]));
+    good = padding[i] >= 0 && padding[i] < kernel[i];
+    const int64_t reach = good ? sizes[i] + 2 * padding[i] - kernel[i] : 0;
+    good = good && (sizes[i] == 0 || (reach >= 0 && reach / stride[i] + 1 == sizes[i] / stride[i]));
   }
   if (!good) fail(op, "padding", "give " + positions(H / stride[0], W / stride[1]), join_sizes(padding));
   return {H / stride[0], W / stride[1]};

@@ -10,6 +10,7 @@ namespace maskops {
 
 using Sizes = std::vector<int64_t>;
 constexpr int64_t kMostRows = INT32_MAX;
+constexpr const char* kKernelMap = "kernel_map";
 
 inline void check_each(const char* op, const char* name, const Sizes& values, int64_t axes, int64_t least) {
   bool good = static_cast<int64_t>(values.size()) == axes;
@@ -28,6 +29,11 @@ inline void check_geometry(const char* op, const Tensor& coords, const Sizes& ke
   const int64_t axes = coords.size(1) - 1;
   if (axes < 1 || axes > kConvAxes) fail(op, "coords", "have 2 to 4 columns: batch and one to three axes", describe(coords));
   check_each(op, "kernel_size", kernel_size, axes, 1);
+  int64_t places = 1;
+  for (int64_t k : kernel_size) {
+    if (k > INT32_MAX / places) fail(op, "kernel_size", "have fewer than 2^31 places", join_sizes(kernel_size));
+    places *= k;
+  }
   check_each(op, "stride", stride, axes, 1);
   check_each(op, "padding", padding, axes, 0);
   check_each(op, "dilation", dilation, axes, 1);
@@ -35,19 +41,19 @@ inline void check_geometry(const char* op, const Tensor& coords, const Sizes& ke
 
 inline void check_conv_map(const Tensor& coords, const Tensor& out_coords, const Sizes& kernel_size, const Sizes& stride,
                            const Sizes& padding, const Sizes& dilation) {
-  check_geometry("sparse_conv_map", coords, kernel_size, stride, padding, dilation);
-  check_coords("sparse_conv_map", "out_coords", out_coords, coords.size(1), coords);
+  check_geometry(kKernelMap, coords, kernel_size, stride, padding, dilation);
+  check_coords(kKernelMap, "out_coords", out_coords, coords.size(1), coords);
 }
 
 inline void check_conv_outputs(const Tensor& coords, const Sizes& out_shape, const Sizes& kernel_size, const Sizes& stride,
                                const Sizes& padding, const Sizes& dilation) {
-  check_geometry("sparse_conv_outputs", coords, kernel_size, stride, padding, dilation);
-  check_each("sparse_conv_outputs", "out_shape", out_shape, coords.size(1) - 1, 0);
+  check_geometry(kKernelMap, coords, kernel_size, stride, padding, dilation);
+  check_each(kKernelMap, "out_shape", out_shape, coords.size(1) - 1, 0);
 }
 
 inline void check_conv_reverse(const Tensor& map, int64_t rows) {
-  check_tensor("sparse_conv_reverse", "map", map, "[K, M]", kInt32, {kAny, kAny}, map);
-  if (rows < 0 || rows > kMostRows) fail("sparse_conv_reverse", "rows", "be in [0, 2^31)", rows);
+  check_tensor(kKernelMap, "map", map, "[K, M]", kInt32, {kAny, kAny}, map);
+  if (rows < 0 || rows > kMostRows) fail(kKernelMap, "rows", "be in [0, 2^31)", rows);
 }
 
 inline void check_groups(const Tensor& x, int64_t columns, int64_t groups) {
@@ -59,7 +65,7 @@ inline void check_groups(const Tensor& x, int64_t columns, int64_t groups) {
 inline void check_conv(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& map,
                        const std::optional<Tensor>& reverse, int64_t groups) {
   const char* op = "sparse_conv";
-  check_tensor(op, "x", x, "[N, C]", kFloats, {kAny, kAny}, x);
+  check_tensor(op, "features", x, "[N, C]", kFloats, {kAny, kAny}, x);
   check_tensor(op, "weight", weight, "[K, C / groups, D]", {x.scalar_type()}, {kAny, kAny, kAny}, x);
   check_groups(x, weight.size(2), groups);
   check_tensor(op, "weight", weight, "[K, C / groups, D]", {x.scalar_type()}, {kAny, x.size(1) / groups, kAny}, x);
@@ -70,7 +76,7 @@ inline void check_conv(const Tensor& x, const Tensor& weight, const std::optiona
 
 inline void check_conv_grad_weight(const Tensor& grad, const Tensor& x, const Tensor& map, int64_t groups) {
   const char* op = "sparse_conv";
-  check_tensor(op, "x", x, "[N, C]", kFloats, {kAny, kAny}, x);
+  check_tensor(op, "features", x, "[N, C]", kFloats, {kAny, kAny}, x);
   check_tensor(op, "map", map, "[K, M]", kInt32, {kAny, kAny}, x);
   check_tensor(op, "grad", grad, "[M, D]", {x.scalar_type()}, {map.size(1), kAny}, x);
   check_groups(x, grad.size(1), groups);

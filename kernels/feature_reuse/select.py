@@ -15,7 +15,7 @@ def _uniform(word, ACC: tl.constexpr):
 @triton.jit
 def _weights(x, top, inverse, PROBS: tl.constexpr):
     if PROBS:
-        return x
+        return tl.where(x < 0, float("nan"), x)
     else:
         return tl.exp((x - top) * inverse)
 

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from maskops._checks import check_is_tensor, describe, fail, integers
+from maskops._checks import check_is_tensor, describe, fail, integer, integers, one_of
 
 LIBRARIES = ("torchsparse", "minkowski")
 
@@ -29,12 +29,12 @@ __all__ = ["from_minkowski", "from_torchsparse", "padding_of", "to_minkowski", "
 
 def from_torchsparse(kernel: Tensor, kernel_size: Sequence[int]) -> Tensor:
     """TorchSparse's [K, C, D] (or [C, D]) as the [*kernel_size, C, D] of maskops."""
-    return _from("from_torchsparse", kernel, kernel_size, _odd(kernel_size))
+    return _from("from_torchsparse", kernel, kernel_size, None)
 
 
 def to_torchsparse(weight: Tensor) -> Tensor:
     """The [*kernel_size, C, D] of maskops as TorchSparse's [K, C, D], or [C, D] for a kernel of one place."""
-    return _to("to_torchsparse", weight, _odd(weight.shape[:-2]))
+    return _to("to_torchsparse", weight, None)
 
 
 def from_minkowski(kernel: Tensor, kernel_size: Sequence[int]) -> Tensor:
@@ -49,19 +49,29 @@ def to_minkowski(weight: Tensor) -> Tensor:
 
 def padding_of(library: str, kernel_size: Sequence[int], dilation: int = 1) -> tuple[int, ...]:
     """The padding of kernel_map under which places lie around the centre as in "torchsparse" or "minkowski"."""
-    if library not in LIBRARIES:
-        fail("padding_of", "library", f"be one of {LIBRARIES}", repr(library))
-    sizes = integers("padding_of", "kernel_size", kernel_size)
+    one_of("padding_of", "library", library, LIBRARIES)
+    sizes, dilation = _sizes("padding_of", kernel_size), integer("padding_of", "dilation", dilation)
+    if dilation < 1:
+        fail("padding_of", "dilation", "be at least 1", dilation)
     return tuple(0 if library == "minkowski" and size % 2 == 0 else dilation * ((size - 1) // 2) for size in sizes)
+
+
+def _sizes(name: str, kernel_size: Sequence[int]) -> list[int]:
+    sizes = integers(name, "kernel_size", kernel_size)
+    if not 1 <= len(sizes) <= 3 or min(sizes) < 1:
+        fail(name, "kernel_size", "be one to three sizes of at least 1", sizes)
+    return sizes
 
 
 def _odd(kernel_size: Sequence[int]) -> bool:
     return math.prod(kernel_size) % 2 == 1
 
 
-def _from(name: str, kernel: Tensor, kernel_size: Sequence[int], first_fastest: bool) -> Tensor:
+def _from(name: str, kernel: Tensor, kernel_size: Sequence[int], first_fastest: bool | None) -> Tensor:
+    """first_fastest: None, where it is so for an odd number of places."""
     check_is_tensor(name, "kernel", kernel)
-    sizes = integers(name, "kernel_size", kernel_size)
+    sizes = _sizes(name, kernel_size)
+    first_fastest = _odd(sizes) if first_fastest is None else first_fastest
     kernel = kernel[None] if kernel.dim() == 2 else kernel
     if kernel.dim() != 3 or kernel.shape[0] != math.prod(sizes):
         fail(name, "kernel", f"have shape [{math.prod(sizes)}, C, D]", describe(kernel))
@@ -70,10 +80,11 @@ def _from(name: str, kernel: Tensor, kernel_size: Sequence[int], first_fastest: 
     return _axes_reversed(kernel.unflatten(0, sizes[::-1]))
 
 
-def _to(name: str, weight: Tensor, first_fastest: bool) -> Tensor:
+def _to(name: str, weight: Tensor, first_fastest: bool | None) -> Tensor:
     check_is_tensor(name, "weight", weight)
     if not 3 <= weight.dim() <= 5:
         fail(name, "weight", "have shape [*kernel_size, C, D] with one to three axes", describe(weight))
+    first_fastest = _odd(weight.shape[:-2]) if first_fastest is None else first_fastest
     kernel = (_axes_reversed(weight) if first_fastest else weight).flatten(0, -3)
     return kernel[0] if len(kernel) == 1 else kernel
 

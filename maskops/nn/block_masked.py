@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import maskops
+from maskops._checks import check_is_tensor_or_none, check_tensor
 from maskops.reference.visible_tokens import accumulation_dtype
 
 _state = threading.local()
@@ -33,17 +34,19 @@ class block_mask:
     """
 
     def __init__(self, cells: Tensor | None) -> None:
-        if cells is not None and not isinstance(cells, Tensor):
-            raise TypeError(f"block_mask: cells must be a tensor or None, got {type(cells).__name__}")
+        check_is_tensor_or_none("block_mask", "cells", cells)
+        if cells is not None:
+            check_tensor("block_mask", "cells", cells, "[B, h, w]", (torch.bool,), (None, None, None), cells)
         self.cells = cells
+        self.before: list[Tensor | None] = []  # one for each time that it is entered
 
     def __enter__(self) -> Tensor | None:
-        self.before = getattr(_state, "cells", None)
+        self.before.append(current_cells())
         _state.cells = self.cells
         return self.cells
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        _state.cells = self.before
+        _state.cells = self.before.pop()
 
 
 def current_cells() -> Tensor | None:
@@ -170,8 +173,9 @@ class MaskedLayerNorm(nn.LayerNorm):
         cells = current_cells()
         if cells is None:
             return super().forward(x)
-        if x.dim() != 4:
-            raise ValueError(f"MaskedLayerNorm: x must be [B, H, W, C], got {list(x.shape)}")
+        if x.dim() != 4 or x.shape[3:] != self.normalized_shape:
+            C = self.normalized_shape[-1]
+            raise ValueError(f"MaskedLayerNorm: x must be [B, H, W, {C}], got {list(x.shape)}")
         x = x.permute(0, 3, 1, 2)
         x = maskops.masked_layer_norm(x, cells, wide(x, self.weight), wide(x, self.bias), eps=self.eps)
         return x.permute(0, 2, 3, 1)

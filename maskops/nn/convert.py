@@ -55,6 +55,8 @@ def to_block_masked(cnn: nn.Module, *, keep: Sequence[type[nn.Module]] = ()) -> 
     """
     if not isinstance(cnn, nn.Module):
         raise TypeError(f"to_block_masked: cnn must be a module, got {type(cnn).__name__}")
+    if not isinstance(keep, Sequence) or not all(isinstance(kind, type) for kind in keep):
+        raise TypeError(f"to_block_masked: keep must be a sequence of classes, got {keep!r}")
     return _convert(cnn, "", tuple(keep), {})
 
 
@@ -68,6 +70,13 @@ def _convert(module: nn.Module, path: str, keep: tuple[type, ...], done: dict[in
         new = _as_kind(module, kind, path)
     elif type(module) in (*POINTWISE, *OURS) or isinstance(module, keep):
         new = module
+    elif isinstance(module, tuple(LAYERS)):
+        # Not a container, whatever it holds: its own forward would read hidden cells.
+        kind, base = type(module).__name__, _base(module).__name__
+        raise TypeError(
+            f"to_block_masked: {_name(path)} is a {kind}, which has no block-masked kind, as {base} itself has;"
+            " a parametrization must be removed first"
+        )
     elif module._modules:
         new = copy.copy(module)
         new._modules = {
@@ -78,6 +87,10 @@ def _convert(module: nn.Module, path: str, keep: tuple[type, ...], done: dict[in
         raise TypeError(f"to_block_masked: {_name(path)} is a {type(module).__name__}, which has no block-masked kind")
     done[id(module)] = new
     return new
+
+
+def _base(module: nn.Module) -> type:
+    return next(kind for kind in LAYERS if isinstance(module, kind))
 
 
 def _name(path: str) -> str:
@@ -100,6 +113,10 @@ def _as_kind(module: nn.Module, kind: type, path: str) -> nn.Module:
         )
     if kind is ours.BlockMaskedAvgPool2d and not module.count_include_pad and module.padding not in (0, (0, 0)):
         raise ValueError(f"to_block_masked: {_name(path)}: count_include_pad must be True, got False")
+    if issubclass(kind, ours.MaskedLayerNorm) and len(module.normalized_shape) != 1:
+        raise ValueError(
+            f"to_block_masked: {_name(path)}: normalized_shape must be the channels alone, got {module.normalized_shape}"
+        )
     new = kind.__new__(kind)
     new.__dict__ = module.__dict__.copy()
     if isinstance(module, nn.SyncBatchNorm):

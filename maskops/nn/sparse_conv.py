@@ -8,16 +8,18 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from maskops._checks import integer, integers
+from maskops._checks import boolean, integer, sizes_of
 from maskops.ops.sparse_conv import KernelMap, SparseTensor, sparse_conv
 from maskops.ops.sparse_conv.tensor import Places
 
 Sizes = int | Sequence[int]
 
 
-def check_sparse(module: str, x: object) -> None:
+def check_sparse(module: str, x: object, axes: int | None = None) -> None:
     if not isinstance(x, SparseTensor):
         raise TypeError(f"{module}: x must be a SparseTensor, got {type(x).__name__}")
+    if axes is not None and len(x.spatial_shape) != axes:
+        raise ValueError(f"{module}: x must have {axes} axes, got {len(x.spatial_shape)}")
 
 
 class SparseConvolution(nn.Module):
@@ -45,6 +47,10 @@ class SparseConvolution(nn.Module):
             integer(name, argument, value)
             for argument, value in (("in_channels", in_channels), ("out_channels", out_channels), ("groups", groups))
         )
+        for argument, value in (("in_channels", in_channels), ("out_channels", out_channels)):
+            if value < 0:
+                raise ValueError(f"{name}: {argument} must be at least 0, got {value}")
+        boolean(name, "bias", bias)
         if groups < 1 or in_channels % groups or out_channels % groups:
             raise ValueError(f"{name}: groups must divide {in_channels} and {out_channels} channels, got {groups}")
         self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
@@ -55,10 +61,9 @@ class SparseConvolution(nn.Module):
             ("dilation", dilation, 1),
         )
         for argument, value, least in given:
-            sizes = tuple(integers(name, argument, value if isinstance(value, Sequence) else (value,) * axes))
-            if len(sizes) != axes or min(sizes) < least:
-                raise ValueError(f"{name}: {argument} must be {axes} numbers of at least {least}, got {value}")
-            setattr(self, argument, sizes)
+            setattr(self, argument, tuple(sizes_of(name, argument, value, axes, least)))
+        if math.prod(self.kernel_size) >= 2**31:
+            raise ValueError(f"{name}: kernel_size must have fewer than 2^31 places, got {self.kernel_size}")
         self.weight = nn.Parameter(torch.empty(*self.kernel_size, in_channels // groups, out_channels))
         self.bias = nn.Parameter(torch.empty(out_channels)) if bias else None
         self.reset_parameters()
@@ -75,7 +80,7 @@ class SparseConvolution(nn.Module):
         return places.convolved(self.kernel_size, self.stride, self.padding, self.dilation)
 
     def forward(self, x: SparseTensor) -> SparseTensor:
-        check_sparse(type(self).__name__, x)
+        check_sparse(type(self).__name__, x, self.axes)
         places, found = self.target(x.places)
         return SparseTensor.over(sparse_conv(x.features, self.weight, found, self.bias, self.groups), places)
 

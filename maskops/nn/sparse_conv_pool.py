@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from torch import Tensor, nn
 
-from maskops._checks import boolean, integers
+from maskops._checks import boolean, one_of, sizes_of
 from maskops.nn.sparse_conv import Sizes, check_sparse
 from maskops.ops.sparse_conv import KernelMap, SparseTensor, sparse_avg_pool, sparse_global_pool, sparse_max_pool
 from maskops.ops.sparse_conv.segments import REDUCTIONS
@@ -42,10 +40,7 @@ class SparsePool(nn.Module):
             ("dilation", dilation, 1),
         )
         for argument, value, least in given:
-            sizes = tuple(integers(name, argument, value if isinstance(value, Sequence) else (value,) * axes))
-            if len(sizes) != axes or min(sizes) < least:
-                raise ValueError(f"{name}: {argument} must be {axes} numbers of at least {least}, got {value}")
-            setattr(self, argument, sizes)
+            setattr(self, argument, tuple(sizes_of(name, argument, value, axes, least)))
         if not submanifold:
             return
         if any(size % 2 == 0 for size in self.kernel_size):
@@ -64,7 +59,7 @@ class SparsePool(nn.Module):
         raise NotImplementedError
 
     def forward(self, x: SparseTensor) -> SparseTensor:
-        check_sparse(type(self).__name__, x)
+        check_sparse(type(self).__name__, x, self.axes)
         places, found = self.target(x.places)
         return SparseTensor.over(self.pooled(x.features, found), places)
 
@@ -147,9 +142,7 @@ class SparseGlobalPool(nn.Module):
 
     def __init__(self, reduce: str = "mean") -> None:
         super().__init__()
-        if reduce not in REDUCTIONS:
-            raise ValueError(f"SparseGlobalPool: reduce must be one of {REDUCTIONS}, got {reduce!r}")
-        self.reduce = reduce
+        self.reduce = one_of("SparseGlobalPool", "reduce", reduce, REDUCTIONS)
 
     def forward(self, x: SparseTensor) -> Tensor:
         check_sparse("SparseGlobalPool", x)

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from maskops.reference.mask_sampling import philox_words
+from maskops.reference.mask_sampling.split import philox
 from maskops.reference.visible_tokens import accumulation_dtype
 
 COSINE, L2 = 0, 1
@@ -56,7 +56,7 @@ def feature_reuse_attention(
 
 def uniforms(seed: Tensor, first: int, rows: int, tokens: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Two uniform numbers in (0, 1) per token: words 0 and 1 of Philox counter (first + b) * tokens + n."""
-    words = philox_words(seed, 4 * (first + rows) * tokens).view(-1, 4)[first * tokens :, :2]
+    words = philox(seed, first * tokens + torch.arange(rows * tokens, device=seed.device))[:, :2]
     u = ((words >> (32 - UNIFORM_BITS)).to(dtype) + 0.5) * 2.0**-UNIFORM_BITS
     return u[:, 0].view(rows, tokens), u[:, 1].view(rows, tokens)
 
@@ -68,7 +68,7 @@ def feature_reuse_sample(
     acc = accumulation_dtype(logits.dtype)
     x = torch.where(known[..., None], 0, logits.to(acc))
     divisor = temperature if temperature > 0 else 1.0
-    weights = x if probs else ((x - x.amax(2, keepdim=True)) / divisor).exp()
+    weights = torch.where(x < 0, math.nan, x) if probs else ((x - x.amax(2, keepdim=True)) / divisor).exp()
     total = weights.sum(2)
     draw, gumbel = uniforms(seed, first_row, *known.shape, acc)
     if temperature > 0:
@@ -76,7 +76,7 @@ def feature_reuse_sample(
         last = torch.where(weights > 0, torch.arange(weights.shape[2], device=x.device), 0).amax(2)
         token = torch.minimum(below.sum(2), last)
     else:
-        token = weights.argmax(2)
+        token = x.argmax(2)
     confidence = (weights.gather(2, token[..., None])[..., 0] / total).log() - noise * (-gumbel.log()).log()
     good = (total > 0) & (total < math.inf)
     token, confidence = torch.where(good, token, -1), torch.where(good, confidence, -math.inf)
@@ -108,6 +108,6 @@ def feature_reuse_drift(new: Tensor, cached: Tensor, kind: int) -> Tensor:
     a, b = new.to(acc), cached.to(acc)
     if kind == L2:
         return (a - b).square().sum(2).sqrt()
-    lengths = a.square().sum(2).sqrt() * b.square().sum(2).sqrt()
-    some = (a != 0).any(2) | (b != 0).any(2)
-    return torch.where(lengths > 0, 1 - (a * b).sum(2) / lengths, some.to(acc))
+    first, other = a.square().sum(2).sqrt(), b.square().sum(2).sqrt()
+    some = (first != 0) | (other != 0)
+    return torch.where(first * other == 0, some.to(acc), 1 - (a * b).sum(2) / (first * other))

@@ -30,6 +30,11 @@ def sparse_conv_block(
     x: Tensor, weight: Tensor, bias: Tensor | None, cells: Tensor, stride: list[int], padding: list[int], groups: int
 ) -> Tensor:
     dtype = accumulation_dtype(x.dtype)
+    if 0 in x.shape or 0 in weight.shape:  # of which torch's convolutions know little: what is left is the bias
+        sizes = x.shape[0], weight.shape[0], x.shape[2] // stride[0], x.shape[3] // stride[1]
+        out = x.new_zeros(sizes, dtype=dtype)
+        out = out if bias is None else out + bias.to(dtype)[:, None, None]
+        return channels_last(_active(out, cells), x.dtype)
     wide = None if bias is None else bias.to(dtype)
     out = F.conv2d(_active(x, cells), weight.to(dtype), wide, stride, padding, 1, groups)
     return channels_last(_active(out, cells), x.dtype)
@@ -40,6 +45,8 @@ def _sparse_conv_block_grad_input(
 ) -> Tensor:
     dtype = accumulation_dtype(grad.dtype)
     x = grad.new_zeros((grad.shape[0], weight.shape[1] * groups, *size), dtype=dtype)
+    if 0 in grad.shape or 0 in x.shape:
+        return channels_last(x, grad.dtype)
     found = torch.ops.aten.convolution_backward(
         _active(grad, cells), x, weight.to(dtype), None, stride, padding, [1, 1], False, [0, 0], groups, [True, False, False]
     )[0]  # fmt: skip
@@ -51,6 +58,8 @@ def _sparse_conv_block_grad_weight(
 ) -> tuple[Tensor, Tensor]:
     dtype, wide = accumulation_dtype(x.dtype), _active(grad, cells)
     weight = x.new_zeros((grad.shape[1], x.shape[1] // groups, *kernel_size), dtype=dtype)
+    if 0 in grad.shape or 0 in x.shape:
+        return weight.to(x.dtype), wide.sum((0, 2, 3)).to(x.dtype)
     found = torch.ops.aten.convolution_backward(
         wide, _active(x, cells), weight, None, stride, padding, [1, 1], False, [0, 0], groups, [False, True, False]
     )[1]  # fmt: skip
@@ -61,6 +70,9 @@ def sparse_conv_block_max_pool(
     x: Tensor, cells: Tensor, kernel_size: list[int], stride: list[int], padding: list[int]
 ) -> tuple[Tensor, Tensor]:
     (H, W), (kh, kw) = x.shape[2:], kernel_size
+    if 0 in x.shape:
+        out = x.new_zeros((*x.shape[:2], H // stride[0], W // stride[1]))
+        return channels_last(out, x.dtype), channels_last(out, torch.uint8)
     # Windows side by side: [B, C, kh kw, positions]; what pads them is less than anything.
     wide = F.pad(_active(x, cells), (padding[1], padding[1], padding[0], padding[0]), value=-torch.inf)
     seen = F.pad(position_mask(cells, H, W), (padding[1], padding[1], padding[0], padding[0]), value=False)

@@ -78,7 +78,7 @@ def _attention(
 
 def _sample(
     batch: int = B, tokens: int = 5, values: int = 50, temperature: float = 1.0, noise: float = 4.5, probs: bool = False,
-    first_row: int = 0, strided: bool = False, broken: bool = False,
+    first_row: int = 0, strided: bool = False, broken: bool = False, close: bool = False,
 ) -> Callable:  # fmt: skip
     def make(dtype: torch.dtype, g: G) -> tuple:
         logits = (
@@ -91,6 +91,11 @@ def _sample(
             known[0], known[-1] = False, True
         if probs:
             logits = logits.double().softmax(2).to(dtype)
+            if broken:
+                logits[0, 0, 3] = -1.0
+                return logits, known, torch.tensor([1, 2]), first_row, temperature, noise, probs
+        if close:  # the likeliest is ahead by less than exp can tell
+            logits = torch.arange(values).to(dtype).expand(batch, tokens, values) * 1e-12
         if broken:  # an impossible value, rows of nothing, NaN, inf; and NaN where it is known
             logits[:, :, ::7] = -math.inf
             logits[0, 0], logits[0, 1, 3], logits[0, 2, 4] = -math.inf, math.nan, math.inf
@@ -121,6 +126,8 @@ def _drift(kind: int, batch: int = B, tokens: int = 4, channels: int = 37, layou
     def make(dtype: torch.dtype, g: G) -> tuple:
         wide = 3 if layout == "strided" else 0
         new, cached = (randn(g, dtype, batch, tokens, channels + wide)[..., wide:] for _ in range(2))
+        if layout == "nan":
+            new[1, 0, 3] = cached[1, 1, 3] = math.nan
         if batch and channels:
             new[0, 0] = cached[0, 0] = 0
             new[0, 1] = 0
@@ -156,6 +163,9 @@ SAMPLES = [
     Sample(SAMPLE, "probs_greedy", _sample(probs=True, temperature=0.0)),
     Sample(SAMPLE, "broken", _sample(broken=True, first_row=5)),
     Sample(SAMPLE, "broken_greedy", _sample(broken=True, temperature=0.0)),
+    Sample(SAMPLE, "close_greedy", _sample(temperature=0.0, close=True, values=33)),
+    Sample(SAMPLE, "broken_probs", _sample(probs=True, broken=True)),
+    Sample(SAMPLE, "last_row", _sample(first_row=2**31 - 1)),
     Sample(SAMPLE, "many", _sample(batch=1, tokens=2, values=2500)),
     Sample(SAMPLE, "one_value", _sample(values=1)),
     Sample(SAMPLE, "no_tokens", _sample(tokens=0)),
@@ -167,6 +177,8 @@ SAMPLES = [
     Sample(RANK, "one_row", _rank(batch=1, tokens=3)),
     Sample(DRIFT, "cosine", _drift(0)),
     Sample(DRIFT, "l2", _drift(1)),
+    Sample(DRIFT, "nan_cosine", _drift(0, layout="nan")),
+    Sample(DRIFT, "nan_l2", _drift(1, layout="nan")),
     Sample(DRIFT, "strided", _drift(0, layout="strided", channels=300)),
     Sample(DRIFT, "no_channels", _drift(0, channels=0)),
     Sample(DRIFT, "no_rows", _drift(1, batch=0)),
@@ -216,7 +228,7 @@ ERRORS = [
     ),
     ErrorSample(SAMPLE, "known", _with(1, lambda m: m.long()), ValueError, r"confidence_select: known must be bool \[B, N\]"),
     ErrorSample(SAMPLE, "values", _with(0, lambda x: x[..., :0]), ValueError, r"logits must have V of at least 1, got 0"),
-    ErrorSample(SAMPLE, "row", _with(3, lambda r: -1), ValueError, r"first_row must be at least 0, got -1"),
+    ErrorSample(SAMPLE, "row", _with(3, lambda r: -1), ValueError, r"first_row must be in \[0, 2\^31\), got -1"),
     ErrorSample(
         SAMPLE, "temperature", _with(4, lambda t: -0.5), ValueError,
         r"sample_temperature must be finite and at least 0, got -0.5",

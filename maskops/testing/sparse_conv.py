@@ -166,7 +166,7 @@ def _at(index: int, value: Callable) -> Callable:
 
 
 ERRORS = [
-    ErrorSample(MAP, "coords_dtype", _at(0, Tensor.long), ValueError, "sparse_conv_map: coords must be int32"),
+    ErrorSample(MAP, "coords_dtype", _at(0, Tensor.long), ValueError, "kernel_map: coords must be int32"),
     ErrorSample(MAP, "coords_axes", _at(0, lambda c: c[:, :1]), ValueError, "coords must have 2 to 4 columns"),
     ErrorSample(
         MAP,
@@ -176,13 +176,12 @@ ERRORS = [
         r"coords\[\d+\] must be unique, got .* as in row 0",
     ),
     ErrorSample(MAP, "out_coords", _at(1, lambda c: c[:, 1:]), ValueError, "out_coords must have shape"),
+    ErrorSample(MAP, "kernel_places", _at(2, lambda k: [2**31]), ValueError, "kernel_size must be 1 numbers from 1"),
     ErrorSample(MAP, "kernel_size", _at(2, lambda k: [0]), ValueError, "kernel_size must be 1 numbers from 1"),
     ErrorSample(MAP, "stride", _at(3, lambda k: [1, 1]), ValueError, "stride must be 1 numbers from 1"),
     ErrorSample(MAP, "padding", _at(4, lambda k: [-1]), ValueError, "padding must be 1 numbers from 0"),
     ErrorSample(OUTPUTS, "out_shape", _at(1, lambda s: [-1]), ValueError, "out_shape must be 1 numbers from 0"),
-    ErrorSample(
-        REVERSE, "outside", _at(0, lambda m: m + 99), IndexError, r"sparse_conv_reverse: map\[\d+, \d+\] must be in"
-    ),
+    ErrorSample(REVERSE, "outside", _at(0, lambda m: m + 99), IndexError, r"kernel_map: map\[\d+, \d+\] must be in"),
     ErrorSample(
         REVERSE,
         "repeated",

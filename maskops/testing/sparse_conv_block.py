@@ -44,6 +44,7 @@ SIZES = {  # small: Triton's interpreter takes milliseconds for a kernel place o
     "stem": (1, 3, 16, (8, 8), (2, 2), (7, 7), (2, 2), (3, 3)),
     "pixels": (2, 16, 16, (4, 3), (4, 3), (5, 7), (1, 1), (2, 3)),
     "uneven": (2, 16, 8, (6, 6), (1, 3), (1, 5), (2, 1), (0, 2)),
+    "no_rows": (2, 4, 6, (0, 4), (2, 2), (3, 3), (1, 1), (1, 1)),
     "patches": (2, 3, 24, (8, 8), (2, 2), (4, 4), (4, 4), (0, 0)),
 }
 
@@ -194,6 +195,13 @@ SAMPLES = [
     Sample(CONV, "none", _conv("3x3", kind="none")),
     Sample(CONV, "all", _conv("stride", kind="all")),
     Sample(CONV, "empty", _conv("3x3", batch=0)),
+    Sample(CONV, "no_channels", _conv("3x3", channels=(0, 8))),
+    Sample(CONV, "no_result", _conv("3x3", channels=(8, 0))),
+    Sample(GRAD_INPUT, "no_rows", _grad_input("no_rows")),
+    Sample(GRAD_INPUT, "no_channels", _grad_input("3x3", channels=(0, 8))),
+    Sample(GRAD_WEIGHT, "no_rows", _grad_weight("no_rows")),
+    Sample(GRAD_WEIGHT, "no_result", _grad_weight("3x3", channels=(8, 0))),
+    Sample(POOL, "no_rows", _pool("no_rows", 3)),
     Sample(GRAD_INPUT, "3x3", _grad_input("3x3")),
     Sample(GRAD_INPUT, "depthwise_stride", _grad_input("stride", **DEPTHWISE)),
     Sample(GRAD_WEIGHT, "3x3", _grad_weight("3x3")),

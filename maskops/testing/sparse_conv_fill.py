@@ -43,10 +43,10 @@ def _at(index: int, value: Callable) -> Callable:
 
 
 ERRORS = [
-    ErrorSample(FILL, "x", _at(0, lambda x: x[0]), ValueError, f"{FILL}: x must have shape"),
+    ErrorSample(FILL, "x", _at(0, lambda x: x[0]), ValueError, "neighbour_fill: x must have shape"),
     ErrorSample(FILL, "mask", _at(1, lambda m: m[:1]), ValueError, "mask must have shape"),
     ErrorSample(FILL, "mask_dtype", _at(1, Tensor.float), ValueError, "mask must be bool"),
     ErrorSample(FILL, "iterations", _at(2, lambda i: -1), ValueError, "iterations must be at least 0, got -1"),
-    ErrorSample(FILL, "eps", _at(3, lambda e: -0.5), ValueError, "eps must be at least 0 and finite"),
+    ErrorSample(FILL, "eps", _at(3, lambda e: -0.5), ValueError, "eps must be at least 0 and below 1e300, got -0.5"),
 ]
 TRAFFIC = {FILL: lambda x, mask, *_: 2 * x.numel() * x.element_size() + 2 * mask.numel()}

@@ -139,13 +139,13 @@ def _at(index: int, value: Callable) -> Callable:
 
 
 ERRORS = [
-    ErrorSample(SUM, "map_row", _at(1, lambda m: m + 99), IndexError, rf"{SUM}: map\[\d+, \d+\] must be in \[-1, 50\)"),
-    ErrorSample(SUM, "map", _at(1, Tensor.long), ValueError, rf"{SUM}: map must be int32"),
+    ErrorSample(SUM, "map_row", _at(1, lambda m: m + 99), IndexError, r"sparse_avg_pool: map\[\d+, \d+\] must be in \[-1, 50\)"),
+    ErrorSample(SUM, "map", _at(1, Tensor.long), ValueError, r"sparse_avg_pool: map must be int32"),
     ErrorSample(SUM, "reverse", _at(2, lambda r: torch.zeros(9, 4).int()), ValueError, "reverse must have shape"),
     ErrorSample(SUM, "read_scale", _at(3, lambda s: torch.ones(49)), ValueError, "read_scale must have shape"),
     ErrorSample(SUM, "scale", _at(4, lambda s: torch.ones(42).double()), ValueError, "scale must be float32"),
-    ErrorSample(MAX, "x", _at(0, Tensor.long), ValueError, f"{MAX}: x must be float32"),
-    ErrorSample(MAX, "map_row", _at(1, lambda m: m - 9), IndexError, rf"{MAX}: map\[\d+, \d+\] must be in"),
+    ErrorSample(MAX, "x", _at(0, Tensor.long), ValueError, "sparse_max_pool: features must be float32"),
+    ErrorSample(MAX, "map_row", _at(1, lambda m: m - 9), IndexError, r"sparse_max_pool: map\[\d+, \d+\] must be in"),
     ErrorSample(MAX_BACKWARD, "arg", _at(1, lambda a: a[1:]), ValueError, f"{MAX_BACKWARD}: arg must have shape"),
     ErrorSample(MAX_BACKWARD, "reverse", _at(2, lambda r: r + 99), IndexError, r"reverse\[\d+, \d+\] must be in"),
     ErrorSample(SEGMENT_SUM, "order", _at(1, lambda o: o + 1), IndexError, rf"{SEGMENT_SUM}: order\[\d+\] must be in \[0, 89\]"),
@@ -155,7 +155,7 @@ ERRORS = [
     ErrorSample(SEGMENT_SUM, "scale", _at(5, lambda s: s[1:]), ValueError, "scale must have shape"),
     ErrorSample(SEGMENT_MAX, "count_shape", _at(3, lambda c: c[1:]), ValueError, f"{SEGMENT_MAX}: count must have shape"),
     ErrorSample(SPREAD, "inverse", _at(4, lambda i: i + 99), IndexError, r"inverse\[0, \d+\] must be in"),
-    ErrorSample(VOXELIZE, "points", _at(0, lambda p: p[:, :2]), ValueError, f"{VOXELIZE}: shape must be one to three sizes"),
+    ErrorSample(VOXELIZE, "points", _at(0, lambda p: p[:, :2]), ValueError, "voxelize: shape must be one to three sizes"),
     ErrorSample(VOXELIZE, "batch", _at(1, lambda b: b + 1), IndexError, r"batch_index\[\d+\] must be in \[0, 3\), got 3"),
     ErrorSample(VOXELIZE, "batch_dtype", _at(1, Tensor.long), ValueError, "batch_index must be int32"),
     ErrorSample(VOXELIZE, "size", _at(2, lambda s: [0.0, 1.0, 1.0]), ValueError, "voxel_size must be 3 numbers above 0"),

@@ -174,7 +174,7 @@ def test_wrong_calls_are_refused() -> None:
     model = trained_digits()[0]
     with pytest.raises(ValueError, match="local_steps must be at least 0, got -1"):
         ReCAP(0, -1)
-    with pytest.raises(ValueError, match="must decode the 64 masked tokens, got 10"):
+    with pytest.raises(ValueError, match="must decode the 64 masked tokens of row 0, got 10"):
         MaskedGenerator(model, [10]).generate(1)
     with pytest.raises(ValueError, match="schedule must be given, except with BlockCache"):
         MaskedGenerator(model, None)

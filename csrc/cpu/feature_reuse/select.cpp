@@ -51,9 +51,12 @@ struct Row {
 
   int64_t length(int64_t block) const { return min_of(a.block(), a.values - block * a.block()); }
 
-  // The weights of n values, relative to `highest`; those past the last are 0.
+  // The weights of n values, relative to `highest`; those past the last are 0. A negative probability is NaN, which spreads.
   V weight(const T* at, int64_t n, S highest) const {
-    if (a.probs) return load_some<V, T>(at, n, V::zero());
+    if (a.probs) {
+      const V weights = load_some<V, T>(at, n, V::zero());
+      return where_less(weights, V::zero(), V::all(S(__builtin_nanf(""))), weights);
+    }
     return exp_below_zero((load_some<V, T>(at, n, V::all(S(kLowest))) - V::all(highest)) * V::all(inverse));
   }
 

@@ -178,7 +178,7 @@ Tensor sparse_conv_map(const Tensor& coords_any, const Tensor& out_coords_any, c
                     coords_any.stride(0) == out_coords_any.stride(0) && coords_any.stride(1) == out_coords_any.stride(1);
   const Tensor coords = contiguous_or_copy(coords_any), out_coords = same ? coords : contiguous_or_copy(out_coords_any);
   const ConvGeometry g = geometry_of(kernel_size, stride, padding, dilation, transposed);
-  const PlacesByNumber known("sparse_conv_map", coords);
+  const PlacesByNumber known(kKernelMap, coords);
   const Places places{int32_data(out_coords), out_coords.size(1)};
   const int64_t rows = out_coords.size(0), K = g.places();
   Tensor map = empty_like_device(coords, {K, rows}, ScalarType::Int);
@@ -270,7 +270,7 @@ Tensor sparse_conv_reverse(const Tensor& map_any, int64_t rows) {
   if (fault.any()) {
     const std::string at = "map[" + std::to_string(fault.position() / count) + ", " + std::to_string(fault.position() % count) + "]";
     const std::string rule = outside.any() ? "be in [-1, " + std::to_string(rows) + ")" : "be unique in its row";
-    fail_index("sparse_conv_reverse", at, rule, std::to_string(from[fault.position()]) + (outside.any() ? "" : " again"));
+    fail_index(kKernelMap, at, rule, std::to_string(from[fault.position()]) + (outside.any() ? "" : " again"));
   }
   return out;
 }

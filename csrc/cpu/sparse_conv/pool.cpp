@@ -55,7 +55,7 @@ void run_over_map(const char* op, const char* name, const PoolArgs& args, MapKer
 
 Tensor sparse_conv_sum_pool(const Tensor& x_any, const Tensor& map_any, MaybeTensor reverse, MaybeTensor read_scale_any,
                             MaybeTensor scale_any) {
-  const char* op = "sparse_conv_sum_pool";
+  const char* op = "sparse_avg_pool";
   check_pool_map(op, x_any, map_any, reverse);
   check_scale(op, "read_scale", read_scale_any, x_any.size(0), "[N]", x_any);
   check_scale(op, "scale", scale_any, map_any.size(1), "[M]", x_any);
@@ -74,7 +74,7 @@ Tensor sparse_conv_sum_pool(const Tensor& x_any, const Tensor& map_any, MaybeTen
 }
 
 std::tuple<Tensor, Tensor> sparse_conv_max_pool(const Tensor& x_any, const Tensor& map_any, MaybeTensor reverse) {
-  const char* op = "sparse_conv_max_pool";
+  const char* op = "sparse_max_pool";
   check_pool_map(op, x_any, map_any, reverse);
   const Tensor x = with_contiguous_rows(x_any), map = contiguous_or_copy(map_any);
   PoolArgs args = args_of(x, map.size(1));

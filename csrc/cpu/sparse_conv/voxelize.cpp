@@ -118,7 +118,7 @@ Outputs voxelize(const Tensor& points, const int32_t* batch_index, const Grid& g
   });
   if (fault.any()) {
     const int64_t n = fault.position();
-    fail_index("sparse_conv_voxelize", "batch_index[" + std::to_string(n) + "]", "be in [0, " + std::to_string(grid.batch_size) + ")",
+    fail_index("voxelize", "batch_index[" + std::to_string(n) + "]", "be in [0, " + std::to_string(grid.batch_size) + ")",
                std::to_string(batch_index[n]));
   }
   const int64_t chunks = std::clamp<int64_t>(rows / 8192, 1, torch::stable::get_num_threads());

@@ -10,7 +10,7 @@ from torch import Tensor
 from maskops._backends import find_op, public
 from maskops._checks import FLOATS, boolean, check_ids, check_is_tensor, check_tensor, describe, fail, number
 from maskops._registry import OpSpec, define_op
-from maskops.ops.feature_reuse.cache import BOOL, INT64, CacheView, ContextCache
+from maskops.ops.feature_reuse.cache import BOOL, EXCLUDE, INT64, CacheView, ContextCache, check_cache
 from maskops.ops.masked_attention.map import tiles_in
 from maskops.reference import feature_reuse as reference
 from maskops.reference.masked_attention import TILE
@@ -69,22 +69,48 @@ def cached_attention(
     """
     for name, x in (("q_local", q_local), ("k_local", k_local), ("v_local", v_local), ("local_ids", local_ids)):
         check_is_tensor(FUNCTION, name, x)
-    if not isinstance(cache, ContextCache):
-        raise TypeError(f"{FUNCTION}: cache must be a ContextCache, got {type(cache).__name__}")
+    check_cache(FUNCTION, cache)
     boolean(FUNCTION, "return_lse", return_lse)
+    check_tensor(FUNCTION, "q_local", q_local, "[B, H, U, D]", FLOATS, (None,) * 4, q_local)
     scale = 1 / math.sqrt(max(q_local.shape[-1], 1)) if scale is None else number(FUNCTION, "scale", scale)
     if not -math.inf < scale < math.inf:
         fail(FUNCTION, "scale", "be finite", scale)
-    keys, values, valid = cache.layer(layer)
+    keys, values, valid = cache.layer(layer, function=FUNCTION)
+    _check_cache_of(q_local, keys)
     if isinstance(exclude, CacheView):
+        if exclude.cache is not cache:
+            fail(FUNCTION, "exclude", "be a view of cache", "one of another cache")
         seen = exclude.seen[layer]
+    elif exclude is None:
+        seen = _seen(valid, local_ids, "local_ids", backend)
     else:
-        hidden = local_ids if exclude is None else exclude
-        check_is_tensor(FUNCTION, "exclude", hidden)
-        seen = find_op("feature_reuse_exclude", valid.device.type, backend, FUNCTION)(valid[None], hidden)[0]
+        check_is_tensor(FUNCTION, "exclude", exclude)
+        seen = _seen(valid, exclude, "exclude", backend)
     op = find_op("feature_reuse_attention", q_local.device.type, backend)
     out, lse = op(q_local, k_local, v_local, keys, values, seen, local_ids, scale)
     return (out, lse) if return_lse else out
+
+
+def _check_cache_of(q: Tensor, keys: Tensor) -> None:
+    """The cache is of q's batch, heads and channels."""
+    B, H, _, D = q.shape
+    if keys.shape[:2] != (B, H) or keys.shape[3] != D:
+        own, wanted = (
+            f"B, H, D = {int(b)}, {int(h)}, {int(d)}" for b, h, d in ((B, H, D), (*keys.shape[:2], keys.shape[3]))
+        )
+        fail(FUNCTION, "cache", f"be of q_local's {own}", wanted)
+
+
+def _seen(valid: Tensor, ids: Tensor, name: str, backend: str) -> Tensor:
+    """bool [B, N]: the valid tokens but ids. Errors name the argument that ids were."""
+    check_tensor(FUNCTION, name, ids, "[B, U]", INT64, (valid.shape[0], None), valid)
+    op = find_op("feature_reuse_exclude", valid.device.type, backend, FUNCTION)
+    if torch.compiler.is_compiling():
+        return op(valid[None], ids)[0]
+    try:
+        return op(valid[None], ids)[0]
+    except IndexError as error:
+        raise IndexError(str(error).replace(f"{EXCLUDE}: ids", f"{FUNCTION}: {name}", 1)) from None
 
 
 # ---------------------------------------------------------------- the op

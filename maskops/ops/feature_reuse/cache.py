@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,6 +17,11 @@ from maskops.reference import feature_reuse as reference
 
 CLASS, WRITE, EXCLUDE = "ContextCache", "ContextCache.write_", "ContextCache.exclude"
 INT64, BOOL = (torch.int64,), (torch.bool,)
+
+
+def check_cache(function: str, cache: object) -> None:
+    if not isinstance(cache, ContextCache):
+        raise TypeError(f"{function}: cache must be a ContextCache, got {type(cache).__name__}")
 
 
 class ContextCache:
@@ -58,6 +65,8 @@ class ContextCache:
         if dtype not in FLOATS:
             fail(CLASS, "dtype", "be float32, float64, bfloat16 or float16", dtype)
         shape = (num_layers, batch, max_tokens, heads, head_dim)
+        if math.prod(shape) >= 2**60:
+            fail(CLASS, "num_layers, batch, max_tokens, heads and head_dim", "have a product below 2^60", shape)
         self.keys, self.values = (torch.zeros(shape, dtype=dtype, device=device).transpose(2, 3) for _ in range(2))
         self.valid = torch.zeros(shape[:3], dtype=torch.bool, device=device)
 
@@ -95,11 +104,11 @@ class ContextCache:
         """Bytes of keys and values."""
         return 2 * self.keys.numel() * self.keys.element_size()
 
-    def layer(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
-        """keys [B, H, N, D], values [B, H, N, D] and valid [B, N] of a layer."""
-        layer = integer(f"{CLASS}.layer", "layer", layer)
+    def layer(self, layer: int, *, function: str = f"{CLASS}.layer") -> tuple[Tensor, Tensor, Tensor]:
+        """keys [B, H, N, D], values [B, H, N, D] and valid [B, N] of a layer.  function: what errors name."""
+        layer = integer(function, "layer", layer)
         if not 0 <= layer < self.num_layers:
-            raise IndexError(f"{CLASS}.layer: layer must be in [0, {self.num_layers}), got {layer}")
+            raise IndexError(f"{function}: layer must be in [0, {self.num_layers}), got {layer}")
         return self.keys[layer], self.values[layer], self.valid[layer]
 
     def write_(self, layer: int, k: Tensor, v: Tensor, ids: Tensor | None = None, *, backend: str = "auto") -> None:
@@ -116,27 +125,44 @@ class ContextCache:
 
         Notes:
             In place, so without a gradient: k and v that ask for one are refused while gradients are on. For gradients through
-            a cache build it over your own tensors, ContextCache.of.
+            a cache build it over your own tensors, ContextCache.of. k and v may be parts of the cache itself: what stands there
+            before the write is written.
 
         Raises:
-            ValueError: wrong dtype, shape or device.  IndexError: layer or an id out of range, an id twice in a row.
+            ValueError: wrong dtype, shape or device, keys and values in one memory.
+            IndexError: layer or an id out of range, an id twice in a row.
         """
         for name, x in (("k", k), ("v", v)):
             check_is_tensor(WRITE, name, x)
-            if torch.is_grad_enabled() and (x.requires_grad or self.keys.requires_grad):
+        for name, x in (("k", k), ("v", v), ("the cache's keys", self.keys), ("the cache's values", self.values)):
+            if torch.is_grad_enabled() and x.requires_grad:
                 fail(WRITE, name, "need no gradient (writes are in place; see ContextCache.of)", "one that requires it")
-        keys, values, valid = self.layer(layer)
+        keys, values, valid = self.layer(layer, function=WRITE)
         if ids is None:
-            ids = torch.arange(k.shape[2] if k.dim() == 4 else 0, device=k.device).expand(k.shape[0], -1)
+            check_tensor(WRITE, "k", k, "[B, H, U, D]", (keys.dtype,), (*keys.shape[:2], None, keys.shape[3]), keys)
+            if isinstance(k.shape[2], int) and k.shape[2] > keys.shape[2]:
+                fail(WRITE, "k", f"have at most {keys.shape[2]} tokens without ids", describe(k))
+            ids = torch.arange(k.shape[2], device=k.device).expand(k.shape[0], -1)
         check_is_tensor(WRITE, "ids", ids)
+        k, v = self._apart(k, v)
         find_op("feature_reuse_write_", keys.device.type, backend, WRITE)(keys, values, valid, k, v, ids)
         if not torch.compiler.is_compiling() and not keys.is_inference():
             torch.autograd.graph.increment_version((self.keys, self.values, self.valid))
 
+    def _apart(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """k and v, copied where they lie in what is about to be written; a compiled program has no memory to share."""
+        if torch.compiler.is_compiling() or self.keys.device.type == "meta":
+            return k, v
+        own = [x.untyped_storage().data_ptr() for x in (self.keys, self.values)]
+        if own[0] == own[1] and self.keys.data_ptr() == self.values.data_ptr() and self.keys.numel():
+            fail(WRITE, "the cache's values", "have memory of their own, as they are written", "that of its keys")
+        k, v = (x.clone() if x.untyped_storage().data_ptr() in own else x for x in (k, v))
+        return k, v
+
     def gather(self, layer: int, ids: Tensor, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
         """keys and values [B, H, K, D] of the tokens ids [B, K], zeros for -1; differentiable, see gather_tokens."""
         found = []
-        for x in self.layer(layer)[:2]:
+        for x in self.layer(layer, function=f"{CLASS}.gather")[:2]:
             rows = gather_tokens(x.transpose(1, 2).flatten(2), ids, backend=backend)
             found.append(rows.unflatten(2, (x.shape[1], x.shape[3])).transpose(1, 2))
         return found[0], found[1]
@@ -161,22 +187,30 @@ class ContextCache:
         self.valid.masked_fill_(rows[None, :, None], False)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Copies of keys, values and valid, for load_state_dict or torch.save."""
-        return {name: getattr(self, name).clone() for name in ("keys", "values", "valid")}
+        """Copies of keys, values and valid, without a gradient, for load_state_dict or torch.save."""
+        return {name: getattr(self, name).detach().clone() for name in ("keys", "values", "valid")}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Put a saved state back, in place.
+        """Put a saved state back, in place. Nothing changes where one of its tensors is wrong.
 
         Raises:
-            ValueError: a tensor is missing, or of another shape or dtype.
+            ValueError: a tensor is missing, there is another one, or it is of another shape or dtype.
+            TypeError: state is no dict.
         """
-        for name in ("keys", "values", "valid"):
-            own, given = getattr(self, name), state.get(name)
-            if given is None or given.shape != own.shape or given.dtype != own.dtype:
-                fail(
-                    f"{CLASS}.load_state_dict", name, f"be {describe(own)}", None if given is None else describe(given)
-                )
-            own.copy_(given)
+        function, names = f"{CLASS}.load_state_dict", ("keys", "values", "valid")
+        if not isinstance(state, Mapping):
+            raise TypeError(f"{function}: state must be a dict of tensors, got {type(state).__name__}")
+        if set(state) != set(names):
+            fail(function, "state", f"hold {names}", sorted(map(str, state)))
+        for name in names:
+            own, given = getattr(self, name), state[name]
+            check_is_tensor(function, name, given)
+            if given.shape != own.shape or given.dtype != own.dtype or given.is_meta:
+                got = describe(given) + (" on meta" if given.is_meta else "")
+                fail(function, name, f"be {describe(own)}", got)
+        with torch.no_grad():
+            for name in names:
+                getattr(self, name).copy_(state[name])
 
     def __repr__(self) -> str:
         return f"ContextCache(keys={describe(self.keys)}, device={self.keys.device}, {self.nbytes / 2**20:.1f} MiB)"

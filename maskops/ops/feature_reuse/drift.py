@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from maskops._backends import find_op, public
-from maskops._checks import FLOATS, check_is_tensor, check_tensor, fail, integer, number
+from maskops._checks import FLOATS, check_is_tensor, check_tensor, fail, number, one_of
 from maskops._registry import OpSpec, define_op
-from maskops.ops.feature_reuse.cache import ContextCache
+from maskops.ops.feature_reuse.cache import ContextCache, check_cache
 from maskops.ops.feature_reuse.select import select_tokens
 from maskops.ops.visible_tokens.gather import gather_tokens
 from maskops.reference import feature_reuse as reference
@@ -50,8 +50,7 @@ def token_drift(new: Tensor, cached: Tensor, kind: str = "cosine", *, backend: s
     """
     check_is_tensor(FUNCTION, "new", new)
     check_is_tensor(FUNCTION, "cached", cached)
-    if kind not in KINDS:
-        fail(FUNCTION, "kind", f"be one of {tuple(KINDS)}", repr(kind))
+    one_of(FUNCTION, "kind", kind, KINDS)
     return find_op("feature_reuse_drift", new.device.type, backend)(new, cached, KINDS[kind])
 
 
@@ -81,7 +80,8 @@ def refresh_tokens_(
         Tokens that the cache lacks are refreshed before all others. No wait for the device, K follows from ratio alone.
 
     Raises:
-        ValueError: wrong dtype, shape or device, ratio out of range.
+        ValueError: wrong dtype, shape or device, ratio out of range.  IndexError: layer out of range.
+        TypeError: an argument of another type, recompute returns no two tensors.
 
     Source:
         Liu et al., dLLM-Cache, 2025 (arXiv 2506.06295): its chain similarity, top-k, gather, recompute, scatter.
@@ -97,16 +97,25 @@ def refresh_tokens_(
     ratio = number(REFRESH, "ratio", ratio)
     if not 0 <= ratio <= 1:
         fail(REFRESH, "ratio", "be in [0, 1]", ratio)
-    layer = integer(REFRESH, "layer", layer)
-    check_is_tensor(REFRESH, "values", values)
-    _, cached, valid = cache.layer(layer)
+    check_cache(REFRESH, cache)
+    one_of(REFRESH, "kind", kind, KINDS)
+    if not callable(recompute):
+        raise TypeError(f"{REFRESH}: recompute must be callable, got {type(recompute).__name__}")
+    for name, given in (("x", x), ("values", values)):
+        check_is_tensor(REFRESH, name, given)
+    _, cached, valid = cache.layer(layer, function=REFRESH)
     check_tensor(REFRESH, "values", values, "[B, H, N, D]", (cached.dtype,), cached.shape, cached)
+    check_tensor(REFRESH, "x", x, "[B, N, C]", FLOATS, (*valid.shape, None), cached)
     rows = [t.transpose(1, 2).flatten(2) for t in (values, cached)]
     drift = token_drift(*rows, kind, backend=backend)
     drift = torch.where(valid, drift, torch.inf)
-    count = -int(-ratio * drift.shape[1] // 1)
+    count = -int(-(ratio * drift.shape[1] - 1e-9) // 1)  # 0.07 of 100 are 7, though the product is a little more
     ids = select_tokens(drift, torch.zeros_like(valid), count, backend=backend).ids.contiguous()
-    cache.write_(layer, *recompute(gather_tokens(x, ids, backend=backend), ids), ids, backend=backend)
+    found = recompute(gather_tokens(x, ids, backend=backend), ids)
+    if not isinstance(found, tuple | list) or len(found) != 2:
+        got = f"{len(found)} values" if isinstance(found, tuple | list) else type(found).__name__
+        raise TypeError(f"{REFRESH}: recompute must return k and v, got {got}")
+    cache.write_(layer, *found, ids, backend=backend)
     return ids
 
 

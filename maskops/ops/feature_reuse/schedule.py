@@ -4,7 +4,7 @@ import itertools
 import math
 from collections.abc import Callable
 
-from maskops._checks import fail, integer, number
+from maskops._checks import boolean, fail, integer, number, one_of
 
 FUNCTION = "mask_schedule"
 # kind -> gamma(r, N, exponent), the share that stays masked after the share r of the steps
@@ -53,8 +53,8 @@ def mask_schedule(
         [5, 15, 24, 31, 39, 45, 48, 49]
     """
     steps, N = integer(FUNCTION, "steps", steps), integer(FUNCTION, "num_tokens", num_tokens)
-    if kind not in KINDS:
-        fail(FUNCTION, "kind", f"be one of {tuple(KINDS)}", repr(kind))
+    one_of(FUNCTION, "kind", kind, KINDS)
+    boolean(FUNCTION, "at_least_one", at_least_one)
     exponent = number(FUNCTION, "exponent", exponent)
     if steps < 1:
         fail(FUNCTION, "steps", "be at least 1", steps)

@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree
 
 from maskops._backends import find_op, public
-from maskops._checks import FLOATS, boolean, check_is_tensor, check_tensor, check_values, fail, integer, number
+from maskops._checks import FLOATS, boolean, check_is_tensor, check_tensor, check_values, fail, integer, number, one_of
 from maskops._registry import OpSpec, define_op
 from maskops.ops.mask_sampling import INT64, Seed, seed_tensor
 from maskops.reference import feature_reuse as reference
@@ -38,6 +39,15 @@ class Selection:
     confidence: Tensor
 
 
+_PARTS = ("ids", "rest", "count", "tokens", "confidence")
+_pytree.register_pytree_node(  # so that an exported program may return one
+    Selection,
+    lambda found: ([getattr(found, name) for name in _PARTS], None),
+    lambda parts, _: Selection(*parts),
+    serialized_type_name="maskops.Selection",
+)
+
+
 @public(
     "feature_reuse_sample",
     native="C++ on CPU (AVX-512, AVX2, portable); on CUDA the Triton kernel; float32, float64, bfloat16, float16",
@@ -53,7 +63,7 @@ def confidence_select(
         decode the num_select unknown tokens of highest confidence, or all with p[token] > threshold, but at least one
 
     Args:
-        logits: float [B, N, V], or with probs=True probabilities (any non-negative weights).
+        logits: float [B, N, V], or with probs=True probabilities (any weights; one below 0 counts as NaN).
         known: bool [B, N], tokens that are decoded already: never chosen, their logits never read.
         num_select: how many to decode in each row, an int or int64 [B]; at most the unknown ones are.
         temperature: of the noise in the choice; 0 for none.
@@ -62,7 +72,7 @@ def confidence_select(
         sample_temperature: of the sample; 0 takes the likeliest token (and p at temperature 1).
         threshold: instead of num_select, in [0, 1): the rule of parallel decoding in diffusion language models; no noise.
         probs: whether logits are probabilities already; sample_temperature is then 0 or 1.
-        first_row: row b draws as row first_row + b of a larger batch does.
+        first_row: row b draws as row first_row + b of a larger batch does; below 2^31.
         backend: "auto", "native", "triton", "reference".
 
     Returns:
@@ -91,8 +101,7 @@ def confidence_select(
     check_is_tensor(FUNCTION, "known", known)
     boolean(FUNCTION, "probs", probs)
     first_row = integer(FUNCTION, "first_row", first_row)
-    if noise not in ("gumbel", "none"):
-        fail(FUNCTION, "noise", "be 'gumbel' or 'none'", repr(noise))
+    one_of(FUNCTION, "noise", noise, ("gumbel", "none"))
     temperature = number(FUNCTION, "temperature", temperature) if noise == "gumbel" else 0.0
     sample_temperature = number(FUNCTION, "sample_temperature", sample_temperature)
     lowest = -math.inf
@@ -169,6 +178,10 @@ def _rank(
         if columns < 0:
             fail(function, "num_select", "be at least 0", columns)
         counts = torch.full(score.shape[:1], columns, dtype=torch.int64, device=score.device)
+    elif num_select is not None:  # of confidence_select the op knows nothing
+        check_tensor(function, "num_select", counts, "[B]", INT64, (score.shape[0],), score)
+        if function != RANK and not torch.compiler.is_compiling():
+            check_values(function, "num_select", counts >= 0, "be at least 0", counts)
     op = find_op("feature_reuse_rank", score.device.type, backend)
     ids, rest, count = op(score, known, counts, lowest)
     return ids if columns is None else ids[:, :columns], rest, count
@@ -185,8 +198,8 @@ def _check_sample(
     check_tensor(FUNCTION, "seed", seed, "[2]", INT64, (2,), logits)
     if logits.shape[2] < 1:
         fail(FUNCTION, "logits", "have V of at least 1", int(logits.shape[2]))
-    if first_row < 0:
-        fail(FUNCTION, "first_row", "be at least 0", first_row)
+    if not 0 <= first_row < 2**31:
+        fail(FUNCTION, "first_row", "be in [0, 2^31)", first_row)
     if not 0 <= temperature < math.inf:
         fail(FUNCTION, "sample_temperature", "be finite and at least 0", f"{temperature:g}")
     if probs and temperature not in (0, 1):

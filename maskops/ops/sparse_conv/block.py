@@ -21,6 +21,7 @@ from maskops._registry import OpSpec, define_op
 from maskops.reference import sparse_conv_block as reference
 
 BOOL, MOST = (torch.bool,), 7
+WEIGHT = "[O, C / groups, kh, kw]"
 NATIVE = "C++ on CPU (AVX-512, AVX2, portable); on CUDA the Triton kernel; float32, float64, bfloat16, float16"
 CONV, POOL = "block_masked_conv", "block_masked_max_pool"
 
@@ -68,6 +69,8 @@ def block_masked_conv(
     for name, value in (("x", x), ("weight", weight), ("cells", cells)):
         check_is_tensor(CONV, name, value)
     check_is_tensor_or_none(CONV, "bias", bias)
+    check_cells(CONV, x, cells)
+    check_tensor(CONV, "weight", weight, WEIGHT, FLOATS, (None,) * 4, x)
     if padding is None:
         padding = [(k - 1) // 2 if k % 2 else 0 for k in weight.shape[2:]]
     op = find_op("sparse_conv_block", x.device.type, backend)
@@ -133,6 +136,8 @@ def check_cells(op: str, x: Tensor, cells: Tensor) -> tuple[int, int]:
     check_tensor(op, "x", x, "[B, C, H, W]", FLOATS, (None, None, None, None), x)
     check_tensor(op, "cells", cells, "[B, h, w]", BOOL, (x.shape[0], None, None), x)
     (H, W), (h, w) = x.shape[2:], cells.shape[1:]
+    if all(isinstance(n, int) for n in x.shape) and x.shape[0] * max(H, 1) * max(W, 1) >= 2**31:
+        fail(op, "x", "have fewer than 2^31 positions", describe(x))
     if h < 1 or w < 1 or H % h or W % w:
         fail(op, "cells", f"divide {int(H)} x {int(W)} positions", describe(cells))
     return H // h, W // w
@@ -150,7 +155,9 @@ def check_windows(
         fail(op, "stride", f"divide the {int(cell[0])} x {int(cell[1])} positions of a cell", list(stride))
     sizes = x.shape[2] // stride[0], x.shape[3] // stride[1]
     given = list(zip(x.shape[2:], kernel, stride, padding, sizes, strict=len(padding) == 2))
-    if len(padding) != 2 or not all(0 <= p < k and (n + 2 * p - k) // s + 1 == m for n, k, s, p, m in given):
+    if len(padding) != 2 or not all(
+        0 <= p < k and (n == 0 or (n + 2 * p - k) // s + 1 == m) for n, k, s, p, m in given
+    ):
         fail(op, "padding", f"give {int(sizes[0])} x {int(sizes[1])} positions", list(padding))
     return sizes
 
@@ -159,10 +166,9 @@ def _check_conv(
     x: Tensor, weight: Tensor, bias: Tensor | None, cells: Tensor, stride: list[int], padding: list[int], groups: int
 ) -> tuple[int, int]:
     check_cells(CONV, x, cells)
-    shape = "[O, C / groups, kh, kw]"
-    check_tensor(CONV, "weight", weight, shape, (x.dtype,), (None, None, None, None), x)
+    check_tensor(CONV, "weight", weight, WEIGHT, (x.dtype,), (None, None, None, None), x)
     _check_groups(x.shape[1], weight.shape[0], groups)
-    check_tensor(CONV, "weight", weight, shape, (x.dtype,), (None, x.shape[1] // groups, None, None), x)
+    check_tensor(CONV, "weight", weight, WEIGHT, (x.dtype,), (None, x.shape[1] // groups, None, None), x)
     if bias is not None:
         check_tensor(CONV, "bias", bias, "[O]", (x.dtype,), (weight.shape[0],), x)
     return check_windows(CONV, x, cells, weight.shape[2:], stride, padding, "weight")
@@ -177,9 +183,7 @@ def _check_grad_input(
     grad: Tensor, weight: Tensor, cells: Tensor, size: list[int], stride: list[int], padding: list[int], groups: int
 ) -> None:
     check_tensor(CONV, "grad", grad, "[B, O, H, W]", FLOATS, (None, None, None, None), grad)
-    check_tensor(
-        CONV, "weight", weight, "[O, C / groups, kh, kw]", (grad.dtype,), (grad.shape[1], None, None, None), grad
-    )
+    check_tensor(CONV, "weight", weight, WEIGHT, (grad.dtype,), (grad.shape[1], None, None, None), grad)
     _check_groups(weight.shape[1] * max(groups, 1), weight.shape[0], groups)
     if len(size) != 2:
         fail(CONV, "size", "be two numbers", list(size))

@@ -77,7 +77,7 @@ def sparse_conv(
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, map: Tensor, reverse: Tensor | None, groups: int) -> None:
-    check_tensor(FUNCTION, "x", x, "[N, C]", FLOATS, (None, None), x)
+    check_tensor(FUNCTION, "features", x, "[N, C]", FLOATS, (None, None), x)
     shape = "[K, C / groups, D]"
     check_tensor(FUNCTION, "weight", weight, shape, (x.dtype,), (None, None, None), x)
     _check_groups(x, weight.shape[2], groups)
@@ -135,7 +135,7 @@ def _backward_grad_weight(ops: Any, ctx: Any, grad_out: Tensor) -> tuple:
 
 
 def _check_grad_weight(grad: Tensor, x: Tensor, map: Tensor, groups: int) -> None:
-    check_tensor(FUNCTION, "x", x, "[N, C]", FLOATS, (None, None), x)
+    check_tensor(FUNCTION, "features", x, "[N, C]", FLOATS, (None, None), x)
     check_tensor(FUNCTION, "map", map, "[K, M]", INT32, (None, None), x)
     check_tensor(FUNCTION, "grad", grad, "[M, D]", (x.dtype,), (map.shape[1], None), x)
     _check_groups(x, grad.shape[1], groups)

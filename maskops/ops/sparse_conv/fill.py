@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from maskops._backends import find_op, public
-from maskops._checks import FLOATS, check_is_tensor, check_tensor, fail, integer, integers, number
+from maskops._checks import FLOATS, check_is_tensor, check_tensor, describe, fail, integer, number, sizes_of
 from maskops._registry import OpSpec, define_op
 from maskops.reference import sparse_conv_fill as reference
 
@@ -89,24 +89,30 @@ def downsample_mask(
     for argument, value, least in (
         ("kernel_size", kernel_size, 1), ("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1),
     ):  # fmt: skip
-        pair = integers(name, argument, value if isinstance(value, Sequence) else (value, value))
-        if len(pair) != 2 or min(pair) < least:
-            fail(name, argument, f"be two numbers of at least {least}", value)
-        sizes.append(pair)
+        sizes.append(sizes_of(name, argument, value, 2, least))
     size, stride, padding, dilation = sizes
+    for axis, n in enumerate(mask.shape[2:]):
+        if n + 2 * padding[axis] < dilation[axis] * (size[axis] - 1) + 1:
+            expected = f"reach no further than the {int(n)} + 2 x {padding[axis]} places of axis {axis + 2} of mask"
+            fail(name, "kernel_size", expected, f"{size} with dilation {dilation}")
+    if 0 in mask.shape:  # of which torch's pools know nothing
+        found = ((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in zip(mask.shape[2:], *sizes, strict=True))
+        return mask.new_zeros((*mask.shape[:2], *found))
     # Padded by hand: torch's pools refuse more padding than half the kernel, which dilated convolutions have.
     known = F.pad(mask.float(), (padding[1], padding[1], padding[0], padding[0]))
     return F.max_pool2d(known, size, stride, 0, dilation) > 0
 
 
 def _check(x: Tensor, mask: Tensor, iterations: int, eps: float) -> None:
-    op = "sparse_conv_fill"
+    op = FUNCTION
     check_tensor(op, "x", x, "[B, C, H, W]", FLOATS, (None, None, None, None), x)
     check_tensor(op, "mask", mask, "[B, 1, H, W]", BOOL, (x.shape[0], 1, x.shape[2], x.shape[3]), x)
+    if isinstance(x.shape[2] * x.shape[3], int) and x.shape[2] * x.shape[3] >= 2**31:
+        fail(op, "x", "have fewer than 2^31 places", describe(x))
     if iterations < 0:
         fail(op, "iterations", "be at least 0", int(iterations))
     if not 0 <= eps < 1e300:
-        fail(op, "eps", "be at least 0 and finite", "another number")
+        fail(op, "eps", "be at least 0 and below 1e300", f"{eps:g}")
 
 
 def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:

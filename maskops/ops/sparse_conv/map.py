@@ -1,5 +1,6 @@
 """Kernel maps: which active place each kernel place reads for each place of the result, and the ops that build them."""
 
+import contextlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor
 
 from maskops._backends import find_op, public
-from maskops._checks import boolean, check_is_tensor, check_is_tensor_or_none, check_tensor, fail, integer, integers
+from maskops._checks import boolean, check_is_tensor, check_is_tensor_or_none, check_tensor, describe, fail, sizes_of
 from maskops._registry import OpSpec, define_op, dynamic_size
 from maskops.reference import sparse_conv as reference
 
@@ -18,7 +19,7 @@ INT32 = (torch.int32,)
 Sizes = int | Sequence[int]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class KernelMap:
     """Which row of x each kernel place reads for each row of the result. Made by kernel_map, shared by every layer that fits.
 
@@ -41,8 +42,12 @@ class KernelMap:
     def reverse(self, backend: str = "auto") -> Tensor:
         """int32 [K, N]: which row of the result reads each row of x. Built once."""
         if not self._reverse:
-            op = find_op("sparse_conv_reverse", self.map.device.type, backend)
-            self._reverse.append(self.map.flip(0) if self.symmetric else op(self.map, self.rows))
+            op = find_op("sparse_conv_reverse", self.map.device.type, backend, FUNCTION)
+            with plain_tensors():
+                found = self.map.flip(0) if self.symmetric else op(self.map, self.rows)
+            if is_of_trace(found, self.map):
+                return found
+            self._reverse.append(found)
         return self._reverse[0]
 
     def inverse(self, coords: Tensor) -> "KernelMap":
@@ -57,12 +62,26 @@ class KernelMap:
     def counts(self) -> Tensor:
         """int32 [M]: how many rows each row of the result reads. Counted once."""
         if not self._counts:
-            self._counts.append((self.map >= 0).sum(0, dtype=torch.int32))
+            with plain_tensors():
+                found = (self.map >= 0).sum(0, dtype=torch.int32)
+            if is_of_trace(found, self.map):
+                return found
+            self._counts.append(found)
         return self._counts[0]
 
     def pairs(self) -> int:
         """How many rows are read in all: a convolution has 2 C D multiplications and additions for each."""
         return int((self.map >= 0).sum())
+
+
+def plain_tensors() -> contextlib.AbstractContextManager:
+    """What is kept for later layers is a plain tensor, also where the first of them runs in inference mode."""
+    return contextlib.nullcontext() if torch.compiler.is_compiling() else torch.inference_mode(False)
+
+
+def is_of_trace(found: Tensor, source: Tensor) -> bool:
+    """Whether torch.export runs over places from outside of the program: what it makes of them must not stay with them."""
+    return type(found) is not type(source)
 
 
 @public("sparse_conv_map", native="C++ on CPU and CUDA C++", triton="CUDA, ROCm and XPU")
@@ -107,10 +126,10 @@ def kernel_map(
     check_is_tensor(FUNCTION, "coords", coords)
     check_is_tensor_or_none(FUNCTION, "out_coords", out_coords)
     boolean(FUNCTION, "transposed", transposed)
-    axes = max(coords.shape[-1] - 1, 1) if coords.dim() else 1
-    size, stride, dilation = (per_axis(name, value, axes) for name, value in
+    axes = check_coords(coords)
+    size, stride, dilation = (sizes_of(FUNCTION, name, value, axes, 1) for name, value in
                               (("kernel_size", kernel_size), ("stride", stride), ("dilation", dilation)))  # fmt: skip
-    padding = centred(size, dilation) if padding is None else per_axis("padding", padding, axes)
+    padding = centred(size, dilation) if padding is None else sizes_of(FUNCTION, "padding", padding, axes, 0)
     device = coords.device.type
     submanifold = (
         out_coords is None and out_shape is None and in_shape is None and not transposed and set(stride) == {1}
@@ -121,24 +140,18 @@ def kernel_map(
         if out_shape is None:
             if in_shape is None:
                 fail(FUNCTION, "in_shape", "be given with a stride, or out_shape or out_coords", None)
-            out_shape = shape_after(
-                integers(FUNCTION, "in_shape", in_shape), size, stride, padding, dilation, transposed
+            in_shape = sizes_of(FUNCTION, "in_shape", in_shape, axes, 0)
+            out_shape = shape_after(in_shape, size, stride, padding, dilation, transposed)
+        shape = sizes_of(FUNCTION, "out_shape", out_shape, axes, 0)
+        with plain_tensors():
+            out_coords = find_op("sparse_conv_outputs", device, backend, FUNCTION)(
+                coords, shape, size, stride, padding, dilation, transposed
             )
-        shape = integers(FUNCTION, "out_shape", out_shape)
-        out_coords = find_op("sparse_conv_outputs", device, backend)(
-            coords, shape, size, stride, padding, dilation, transposed
-        )
     op = find_op("sparse_conv_map", device, backend)
-    found = op(coords, out_coords, size, stride, padding, dilation, transposed)
+    with plain_tensors():
+        found = op(coords, out_coords, size, stride, padding, dilation, transposed)
     symmetric = submanifold and padding == [d * (k - 1) // 2 for k, d in zip(size, dilation, strict=True)]
     return KernelMap(found, coords.shape[0], out_coords, tuple(size), symmetric and all(k % 2 for k in size))
-
-
-def per_axis(name: str, value: Sizes, axes: int) -> list[int]:
-    """value for each axis."""
-    if isinstance(value, Sequence):
-        return integers(FUNCTION, name, value)
-    return [integer(FUNCTION, name, value)] * axes
 
 
 def centred(size: list[int], dilation: list[int]) -> list[int]:
@@ -162,49 +175,67 @@ def shape_after(
 # ---------------------------------------------------------------- the ops
 
 
-def _check_sizes(
-    op: str, coords: Tensor, kernel_size: list[int], stride: list[int], padding: list[int], dilation: list[int]
-) -> None:
-    check_tensor(op, "coords", coords, "[N, 1 + axes]", INT32, (None, None), coords)
+def check_coords(coords: Tensor, name: str = "coords") -> int:
+    """The axes of coords int32 [N, 1 + axes]."""
+    check_tensor(FUNCTION, name, coords, "[N, 1 + axes]", INT32, (None, None), coords)
     axes = coords.shape[1] - 1
     if not 1 <= axes <= MOST_AXES:
-        fail(op, "coords", "have 2 to 4 columns: batch and one to three axes", f"int32 [{len(coords)}, {axes + 1}]")
+        fail(FUNCTION, name, "have 2 to 4 columns: batch and one to three axes", describe(coords))
+    return axes
+
+
+def _check_sizes(
+    coords: Tensor, kernel_size: list[int], stride: list[int], padding: list[int], dilation: list[int]
+) -> None:
+    axes = check_coords(coords)
     for name, values, least in (
         ("kernel_size", kernel_size, 1),
         ("stride", stride, 1),
         ("padding", padding, 0),
         ("dilation", dilation, 1),
     ):
-        _check_each(op, name, values, axes, least)
+        _check_each(name, values, axes, least)
+    if math.prod(kernel_size) >= 2**31:
+        fail(FUNCTION, "kernel_size", "have fewer than 2^31 places", f"[{', '.join(map(str, kernel_size))}]")
 
 
-def _check_each(op: str, name: str, values: list[int], axes: int, least: int) -> None:
+def _check_each(name: str, values: list[int], axes: int, least: int) -> None:
     if len(values) != axes or any(not least <= value < 2**31 for value in values):
         got = ", ".join(str(int(value)) for value in values)
-        fail(op, name, f"be {axes} numbers from {least} to 2^31 - 1", f"[{got}]")
+        fail(FUNCTION, name, f"be {axes} numbers from {least} to 2^31 - 1", f"[{got}]")
 
 
 def _check_map(
     coords: Tensor, out_coords: Tensor, kernel_size: list[int], stride: list[int], padding: list[int], dilation: list[int],
     transposed: bool,
 ) -> None:  # fmt: skip
-    _check_sizes("sparse_conv_map", coords, kernel_size, stride, padding, dilation)
-    check_tensor("sparse_conv_map", "out_coords", out_coords, "[N, 1 + axes]", INT32, (None, coords.shape[1]), coords)
+    _check_sizes(coords, kernel_size, stride, padding, dilation)
+    check_tensor(FUNCTION, "out_coords", out_coords, "[N, 1 + axes]", INT32, (None, coords.shape[1]), coords)
+
+
+def _first_rows(coords: Tensor) -> tuple[Tensor, Tensor]:
+    """(the number of each row, that of the first row of its place)"""
+    number = torch.unique(coords, dim=0, return_inverse=True)[1]
+    rows = torch.arange(len(coords), device=coords.device)
+    return rows, torch.full_like(rows, len(coords)).scatter_reduce_(0, number, rows, "amin")[number]
 
 
 def _check_unique(coords: Tensor, *rest: object) -> None:
     """Every place at most once; on a GPU without saying which."""
-    number = torch.unique(coords, dim=0, return_inverse=True)[1]
-    rows = torch.arange(len(coords), device=coords.device)
-    first = torch.full_like(rows, len(coords)).scatter_reduce_(0, number, rows, "amin")[number]
-    repeated = first < rows
+    rows, first = _first_rows(coords)
     if coords.device.type != "cpu":
-        torch._assert_async(~repeated.any(), "sparse_conv_map: coords must be unique")
-    elif repeated.any():
-        again = int(torch.nonzero(repeated)[0, 0])
-        raise IndexError(
-            f"sparse_conv_map: coords[{again}] must be unique, got {coords[again].tolist()} as in row {int(first[again])}"
-        )
+        torch._assert_async((first == rows).all(), f"{FUNCTION}: coords must be unique")
+    elif (first < rows).any():
+        raise_repeated(FUNCTION, "coords", coords)
+
+
+def raise_repeated(function: str, name: str, coords: Tensor) -> None:
+    """The error of the first row whose place was there before."""
+    rows, first = _first_rows(coords)
+    again = int(torch.nonzero(first < rows)[0, 0])
+    raise IndexError(
+        f"{function}: {name}[{again}] must be unique, got {coords[again].tolist()} as in row {int(first[again])}"
+    )
 
 
 def _fake_map(coords: Tensor, out_coords: Tensor, kernel_size: list[int], *rest: object) -> Tensor:
@@ -215,15 +246,15 @@ def _check_outputs(
     coords: Tensor, out_shape: list[int], kernel_size: list[int], stride: list[int], padding: list[int], dilation: list[int],
     transposed: bool,
 ) -> None:  # fmt: skip
-    _check_sizes("sparse_conv_outputs", coords, kernel_size, stride, padding, dilation)
-    _check_each("sparse_conv_outputs", "out_shape", out_shape, coords.shape[1] - 1, 0)
+    _check_sizes(coords, kernel_size, stride, padding, dilation)
+    _check_each("out_shape", out_shape, coords.shape[1] - 1, 0)
 
 
 def _check_reverse(map: Tensor, rows: int) -> None:
-    check_tensor("sparse_conv_reverse", "map", map, "[K, M]", INT32, (None, None), map)
+    check_tensor(FUNCTION, "map", map, "[K, M]", INT32, (None, None), map)
     # A traced size that only the data tells is checked when the program runs.
     if isinstance(rows, int) and not 0 <= rows < 2**31:
-        fail("sparse_conv_reverse", "rows", "be in [0, 2^31)", int(rows))
+        fail(FUNCTION, "rows", "be in [0, 2^31)", int(rows))
 
 
 def check_rows(op: str, map: Tensor, rows: int, name: str = "map") -> None:
@@ -237,8 +268,7 @@ def check_rows(op: str, map: Tensor, rows: int, name: str = "map") -> None:
 
 
 def _check_reverse_data(map: Tensor, rows: int) -> None:
-    op = "sparse_conv_reverse"
-    check_rows(op, map, rows)
+    check_rows(FUNCTION, map, rows)
     if map.device.type != "cpu" or not map.numel():
         return
     for k, row in enumerate(map):
@@ -247,7 +277,7 @@ def _check_reverse_data(map: Tensor, rows: int) -> None:
         again = m[first[row[m].long()] < m]
         if len(again):
             raise IndexError(
-                f"{op}: map[{k}, {int(again[0])}] must be unique in its row, got {int(row[again[0]])} again"
+                f"{FUNCTION}: map[{k}, {int(again[0])}] must be unique in its row, got {int(row[again[0]])} again"
             )
 
 

@@ -3,6 +3,8 @@
 S samples have statistics of their own: 1 for batch norm, B for group and instance norm.
 """
 
+import math
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -62,7 +64,10 @@ def masked_batch_norm(
         fail(BATCH, "running_mean and running_var", "both be given unless training", [*map(type, running.values())])
     for name, value in running.items():
         if value is not None:
+            check_is_tensor(BATCH, name, value)
             check_tensor(BATCH, name, value, "[C]", (accumulation_dtype(x.dtype),), (x.shape[1],), x)
+            if training and value.shape[0] > 1 and value.stride(0) == 0:
+                fail(BATCH, name, "have no expanded axis, as it is written", "stride 0 along axis 0")
     if not training:
         rstd = (running_var + eps).rsqrt()[None]
         return _normalise(x, cells, running_mean.clone()[None], rstd, weight, bias, None, x.shape[1], "", backend)
@@ -207,8 +212,8 @@ def _options(
     momentum, eps = number(op, "momentum", momentum), number(op, "eps", eps)
     if not 0 <= momentum <= 1:
         fail(op, "momentum", "be in [0, 1]", f"{momentum:g}")
-    if not eps >= 0:
-        fail(op, "eps", "be at least 0", f"{eps:g}")
+    if not 0 <= eps < math.inf:
+        fail(op, "eps", "be at least 0 and finite", f"{eps:g}")
     return boolean(op, "training", training), momentum, eps
 
 

@@ -22,6 +22,7 @@ def _features_of(function: str, features: Tensor, map: KernelMap) -> None:
     check_is_tensor(function, "features", features)
     if not isinstance(map, KernelMap):
         raise TypeError(f"{function}: map must be a KernelMap, got {type(map).__name__}")
+    check_features(function, features)
     if features.dim() == 2 and features.shape[0] != map.rows:
         fail(function, "features", f"have {map.rows} rows, as the map", describe(features))
 
@@ -115,10 +116,17 @@ def inverse_of(count: Tensor, like: Tensor) -> Tensor:
 
 
 def _check_map(op: str, x: Tensor, map: Tensor, reverse: Tensor | None) -> None:
-    check_tensor(op, "x", x, "[N, C]", FLOATS, (None, None), x)
+    check_features(op, x)
     check_tensor(op, "map", map, "[K, M]", INT32, (None, None), x)
     if reverse is not None:
         check_tensor(op, "reverse", reverse, "[K, N]", INT32, (map.shape[0], x.shape[0]), x)
+
+
+def check_features(op: str, x: Tensor) -> None:
+    check_tensor(op, "features", x, "[N, C]", FLOATS, (None, None), x)
+    # A traced size that only the data tells is checked when the program runs.
+    if not torch.compiler.is_compiling() and isinstance(x.shape[0], int) and x.shape[0] >= 2**31:
+        fail(op, "features", "have fewer than 2^31 rows", describe(x))
 
 
 def check_scale(op: str, name: str, scale: Tensor | None, rows: int, shape: str, x: Tensor) -> None:
@@ -127,7 +135,7 @@ def check_scale(op: str, name: str, scale: Tensor | None, rows: int, shape: str,
 
 
 def _check_sum(x: Tensor, map: Tensor, reverse: Tensor | None, read_scale: Tensor | None, scale: Tensor | None) -> None:
-    op = "sparse_conv_sum_pool"
+    op = "sparse_avg_pool"
     _check_map(op, x, map, reverse)
     check_scale(op, "read_scale", read_scale, x.shape[0], "[N]", x)
     check_scale(op, "scale", scale, map.shape[1], "[M]", x)
@@ -192,7 +200,7 @@ define_op(
         "sparse_conv_sum_pool(Tensor x, Tensor map, Tensor? reverse, Tensor? read_scale, Tensor? scale) -> Tensor",
         reference=reference.sparse_conv_sum_pool,
         check=_check_sum,
-        check_data=lambda x, map, *rest: check_rows("sparse_conv_sum_pool", map, x.shape[0]),
+        check_data=lambda x, map, *rest: check_rows("sparse_avg_pool", map, x.shape[0]),
         fake=lambda x, map, *rest: x.new_empty(map.shape[1], x.shape[1]),
         setup=_setup_sum,
         backward=_backward_sum,
@@ -204,8 +212,8 @@ define_op(
     OpSpec(
         "sparse_conv_max_pool(Tensor x, Tensor map, Tensor? reverse) -> (Tensor, Tensor)",
         reference=reference.sparse_conv_max_pool,
-        check=lambda x, map, reverse: _check_map("sparse_conv_max_pool", x, map, reverse),
-        check_data=lambda x, map, reverse: check_rows("sparse_conv_max_pool", map, x.shape[0]),
+        check=lambda x, map, reverse: _check_map("sparse_max_pool", x, map, reverse),
+        check_data=lambda x, map, reverse: check_rows("sparse_max_pool", map, x.shape[0]),
         fake=lambda x, map, reverse: tuple(like.new_empty(map.shape[1], x.shape[1]) for like in (x, map)),
         setup=_setup_max,
         backward=_backward_max,

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from maskops._backends import find_op, public
-from maskops._checks import FLOATS, check_is_tensor, check_tensor, fail, integer
+from maskops._checks import FLOATS, check_is_tensor, check_tensor, fail, integer, one_of
 from maskops._registry import OpSpec, define_op
 from maskops.ops.sparse_conv.map import INT32, check_rows
-from maskops.ops.sparse_conv.pool import FAMILY, NATIVE, check_scale, inverse_of
+from maskops.ops.sparse_conv.pool import FAMILY, NATIVE, check_features, check_scale, inverse_of
 from maskops.reference import sparse_conv_pool as reference
 
 REDUCTIONS = ("max", "mean", "sum")
@@ -40,12 +40,10 @@ class Segments(NamedTuple):
 
 def reduce_segments(function: str, features: Tensor, segments: Segments, reduce: str, backend: str) -> Tensor:
     """[S, C]: the "max", "mean" or "sum" of each segment, 0 for an empty one."""
-    if reduce not in REDUCTIONS:
-        fail(function, "reduce", f"be one of {REDUCTIONS}", repr(reduce))
-    if reduce == "max":
-        return find_op("sparse_conv_segment_max", features.device.type, backend)(features, *segments)[0]
+    if one_of(function, "reduce", reduce, REDUCTIONS) == "max":
+        return find_op("sparse_conv_segment_max", features.device.type, backend, function)(features, *segments)[0]
     scale = inverse_of(segments.count, features) if reduce == "mean" else None
-    return find_op("sparse_conv_segment_sum", features.device.type, backend)(features, *segments, scale)
+    return find_op("sparse_conv_segment_sum", features.device.type, backend, function)(features, *segments, scale)
 
 
 @public("sparse_conv_segment_sum", native=NATIVE)
@@ -82,21 +80,21 @@ def sparse_global_pool(
     """
     name = "sparse_global_pool"
     check_is_tensor(name, "features", features)
-    check_tensor(name, "features", features, "[N, C]", FLOATS, (None, None), features)
+    check_features(name, features)
+    one_of(name, "reduce", reduce, REDUCTIONS)
     check_tensor(name, "batch_index", batch_index, "[N]", (torch.int32, torch.int64), (features.shape[0],), features)
     batch_size = integer(name, "batch_size", batch_size)
-    if batch_size < 0:
-        fail(name, "batch_size", "be at least 0", batch_size)
-    if not torch.compiler.is_compiling():
-        check_batch(name, batch_index, batch_size)
+    if isinstance(batch_size, int) and not 0 <= batch_size < 2**31:
+        fail(name, "batch_size", "be in [0, 2^31)", batch_size)
+    check_batch(name, batch_index, batch_size)
     return reduce_segments(name, features, Segments.of(batch_index, batch_size), reduce, backend)
 
 
 def check_batch(op: str, index: Tensor, batch_size: int) -> None:
     """Every sample is in [0, batch_size)."""
     outside = (index < 0) | (index >= batch_size)
-    if index.device.type != "cpu":
-        torch._assert_async(~outside.any(), f"{op}: batch_index must be in [0, {batch_size})")
+    if index.device.type != "cpu" or torch.compiler.is_compiling():
+        torch._assert_async(~outside.any(), f"{op}: batch_index must be in [0, batch_size)")
     elif outside.any():
         at = int(torch.nonzero(outside)[0, 0])
         raise IndexError(f"{op}: batch_index[{at}] must be in [0, {batch_size}), got {int(index[at])}")
@@ -106,7 +104,7 @@ def check_batch(op: str, index: Tensor, batch_size: int) -> None:
 
 
 def _check_segments(op: str, x: Tensor, order: Tensor, begin: Tensor, count: Tensor, inverse: Tensor) -> None:
-    check_tensor(op, "x", x, "[N, C]", FLOATS, (None, None), x)
+    check_features(op, x)
     check_tensor(op, "order", order, "[R]", INT32, (None,), x)
     check_tensor(op, "begin", begin, "[S]", INT32, (None,), x)
     check_tensor(op, "count", count, "[S]", INT32, (begin.shape[0],), x)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from maskops._backends import find_op, public
-from maskops._checks import FLOATS, check_is_tensor, check_tensor, fail, integer, number
+from maskops._checks import FLOATS, check_is_tensor, check_tensor, describe, fail, integer, number, one_of
 from maskops._registry import OpSpec, define_op, dynamic_size
 from maskops.ops.sparse_conv.map import INT32, MOST_AXES
 from maskops.ops.sparse_conv.segments import Segments, check_batch, reduce_segments
@@ -41,7 +41,7 @@ class Voxels(NamedTuple):
     def slice(self, features: Tensor, *, backend: str = "auto") -> Tensor:
         """Rows of voxels [V, C] back at their points [P, C]; 0 for a point that was dropped. Differentiable."""
         check_tensor("Voxels.slice", "features", features, "[V, C]", FLOATS, (self.counts.shape[0], None), self.inverse)
-        op = find_op("sparse_conv_segment_spread", features.device.type, backend)
+        op = find_op("sparse_conv_segment_spread", features.device.type, backend, "Voxels.slice")
         return op(features, *self.segments._replace(inverse=self.inverse), None)
 
 
@@ -94,14 +94,17 @@ def voxelize(
     check_tensor(FUNCTION, "points", points, "[P, axes + F]", FLOATS, (None, None), points)
     sizes = _numbers("voxel_size", voxel_size if isinstance(voxel_size, Sequence) else (voxel_size,) * MOST_AXES)
     if not 1 <= len(sizes) <= min(MOST_AXES, points.shape[1]) or any(not 0 < size < math.inf for size in sizes):
-        fail(FUNCTION, "voxel_size", "be one to three sizes above 0, one per column of a place", voxel_size)
-    for name, value, known in (("reduce", reduce, REDUCTIONS), ("outside", outside, OUTSIDE)):
-        if value not in known:
-            fail(FUNCTION, name, f"be one of {known}", repr(value))
+        expected = "be one to three sizes above 0, one per column of a place"
+        fail(FUNCTION, "voxel_size", expected, f"{voxel_size} for points {describe(points)}")
+    one_of(FUNCTION, "reduce", reduce, REDUCTIONS)
+    one_of(FUNCTION, "outside", outside, OUTSIDE)
     if max_points is not None and integer(FUNCTION, "max_points", max_points) < 1:
         fail(FUNCTION, "max_points", "be at least 1, or None", max_points)
     low, shape = _around(points, sizes) if range is None else _grid(_numbers("range", range), sizes)
     batch_index, batch_size = _samples(points, batch_index, batch_size)
+    if isinstance(batch_size, int) and math.prod(shape) * batch_size > 2**62:
+        got = f"{' x '.join(map(str, shape))} of {batch_size}"
+        fail(FUNCTION, "voxel_size", "be such that all samples have at most 2^62 cells", got)
 
     op = find_op("sparse_conv_voxelize", points.device.type, backend)
     coords, inverse, order, count = op(points.detach(), batch_index, sizes, low, shape, batch_size)
@@ -149,8 +152,9 @@ def _grid(range: list[float], sizes: list[float]) -> tuple[list[float], list[int
         fail(FUNCTION, "range", f"be {axes} low and {axes} high ends, finite", range)
     low, shape = range[:axes], []
     for a, b, size in zip(low, range[axes:], sizes, strict=True):
-        cells = round((b - a) / size)
-        if cells < 1 or abs((b - a) / size - cells) > 1e-3 or cells >= 2**31:
+        exact = (b - a) / size
+        cells = round(exact) if 0 < exact < 2**31 else 0
+        if cells < 1 or abs(exact - cells) > 1e-3 or cells >= 2**31:
             fail(FUNCTION, "range", f"be a whole number of cells of {size}, from 1 to 2^31 - 1", f"{a} to {b}")
         shape.append(cells)
     return low, shape
@@ -165,9 +169,9 @@ def _around(points: Tensor, sizes: list[float]) -> tuple[list[float], list[int]]
     ends = zip(sizes, places.amin(0).tolist(), places.amax(0).tolist(), strict=True)
     low, shape = [], []
     for size, a, b in ends:
-        first = math.floor(a / size) * size
+        first = math.floor(a / size) * size if math.isfinite(a / size) else -math.inf
         # A cell more on both sides, where rounding may put a point at an end; empty cells cost nothing.
-        cells = math.floor((b - first) / size) + 3
+        cells = math.floor((b - first) / size) + 3 if math.isfinite((b - first) / size) else 2**31
         if cells >= 2**31:
             fail(FUNCTION, "voxel_size", "be such that the points need fewer than 2^31 cells on an axis", size)
         low.append(first - size)
@@ -176,16 +180,17 @@ def _around(points: Tensor, sizes: list[float]) -> tuple[list[float], list[int]]
 
 
 def _samples(points: Tensor, index: Tensor | None, size: int | None) -> tuple[Tensor | None, int]:
-    if size is not None and integer(FUNCTION, "batch_size", size) < 1:
-        fail(FUNCTION, "batch_size", "be at least 1", size)
+    if size is not None and isinstance(integer(FUNCTION, "batch_size", size), int) and not 1 <= size < 2**31:
+        fail(FUNCTION, "batch_size", "be in [1, 2^31)", size)
     if index is None:
         return None, 1 if size is None else size
     check_is_tensor(FUNCTION, "batch_index", index)
     check_tensor(FUNCTION, "batch_index", index, "[P]", (torch.int32, torch.int64), (points.shape[0],), points)
     if size is None:
         size = max(int(index.max()) + 1, 1) if len(index) else 1
-    if not torch.compiler.is_compiling():
-        check_batch(FUNCTION, index, size)
+        if size >= 2**31:
+            fail(FUNCTION, "batch_index", "be below 2^31 - 1", size - 1)
+    check_batch(FUNCTION, index, size)
     return index.int(), size
 
 
@@ -205,7 +210,7 @@ def _refuse(points: Tensor, inverse: Tensor, range: Sequence[float] | None) -> N
 def _check(
     points: Tensor, batch_index: Tensor | None, voxel_size: list[float], low: list[float], shape: list[int], batch_size: int
 ) -> None:  # fmt: skip
-    op = "sparse_conv_voxelize"
+    op = FUNCTION
     check_tensor(op, "points", points, "[P, axes + *]", FLOATS, (None, None), points)
     axes = len(shape)
     if not 1 <= axes <= MOST_AXES or points.shape[1] < axes:
@@ -244,7 +249,7 @@ define_op(
         reference=reference.sparse_conv_voxelize,
         check=_check,
         check_data=lambda points, index, size, low, shape, batch_size: (
-            None if index is None else check_batch("sparse_conv_voxelize", index, batch_size)
+            None if index is None else check_batch(FUNCTION, index, batch_size)
         ),
         fake=_fake,
         cuda=False,

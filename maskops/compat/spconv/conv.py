@@ -1,33 +1,16 @@
-"""The names of spconv 2 over maskops' sparse convolutions: `import maskops.compat.spconv as spconv` in place of `spconv.pytorch`.
-
-Classes, argument names and the layout of the weights (KRSC: [out, *kernel_size, in]) are those of spconv, so that a backbone and
-its checkpoints move without a change. Arguments that choose between spconv's own algorithms are taken and have no effect.
-
-    import maskops.compat.spconv as spconv
-
-    net = spconv.SparseSequential(
-        spconv.SubMConv3d(4, 16, 3, bias=False, indice_key="subm1"), nn.BatchNorm1d(16), nn.ReLU(),
-        spconv.SparseConv3d(16, 32, 3, stride=2, padding=1, bias=False, indice_key="down1"),
-    )
-    out = net(spconv.SparseConvTensor(features, indices, spatial_shape, batch_size)).dense()
-"""
+"""spconv's convolutions and the layout of their weights, KRSC: [out, *kernel_size, in]."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
+from maskops._checks import sizes_of
+from maskops.compat.spconv.tensor import SparseConvTensor, SparseModule, check_input, indice_key_of
 from maskops.nn.sparse_conv import OF_AXES, Sizes
-from maskops.ops.sparse_conv import KernelMap, SparseTensor, sparse_conv
+from maskops.ops.sparse_conv import KernelMap, sparse_conv
 from maskops.ops.sparse_conv.tensor import Places
-
-__all__ = [
-    "SparseConv1d", "SparseConv2d", "SparseConv3d", "SparseConvTensor", "SparseConvTranspose1d", "SparseConvTranspose2d",
-    "SparseConvTranspose3d", "SparseInverseConv1d", "SparseInverseConv2d", "SparseInverseConv3d", "SparseModule",
-    "SparseSequential", "SubMConv1d", "SubMConv2d", "SubMConv3d", "ToDense", "from_krsc", "to_krsc",
-]  # fmt: skip
 
 
 def from_krsc(weight: Tensor) -> Tensor:
@@ -38,40 +21,6 @@ def from_krsc(weight: Tensor) -> Tensor:
 def to_krsc(weight: Tensor) -> Tensor:
     """The [*kernel_size, C / G, D] of maskops as spconv's [D, *kernel_size, C / G]."""
     return weight.movedim(-1, 0)
-
-
-class SparseConvTensor(SparseTensor):
-    """A SparseTensor by spconv's names; indice_dict: key -> the places that the convolution of this key began with, and its map."""
-
-    def __init__(
-        self, features: Tensor, indices: Tensor, spatial_shape: Sequence[int], batch_size: int, grid: Any = None,
-        voxel_num: Any = None, indice_dict: dict | None = None, benchmark: bool = False,
-    ) -> None:  # fmt: skip
-        """grid, voxel_num, benchmark: of no effect. indice_dict: of another tensor, to share what its convolutions left."""
-        super().__init__(features, indices, [int(size) for size in spatial_shape], batch_size)
-        self.indice_dict: dict[str, tuple[Places, KernelMap]] = {} if indice_dict is None else indice_dict
-
-    @property
-    def indices(self) -> Tensor:
-        return self.coords
-
-    def replace_feature(self, feature: Tensor) -> SparseConvTensor:
-        """The same places with other features."""
-        return self._at(self.replace(feature).features, self.places)
-
-    def dense(self, channels_first: bool = True) -> Tensor:
-        """[B, C, *spatial_shape], or with the channels last."""
-        out = super().dense()
-        return out if channels_first else out.movedim(1, -1)
-
-    def _at(self, features: Tensor, places: Places) -> SparseConvTensor:
-        made = SparseConvTensor.over(features, places)
-        made.indice_dict = self.indice_dict
-        return made
-
-
-class SparseModule(nn.Module):
-    """A module that takes and returns a SparseConvTensor, as SparseSequential must know."""
 
 
 class _Convolution(SparseModule):
@@ -88,6 +37,11 @@ class _Convolution(SparseModule):
         large_kernel_fast_algo: bool = False, name: str | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
+        name = type(self).__name__
+        if self.kind == "subm" and any(
+            size % 2 == 0 for size in sizes_of(name, "kernel_size", kernel_size, self.axes, 1)
+        ):
+            raise ValueError(f"{name}: kernel_size must be odd, got {kernel_size}")
         own = OF_AXES[self.axes](in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias)
         self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
         self.kernel_size, self.stride, self.padding, self.dilation = (
@@ -96,11 +50,12 @@ class _Convolution(SparseModule):
             own.padding,
             own.dilation,
         )
-        self.indice_key = indice_key
+        self.indice_key = indice_key_of(name, indice_key)
         self.weight = nn.Parameter(to_krsc(own.weight.detach()).contiguous())
         self.bias = None if own.bias is None else nn.Parameter(own.bias.detach())
 
     def forward(self, input: SparseConvTensor) -> SparseConvTensor:
+        check_input(type(self).__name__, input, self.axes)
         places, found = self.target(input)
         features = sparse_conv(input.features, from_krsc(self.weight), found, self.bias, self.groups)
         return input._at(features, places)
@@ -140,25 +95,6 @@ class _Inverse(_Convolution):
                 f" {self.kernel_size}, got {found.map.shape[1]} places with {found.kernel_size}, not {len(x)}"
             )
         return places, found.inverse(places.coords)
-
-
-class SparseSequential(SparseModule, nn.Sequential):
-    """Modules in turn; one that is no SparseModule gets the features."""
-
-    def forward(self, input: Any) -> Any:
-        for module in self:
-            if isinstance(module, SparseModule) or not isinstance(input, SparseConvTensor):
-                input = module(input)
-            else:
-                input = input.replace_feature(module(input.features))
-        return input
-
-
-class ToDense(SparseModule):
-    """SparseConvTensor -> [B, C, *spatial_shape]."""
-
-    def forward(self, x: SparseConvTensor) -> Tensor:
-        return x.dense()
 
 
 # ---------------------------------------------------------------- by axes

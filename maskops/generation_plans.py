@@ -1,0 +1,82 @@
+"""What a generation reuses: all steps full (MaskGIT, MAGE), groups of a full step and local ones (ReCAP), or blocks (Fast-dLLM)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from maskops._checks import integer, number
+
+
+@dataclass(frozen=True)
+class FullOnly:
+    """Every step forwards all tokens: MaskGIT, MAGE."""
+
+    def groups(self, counts: Sequence[int]) -> list[list[int]]:
+        return [[n] for n in counts]
+
+
+@dataclass(frozen=True)
+class ReCAP:
+    """The first pre_full steps alone, then groups of a full step and local_steps local ones.  Liu et al., 2025 (arXiv 2505.19089).
+
+    A full step chooses U, the tokens that its whole group decodes. A local step forwards U only; the keys and values of all other
+    tokens, decoded or still masked, are those of the full step.
+    """
+
+    pre_full: int
+    local_steps: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("pre_full", "local_steps"):
+            if integer("ReCAP", name, getattr(self, name)) < 0:
+                raise ValueError(f"ReCAP: {name} must be at least 0, got {getattr(self, name)}")
+
+    def groups(self, counts: Sequence[int]) -> list[list[int]]:
+        first, rest, size = counts[: self.pre_full], counts[self.pre_full :], 1 + self.local_steps
+        return [[n] for n in first] + [list(rest[i : i + size]) for i in range(0, len(rest), size)]
+
+
+@dataclass(frozen=True)
+class BlockCache:
+    """Blocks of a sequence from left to right, as diffusion language models do: Wu et al., Fast-dLLM, 2025 (arXiv 2505.22618).
+
+    Args:
+        block_size: tokens of a block.
+        mode: "dual": local steps forward the block, all else is cached; "prefix": they forward the block and what follows it.
+        threshold: decode all tokens of the block of which p is above, at least one a step; None: block_size / steps each step.
+        steps: per block, without a threshold. Default: one token a step.
+    """
+
+    block_size: int
+    mode: str = "dual"
+    threshold: float | None = None
+    steps: int | None = None
+
+    def __post_init__(self) -> None:
+        if integer("BlockCache", "block_size", self.block_size) < 1:
+            raise ValueError(f"BlockCache: block_size must be at least 1, got {self.block_size}")
+        if self.mode not in ("dual", "prefix"):
+            raise ValueError(f"BlockCache: mode must be 'dual' or 'prefix', got {self.mode!r}")
+        if self.threshold is not None and self.steps is not None:
+            raise ValueError("BlockCache: threshold or steps must be given, not both")
+        if self.threshold is not None and not 0 <= number("BlockCache", "threshold", self.threshold) < 1:
+            raise ValueError(f"BlockCache: threshold must be in [0, 1), got {self.threshold}")
+        if self.steps is not None and not 1 <= integer("BlockCache", "steps", self.steps) <= self.block_size:
+            raise ValueError(f"BlockCache: steps must be in [1, {self.block_size}], got {self.steps}")
+
+    def counts(self, size: int) -> list[int]:
+        """Tokens that each step of a block of `size` decodes."""
+        steps = min(size, self.steps or size)
+        return [size // steps + (i < size % steps) for i in range(steps)]
+
+
+def token_evaluations(reuse: FullOnly | ReCAP, counts: Sequence[int], prefix: int = 0) -> tuple[int, int]:
+    """Positions forwarded by a generation, and by one with as many full steps.
+
+    sum over groups of (N + P) + local steps * (sum of the group's counts + P);   T (N + P)
+    """
+    tokens = sum(counts)
+    groups = reuse.groups(counts)
+    own = sum(tokens + prefix + (len(group) - 1) * (sum(group) + prefix) for group in groups)
+    return own, len(counts) * (tokens + prefix)

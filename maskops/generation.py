@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from maskops._checks import check_is_tensor, check_tensor, check_values, fail, integer, integers, number
-from maskops.generation_plans import BlockCache, FullOnly, ReCAP, token_evaluations
 from maskops.ops.feature_reuse import ContextCache, Selection, cached_attention, confidence_select
 from maskops.ops.masked_attention import masked_attention
 from maskops.reuse import BlockCache, FullOnly, ReCAP, token_evaluations

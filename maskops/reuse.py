@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from maskops._checks import integer, number
+
 
 @dataclass(frozen=True)
 class FullOnly:
@@ -30,7 +32,7 @@ class ReCAP:
 
     def __post_init__(self) -> None:
         for name in ("pre_full", "local_steps"):
-            if getattr(self, name) < 0:
+            if integer("ReCAP", name, getattr(self, name)) < 0:
                 raise ValueError(f"ReCAP: {name} must be at least 0, got {getattr(self, name)}")
 
     def groups(self, counts: Sequence[int]) -> list[list[int]]:
@@ -57,15 +59,17 @@ class BlockCache:
     refresh: int | None = None
 
     def __post_init__(self) -> None:
-        if self.block_size < 1:
+        if integer("BlockCache", "block_size", self.block_size) < 1:
             raise ValueError(f"BlockCache: block_size must be at least 1, got {self.block_size}")
         if self.mode not in ("dual", "prefix"):
             raise ValueError(f"BlockCache: mode must be 'dual' or 'prefix', got {self.mode!r}")
         if self.threshold is not None and self.steps is not None:
             raise ValueError("BlockCache: threshold or steps must be given, not both")
-        if self.steps is not None and not 1 <= self.steps <= self.block_size:
+        if self.threshold is not None and not 0 <= number("BlockCache", "threshold", self.threshold) < 1:
+            raise ValueError(f"BlockCache: threshold must be in [0, 1), got {self.threshold}")
+        if self.steps is not None and not 1 <= integer("BlockCache", "steps", self.steps) <= self.block_size:
             raise ValueError(f"BlockCache: steps must be in [1, {self.block_size}], got {self.steps}")
-        if self.refresh is not None and self.refresh < 1:
+        if self.refresh is not None and integer("BlockCache", "refresh", self.refresh) < 1:
             raise ValueError(f"BlockCache: refresh must be at least 1, got {self.refresh}")
 
     def counts(self, size: int) -> list[int]:

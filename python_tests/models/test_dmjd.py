@@ -1,15 +1,16 @@
 """DMJD: two views that cover each image, and a steadier gradient (the Works check, in part).
 
-Crops of grey photos, 64 patches in 16 cells; the variance is of the gradient of all weights over draws of the views, mean of 3 batches.
+Crops of grey photos, 64 patches in 16 cells; the variance is of the gradient of all weights over draws of the views, mean of 3
+batches.
 
     claim                                                       measured, one thread   broken
     variance < 0.6 of that of independent views, at the start   0.46                   2.02: twice the same view
     the same after 200 steps < 0.9                              0.67
     error of masked patches < 0.92 of that of their means       0.872                  2.37: trained on the visible loss alone
 
-Not shown: that disjoint views learn more in the same steps. After 200 steps the held-out error was 0.8720, 0.8736, 0.8795 (seeds 0 to
-2), with independent views 0.8724, 0.8736, 0.8796: no difference to speak of. No probe was trained, neither of the views nor of the
-visible branch.
+Not shown: that disjoint views learn more in the same steps. After 200 steps the held-out error was 0.8720, 0.8736, 0.8795 (seeds 0
+to 2), with independent views 0.8724, 0.8736, 0.8796: no difference to speak of. No probe was trained, neither of the views nor of
+the visible branch.
 """
 
 import pytest

@@ -30,12 +30,13 @@ class System(str, Enum):
     hpm = "hpm"
     spark = "spark"
     maskgit = "maskgit"
+    cm3 = "cm3"
     electra = "electra"
     dupmae = "dupmae"
     ernie_gram = "ernie_gram"
 
 
-TEXT_SYSTEMS = (System.electra, System.dupmae, System.ernie_gram)
+TEXT_SYSTEMS = (System.cm3, System.electra, System.dupmae, System.ernie_gram)
 
 
 class Data(str, Enum):

@@ -33,6 +33,7 @@ from maskops.texts import TextFolder
 
 SYSTEMS = {
     "mae": "maskops.models.mae:MAE",
+    "cm3": "maskops.models.cm3:CM3",
     "colormae": "maskops.models.colormae:ColorMAE",
     "dmjd": "maskops.models.dmjd:DMJD",
     "hpm": "maskops.models.hpm:HPM",
@@ -135,7 +136,7 @@ def pretrain(config: Any, settings: Settings) -> Result:
         ValueError: config masks nothing, so that there is nothing to learn from.
     """
     all_kept = not hasattr(config, "window") and config.num_keep == config.num_patches
-    if not 0 < config.mask_ratio < 1 or all_kept:
+    if not 0 < getattr(config, "mask_ratio", 0.5) < 1 or all_kept:
         raise ValueError(f"pretrain: mask_ratio must be in (0, 1), got {config.mask_ratio}, which masks nothing")
     accelerator = Accelerator(mixed_precision="bf16" if settings.bf16 else None)
     if accelerator.scaler is not None:

@@ -115,6 +115,8 @@ def test_pretrain_on_text(tmp_path: Path) -> None:
         (("--text", ".", "--patch-size", 8), "trains on --text: leave out --images, --image-size and --patch-size"),
         (("--system", "mae", "--text", "."), "trains on --images: leave out --text and --context"),
         (("--system", "maskgit", "--text", "."), "leave out --images, --text and --bf16"),
+        (("--system", "cm3", "--text", ".", "--mask-ratio", 0.5), "CM3Config has no mask_ratio"),
+        (("--system", "cm3", "--text", ".", "--context", 33), "CM3Config: context must be at least 34, got 33"),
         (("--text", ".", "--size", "huge"), "size must be one of ['tiny', 'small', 'base', 'large'], got 'huge'"),
     ],
 )

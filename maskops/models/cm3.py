@@ -10,6 +10,7 @@ a short document may get none.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -17,18 +18,24 @@ from torch import Tensor, nn
 
 import maskops
 from maskops import AttentionMask
+from maskops.models.texts import BYTES, ByteText
 from maskops.nn.transformer import Transformer
 from maskops.ops.mask_sampling.moves import MovedSpans
 
+if TYPE_CHECKING:
+    from maskops.train import Step
+
 
 @dataclass(frozen=True)
-class CM3Config:
+class CM3Config(ByteText):
     """Sizes of a CM3; the defaults are those of the smallest published model.
 
     vocabulary: of the text; the end of a document and the sentinels are ids behind it. context: tokens of a moved document.
     max_spans: S, the most spans of a document. mean: of the Poisson law that their number follows before it is clamped.
     """
 
+    system: ClassVar[str] = "cm3"
+    on_bytes: ClassVar[dict[str, Any]] = {"vocabulary": BYTES}  # no mask token
     vocabulary: int
     context: int = 2048
     dim: int = 768
@@ -40,6 +47,11 @@ class CM3Config:
     def __post_init__(self) -> None:
         if not 1 <= self.max_spans <= 64:
             raise ValueError(f"CM3Config: max_spans must be in [1, 64], got {self.max_spans}")
+
+    @property
+    def window(self) -> int:
+        """Of the context, what the sentinels, each of which stands twice, and the end leave."""
+        return self.context - 2 * self.max_spans - 1
 
     @property
     def end_id(self) -> int:
@@ -65,6 +77,8 @@ class CM3(nn.Module):
         >>> model.loss(text, seed=0).shape, model.infill(text, 5, 9, most=3).shape
         (torch.Size([]), torch.Size([2, 3]))
     """
+
+    Config = CM3Config
 
     def __init__(self, config: CM3Config) -> None:
         super().__init__()
@@ -125,6 +139,10 @@ class CM3(nn.Module):
         """Mean cross-entropy of all original tokens and ends, spans moved; arguments as of move."""
         moved = self.move(text, lengths, spans=spans, seed=seed, generator=generator)
         return self.losses(moved).sum() / moved.predicted.sum().clamp(min=1)
+
+    def training_loss(self, texts: Tensor, step: Step) -> Tensor:
+        """The loss of this process's rows of a step of maskops.train.  texts: bytes, int64 [B, window]."""
+        return self.loss(texts, generator=step.generator())
 
     @torch.no_grad()
     def infill(self, text: Tensor, begin: int, end: int, *, most: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, ClassVar
 
 BYTES = 256
@@ -29,10 +30,15 @@ class ByteText:
         """The config of a size in SIZES for text as bytes, with single fields changed."""
         if size not in SIZES:
             raise ValueError(f"{cls.__name__}: size must be one of {list(SIZES)}, got {size!r}")
+        unknown = sorted(set(changes) - {field.name for field in dataclasses.fields(cls)})  # type: ignore[arg-type]
+        if unknown:
+            raise ValueError(f"{cls.__name__} has no {', '.join(unknown)}")
         fields = {"vocabulary": BYTES + cls.specials + 1, "context": 128, **cls.on_bytes, **SIZES[size], **changes}
-        if fields["context"] <= cls.specials:
-            raise ValueError(f"{cls.__name__}: context must be at least {cls.specials + 1}, got {fields['context']}")
-        return cls(**fields)
+        config = cls(**fields)
+        if config.window < 1:
+            least = fields["context"] - config.window + 1
+            raise ValueError(f"{cls.__name__}: context must be at least {least}, got {fields['context']}")
+        return config
 
     @property
     def window(self) -> int:

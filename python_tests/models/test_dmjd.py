@@ -1,23 +1,27 @@
-"""DMJD: two views that cover each image, and a steadier gradient (the Works check, in part).
+"""DMJD: two views that cover each image, a steadier gradient, and better paintings (the Works check, in part).
 
-Crops of grey photos, 64 patches in 16 cells; the variance is of the gradient of all weights over draws of the views, mean of 3
-batches.
+Crops of grey photos, 64 patches in 16 cells; 200 steps. The variance is of the gradient of all weights over draws of the views, at
+the start, the mean of 2 batches.
 
-    claim                                                       measured, one thread   broken
-    variance < 0.6 of that of independent views, at the start   0.46                   2.02: twice the same view
-    the same after 200 steps < 0.9                              0.67
-    error of masked patches < 0.92 of that of their means       0.872                  2.37: trained on the visible loss alone
+    claim                                                   measured (seeds 0 to 2), one thread   broken: twice the same view
+    gradient's variance < 0.6 of independent views'         0.45                                  2.12
+    held-out error of masked patches < 0.99 of that after   0.966 (0.977, 0.938, 0.982)           1.015, seed 0
+      independent views
+    the same < 0.95 of the error of the visible mean        0.904                                 17.1, seed 0: visible loss only
 
-Not shown: that disjoint views learn more in the same steps. After 200 steps the held-out error was 0.8720, 0.8736, 0.8795 (seeds 0
-to 2), with independent views 0.8724, 0.8736, 0.8796: no difference to speak of. No probe was trained, neither of the views nor of
-the visible branch.
+In trials seeds 3 to 6 had 0.966, 0.992, 0.982 and 0.974. With targets normalised by patch no difference was seen (seeds 0 to 2:
+0.8720, 0.8736, 0.8795 against 0.8724, 0.8736, 0.8796), nor did the network learn much then: each patch's own mean has 0.882.
+Not shown: better features. No probe was trained, neither of the views nor of the visible branch.
 """
+
+import functools
 
 import pytest
 import torch
 from torch import Tensor
 
 import maskops
+from maskops import TokenSplit
 from maskops.models.dmjd import DMJD, DMJDConfig
 from maskops.testing.works import train
 
@@ -25,11 +29,13 @@ data = pytest.importorskip("skimage.data")
 
 TINY = dict(
     image_size=32, patch_size=4, channels=1, dim=48, depth=1, heads=4, mlp_dim=96, decoder_dim=48, decoder_depth=1,
-    decoder_heads=4, decoder_mlp_dim=96,
+    decoder_heads=4, decoder_mlp_dim=96, norm_pix=False,
 )  # fmt: skip
-STEPS, DRAWS = 200, 24
+SEEDS = (0, 1, 2)
+STEPS, DRAWS = 200, 16
 
 
+@functools.cache
 def crops(count: int, rows: tuple[float, float], seed: int) -> Tensor:
     """Squares of grey photos, between two heights.  [count, 1, 32, 32]."""
     generator, found = torch.Generator().manual_seed(seed), []
@@ -42,51 +48,61 @@ def crops(count: int, rows: tuple[float, float], seed: int) -> Tensor:
     return torch.cat(found)[:, None]
 
 
-@pytest.fixture(scope="module")
-def model() -> DMJD:
-    torch.manual_seed(0)
-    model, images = DMJD(DMJDConfig(**TINY)), crops(2000, (0, 0.7), 0)
-    train(model.parameters(), lambda step: model(images[torch.randint(2000, (32,))], seed=step).loss, STEPS, 4e-3)
-    return model
+def draw(model: DMJD, count: int, kind: str, seed: int) -> tuple[TokenSplit, TokenSplit]:
+    """Two views: disjoint, independent of one another, or equal."""
+    first, second = model.draw_views(count, seed=2 * seed)
+    if kind == "independent":
+        second = model.draw_views(count, seed=2 * seed + 1)[0]
+    return first, first if kind == "equal" else second
 
 
-def gradient_variance(model: DMJD, images: Tensor, views: str) -> float:
+def gradient_variance(model: DMJD, images: Tensor, kind: str) -> float:
     """Variance of the loss's gradient over draws of the views, summed over all weights; the images stay the same."""
     weights, found = [p for p in model.parameters() if p.requires_grad], []
     for seed in range(DRAWS):
-        first, second = model.draw_views(len(images), seed=seed)
-        if views == "independent":
-            second = model.draw_views(len(images), seed=seed + DRAWS)[0]
-        elif views == "equal":
-            second = first
-        grads = torch.autograd.grad(model(images, splits=(first, second)).loss, weights)
+        grads = torch.autograd.grad(model(images, splits=draw(model, len(images), kind, seed)).loss, weights)
         found.append(torch.cat([g.flatten() for g in grads]))
     return torch.stack(found).var(0).sum().item()
 
 
-def variance_ratios(model: DMJD, *views: str) -> list[float]:
-    """The variance with these views over that with independent ones: the mean of three batches of new photos."""
-    found = []
-    for seed in range(3):
-        images = crops(32, (0.7, 1), seed)
-        independent = gradient_variance(model, images, "independent")
-        found.append([gradient_variance(model, images, kind) / independent for kind in views])
-    return torch.tensor(found).mean(0).tolist()
-
-
-def test_disjoint_views_have_a_steadier_gradient(model: DMJD) -> None:
+def test_disjoint_views_have_a_steadier_gradient() -> None:
     torch.manual_seed(0)
-    disjoint, equal = variance_ratios(DMJD(model.config), "disjoint", "equal")
-    assert disjoint < 0.6 and equal > 1.4, (disjoint, equal)
-    (trained,) = variance_ratios(model, "disjoint")
-    assert trained < 0.9, trained
+    model, ratios = DMJD(DMJDConfig(**TINY)), []
+    for seed in range(2):
+        images = crops(32, (0.7, 1), seed)
+        found = [gradient_variance(model, images, kind) for kind in ("disjoint", "equal", "independent")]
+        ratios.append([v / found[2] for v in found[:2]])
+    disjoint, equal = torch.tensor(ratios).mean(0).tolist()
+    assert disjoint < 0.6 and equal > 1.4, ratios
 
 
-def test_new_photos_are_painted(model: DMJD) -> None:
-    """Patches are normalised, so that 1 is the error of their mean."""
+def held_out_error(kind: str, seed: int) -> float:
+    """Of masked patches of new photos, after training on such views; the same masks for every model."""
+    torch.manual_seed(seed)
+    model, images = DMJD(DMJDConfig(**TINY)), crops(2000, (0, 0.7), 0)
+
+    def loss(step: int) -> Tensor:
+        batch = images[torch.randint(2000, (32,))]
+        return model(batch, splits=draw(model, 32, kind, step)).loss
+
+    train(model.parameters(), loss, STEPS, 4e-3)
     with torch.no_grad():
-        out = model(crops(400, (0.7, 1), 1), seed=7)
-    assert out.masked_loss < 0.92, f"{out.masked_loss:.4f}"
+        return model(crops(400, (0.7, 1), 1), seed=7).masked_loss.item()
+
+
+def error_of_the_visible_mean() -> float:
+    new, errors = crops(400, (0.7, 1), 1), []
+    patches = maskops.patchify(new, 4)
+    for split in DMJD(DMJDConfig(**TINY)).draw_views(len(new), seed=7):
+        seen = maskops.gather_tokens(patches, split.ids_keep).mean((1, 2), keepdim=True)
+        errors.append((patches - seen).square().mean(2)[split.mask].mean().item())
+    return sum(errors) / 2
+
+
+def test_new_photos_are_painted_better_than_after_independent_views() -> None:
+    errors = torch.tensor([[held_out_error(kind, seed) for kind in ("disjoint", "independent")] for seed in SEEDS])
+    ratio = (errors[:, 0] / errors[:, 1]).mean().item()
+    assert ratio < 0.99 and errors[:, 0].mean() < 0.95 * error_of_the_visible_mean(), errors
 
 
 # ---------------------------------------------------------------- exact
@@ -108,7 +124,10 @@ def test_published_counts() -> None:
 
 def test_loss_is_that_of_both_views_and_both_branches() -> None:
     torch.manual_seed(0)
-    model, images = DMJD(DMJDConfig(**TINY, theta=0.5)).double(), torch.rand(3, 1, 32, 32, dtype=torch.float64)
+    model, images = (
+        DMJD(DMJDConfig(**TINY | {"norm_pix": True}, theta=0.5)).double(),
+        torch.rand(3, 1, 32, 32, dtype=torch.float64),
+    )
     out, patches, masked, visible = model(images, seed=0), maskops.patchify(images, 4), 0.0, 0.0
     variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
     target = (patches - mean) / (variance + 1e-6).sqrt()

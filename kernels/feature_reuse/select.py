@@ -51,7 +51,8 @@ def _sample_kernel(logits_ptr, known_ptr, seed_ptr, token_ptr, confidence_ptr, f
             total = total * tl.exp((tl.where(before == float("-inf"), level, before) - level) * by)
         total += tl.sum(_weights(x, level, by, PROBS), 0)
     good = (total > 0) & (total < float("inf"))
-    w0, w1, _w2, _w3 = philox4x32(first_row * N + row, tl.load(seed_ptr + 1), tl.load(seed_ptr))
+    skipped = (tl.zeros([], tl.int64) + first_row) * N  # past 32 bits
+    w0, w1, _w2, _w3 = philox4x32(skipped + row, tl.load(seed_ptr + 1), tl.load(seed_ptr))
     weight = tl.zeros([], ACC)
     if GREEDY:
         token = tl.where(good, best, -1)

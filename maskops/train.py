@@ -5,8 +5,8 @@ A system is a config (a frozen dataclass with the class attribute `system`, its 
 step and `after_step(step)` after the optimiser. A config with `window` trains on text, windows of so many bytes, others on images.
 
 The same losses come out of an unbroken run, of a run killed and resumed, and, on images, of two processes with half the batch each:
-samples and masks depend on (seed, position in the stream of samples) alone, and a checkpoint holds everything else. Models of text
-draw masks for their own rows: another number of processes takes the same text under other masks.
+samples and masks depend on (seed, position in the stream of samples) alone, and a checkpoint holds all else. Models of text draw
+masks for their own rows: with another number of processes, the same text gets other masks.
 """
 
 import dataclasses

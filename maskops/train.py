@@ -31,7 +31,7 @@ from maskops.data import Crop, GlobalBatches, ImageFolder
 from maskops.progress import TrainingProgress
 from maskops.texts import TextFolder
 
-SYSTEMS = {
+SYSTEMS = {  # what can be pre-trained: name -> module and class of its model
     "mae": "maskops.models.mae:MAE",
     "cm3": "maskops.models.cm3:CM3",
     "colormae": "maskops.models.colormae:ColorMAE",
@@ -42,7 +42,6 @@ SYSTEMS = {
     "dupmae": "maskops.models.dupmae:DupMAE",
     "ernie_gram": "maskops.models.ernie_gram:ERNIEGram",
 }
-"""What can be pre-trained: name -> module and class of its model."""
 
 _LOG_EVERY = 10  # steps between two looks at the losses, each of which waits for the device
 

@@ -22,7 +22,10 @@ struct RowCopy {
   RowCopy(const Tensor& cache, const Tensor& x)
       : to(static_cast<char*>(cache.mutable_data_ptr())), from(static_cast<const char*>(x.const_data_ptr())), into(token_strides(cache)),
         out_of(token_strides(x)), heads(cache.size(1)), channels(cache.size(3)), size(static_cast<int64_t>(cache.element_size())) {
-    if (channels == 0) heads = 0;  // nothing to copy, and the addresses may be null
+    if (channels == 0 || heads == 0) {  // nothing to copy, and the addresses may be null
+      heads = 0;
+      return;
+    }
     const bool rows = channels <= 1 || (into.channel == 1 && out_of.channel == 1);
     if (!rows) return;
     // Heads side by side in both are one row, and an axis of one entry may have any stride.

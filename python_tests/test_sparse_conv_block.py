@@ -282,7 +282,7 @@ def test_errors_name_the_argument() -> None:
         maskops.masked_batch_norm(x, CELLS, None, None)
     with pytest.raises(ValueError, match="running_var must have shape"):
         maskops.masked_batch_norm(x, CELLS, torch.zeros(3), torch.zeros(4), training=True)
-    with pytest.raises(ValueError, match=r"masked_layer_norm: eps must be at least 0, got -1"):
+    with pytest.raises(ValueError, match=r"masked_layer_norm: eps must be at least 0 and finite, got -1"):
         maskops.masked_layer_norm(x, CELLS, eps=-1)
     with pytest.raises(ValueError, match=r"process_group must be None without torch\.distributed"):
         maskops.masked_batch_norm(x, CELLS, None, None, training=True, process_group=True)

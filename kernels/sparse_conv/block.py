@@ -296,9 +296,13 @@ def _sparse_conv_block_grad_weight(grad, x, cells, kernel_size, stride, padding,
     sizes, wide = grad.shape[1:3], grad.shape[3]
     K, C, D = kernel_size[0] * kernel_size[1], x.shape[3] // groups, wide // groups
     total, P = grad.shape[0] * sizes[0] * sizes[1], sizes[0] // cells.shape[1] * (sizes[1] // cells.shape[2])
+    options = {"dtype": accumulator(x)[0], "device": x.device}
+    if C == 0:  # no program for the weight, and so none that sums the bias
+        active = cells.repeat_interleave(sizes[0] // cells.shape[1], 1).repeat_interleave(sizes[1] // cells.shape[2], 2)
+        bias = torch.where(active[..., None], grad, 0).sum((0, 1, 2), dtype=options["dtype"])
+        return x.new_empty((wide, 0, *kernel_size)), bias.to(x.dtype)
     chunks = min(32, max(1, cdiv(total, 4096)))
     per_chunk = cdiv(total, chunks)
-    options = {"dtype": accumulator(x)[0], "device": x.device}
     sums, bias = torch.empty((chunks, K, C, wide), **options), torch.empty((chunks, wide), **options)
     order, count = in_order(cells)
     depthwise = C == 1 and D == 1

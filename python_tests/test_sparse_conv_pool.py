@@ -17,6 +17,7 @@ from maskops.nn import (
     SparseMaxPool3d,
     SubMConv2d,
 )
+from maskops.testing import emulator
 from maskops.testing.sparse_conv import lidar_like, places
 
 DENSE = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
@@ -310,3 +311,18 @@ def test_backbone_is_exported_and_takes_other_points() -> None:
     program = torch.export.export(model, cloud(60, 0), dynamic_shapes=({0: rows}, {0: rows}))
     for count in (60, 300):
         torch.testing.assert_close(program.module()(*cloud(count, 1)), model(*cloud(count, 1)))
+
+
+@pytest.mark.skipif(bool(emulator.reason_unavailable()), reason=emulator.reason_unavailable() or "-")
+@pytest.mark.parametrize("shape", [(7, 9, 3), (2**20, 2**20)])
+def test_voxels_of_many_blocks_are_the_same_on_cuda(shape: tuple[int, ...]) -> None:
+    """More points than one block takes, and keys of one to six digits."""
+    g = torch.Generator().manual_seed(0)
+    points = (torch.rand(5000, len(shape), generator=g, dtype=torch.float64) * 1.1 - 0.03) * torch.tensor(shape)
+    points[::50] = torch.nan
+    batch = torch.randint(3, (5000,), generator=g, dtype=torch.int32)
+    arguments = points, batch, [1.0] * len(shape), [0.0] * len(shape), list(shape), 3
+    found = torch.ops.maskops_emulated.sparse_conv_voxelize(*arguments)
+    assert len(found[0]) > 400
+    for ours, expected in zip(found, torch.ops.maskops.sparse_conv_voxelize(*arguments), strict=True):
+        assert torch.equal(ours, expected)

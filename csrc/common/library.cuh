@@ -58,6 +58,21 @@ const T* const_data(const Tensor& x) {
   return static_cast<const T*>(x.const_data_ptr());
 }
 
+// One element on the host, for a size that depends on data: waits for the stream.
+template <typename T>
+T read_back(const T* from, cudaStream_t stream) {
+#ifdef MASKOPS_EMULATE
+  (void)stream;
+  return *from;
+#else
+  T value;
+  cudaError_t error = cudaMemcpyAsync(&value, from, sizeof(T), cudaMemcpyDeviceToHost, stream);
+  if (error == cudaSuccess) error = cudaStreamSynchronize(stream);
+  if (error != cudaSuccess) throw std::runtime_error(sentence("CUDA copy to the host failed: ", cudaGetErrorString(error)));
+  return value;
+#endif
+}
+
 inline std::optional<Tensor> contiguous(const std::optional<Tensor>& x) {
   return x ? std::optional<Tensor>(torch::stable::contiguous(*x)) : std::nullopt;
 }

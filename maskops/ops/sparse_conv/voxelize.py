@@ -45,9 +45,7 @@ class Voxels(NamedTuple):
         return op(features, *self.segments._replace(inverse=self.inverse), None)
 
 
-@public(
-    "sparse_conv_voxelize", native="C++ on CPU, many threads; on CUDA the Triton kernel", triton="CUDA, ROCm and XPU"
-)
+@public("sparse_conv_voxelize", native="C++ on CPU, many threads; CUDA C++", triton="CUDA, ROCm and XPU")
 def voxelize(
     points: Tensor, voxel_size: float | Sequence[float], range: Sequence[float] | None = None, *,
     batch_index: Tensor | None = None, batch_size: int | None = None, reduce: str = "mean", max_points: int | None = None,
@@ -252,6 +250,5 @@ define_op(
             None if index is None else check_batch(FUNCTION, index, batch_size)
         ),
         fake=_fake,
-        cuda=False,
     )
 )

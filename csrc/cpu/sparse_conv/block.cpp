@@ -125,14 +125,22 @@ struct Rows {
   }
 };
 
-// x [B, H, W, C] in the precision of sums: as it is, or its active cells alone, converted.
+// Whether rows of x are multiplied as pairs of channels, as they are.
+bool as_pairs(const Tensor& x, int64_t depth) {
+  const BlockConvKernels& kernels = pick_BlockConvKernels();
+  const bool wide = depth % 2 == 0 && depth >= kernels.few_channels;
+  return wide && dtype_of(x) == Dtype::kBFloat16 && kernels.has_pairs && use_bf16_dot();
+}
+
+// x [B, H, W, C] in the precision of sums or as pairs: as it is, or its active cells alone, converted.
 struct Source {
   bool compact;
   Buffer wide;
   const void* data;
 
-  Source(const Tensor& x, const Cells& cells)
-      : compact(x.scalar_type() != accumulation_type(x.scalar_type())), wide(compact ? bytes_of(x, cells) : 0), data(x.const_data_ptr()) {
+  Source(const Tensor& x, const Cells& cells, bool pairs)
+      : compact(!pairs && x.scalar_type() != accumulation_type(x.scalar_type())), wide(compact ? bytes_of(x, cells) : 0),
+        data(x.const_data_ptr()) {
     if (!compact) return;
     const int64_t ch = x.size(1) / cells.h, cw = x.size(2) / cells.w, C = x.size(3), W = x.size(2);
     const BlockConvKernels& kernels = pick_BlockConvKernels();
@@ -207,7 +215,8 @@ Tensor sparse_conv_block(const Tensor& x_any, const Tensor& weight_any, std::opt
     run_depthwise(args);
     return out;
   }
-  const Source source(x, cells);
+  const bool pairs = as_pairs(x, C / groups);
+  const Source source(x, cells, pairs);
   const Rows rows(cells, axis_of(kernel[0], stride[0], padding[0], H / cells.h, false),
                   axis_of(kernel[1], stride[1], padding[1], W / cells.w, false), source.compact);
   BlockConvArgs args{};
@@ -216,7 +225,7 @@ Tensor sparse_conv_block(const Tensor& x_any, const Tensor& weight_any, std::opt
   args.M = rows.M, args.taps = rows.taps, args.row_stride = C, args.out_stride = O;
   args.depth = C / groups, args.columns = O / groups, args.groups = groups;
   args.of_depth = args.taps, args.of_column = args.depth * args.taps, args.of_group = args.columns * args.of_column;
-  args.dtype = static_cast<int>(dtype_of(x));
+  args.dtype = static_cast<int>(dtype_of(x)), args.pairs = pairs;
   run_forward(args);
   return out;
 }
@@ -239,7 +248,8 @@ Tensor sparse_conv_block_grad_input(const Tensor& grad_any, const Tensor& weight
     run_depthwise(args);
     return out;
   }
-  const Source source(grad, cells);
+  const bool pairs = as_pairs(grad, O / groups);
+  const Source source(grad, cells, pairs);
   const Rows rows(cells, axis_of(kernel[0], stride[0], padding[0], H / cells.h, true),
                   axis_of(kernel[1], stride[1], padding[1], W / cells.w, true), source.compact);
   BlockConvArgs args{};
@@ -248,7 +258,7 @@ Tensor sparse_conv_block_grad_input(const Tensor& grad_any, const Tensor& weight
   args.M = rows.M, args.taps = rows.taps, args.row_stride = O, args.out_stride = C;
   args.depth = O / groups, args.columns = C / groups, args.groups = groups;
   args.of_column = args.taps, args.of_depth = args.columns * args.taps, args.of_group = args.depth * args.of_depth;
-  args.dtype = static_cast<int>(dtype_of(grad));
+  args.dtype = static_cast<int>(dtype_of(grad)), args.pairs = pairs;
   run_forward(args);
   return out;
 }
@@ -280,7 +290,7 @@ std::tuple<Tensor, Tensor> sparse_conv_block_grad_weight(const Tensor& grad_any,
     run_depthwise_weight(args);
     return {grad_weight, grad_bias};
   }
-  const Source source(x, cells);
+  const Source source(x, cells, false);
   const Rows rows(cells, axis_of(kernel[0], stride[0], padding[0], H / cells.h, false),
                   axis_of(kernel[1], stride[1], padding[1], W / cells.w, false), source.compact);
   BlockConvArgs args{};

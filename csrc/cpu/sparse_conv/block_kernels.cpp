@@ -18,11 +18,15 @@ constexpr int64_t kPartBytes = 32768;  // of a panel that is used at a time
 constexpr int64_t kFewChannels = 16;   // fewer are gathered
 constexpr int64_t kMostTaps = 49, kMostRows = 12;
 
-template <class T>
+// Storage type T; P: what is multiplied.
+template <class T, class P_ = typename VecFor<T>::type::scalar>
 struct Panels {
   using V = typename VecFor<T>::type;
   using A = typename V::scalar;
-  static constexpr int64_t kWidth = kStridedVectors * V::width;
+  using P = P_;
+  using Row = typename Operand<P>::Row;
+  static constexpr int64_t kWidth = kStridedVectors * V::width, kStep = Gemm<P>::kStep;
+  using Stored = T;
   static constexpr bool kWide = sizeof(T) == sizeof(A);  // no conversion
   int64_t panels, taps, depth;  // as the product sees them: gathered rows have one place of all channels
   bool gathered;
@@ -33,34 +37,38 @@ struct Panels {
     taps = gathered ? 1 : args.taps;
     depth = gathered ? args.taps * args.depth : args.depth;
   }
-  int64_t panel_size() const { return taps * depth * kWidth; }
+  int64_t steps() const { return depth / kStep; }  // kStep divides depth
+  int64_t panel_size() const { return taps * steps() * kWidth; }
   static int64_t columns(const BlockConvArgs& args, int64_t panel) { return min_of(kWidth, args.columns - panel * kWidth); }
   static int64_t vectors(int64_t columns) { return (columns + V::width - 1) / V::width; }
   // Channels at a time, and kernel places at a time.
-  int64_t part_depth() const { return max_of<int64_t>(1, min_of<int64_t>(depth, kPartBytes / (kWidth * int64_t(sizeof(A))))); }
+  int64_t part_depth() const { return max_of<int64_t>(1, min_of(depth, kPartBytes / (kWidth * int64_t(sizeof(P))) * kStep)); }
   int64_t part_taps() const {
-    return depth > part_depth() ? 1 : max_of<int64_t>(1, kPartBytes / (max_of<int64_t>(1, depth) * kWidth * int64_t(sizeof(A))));
+    return depth > part_depth() ? 1 : max_of<int64_t>(1, kPartBytes / (max_of<int64_t>(1, steps()) * kWidth * int64_t(sizeof(P))));
   }
 };
 
 // ---- the weight in panels
 
-template <class T>
-void pack_typed(const BlockConvArgs& args, int64_t begin, int64_t end) {
-  using P = Panels<T>;
-  const P p(args);
+template <class P>
+void pack_typed(const P& p, const BlockConvArgs& args, int64_t begin, int64_t end) {
+  using T = typename P::Stored;
+  using Row = typename P::Row;
   constexpr int64_t kDepth = 8;
   for (int64_t item = begin; item < end; ++item) {
     const int64_t group = item / p.panels, panel = item % p.panels, columns = P::columns(args, panel);
     const T* from = static_cast<const T*>(args.weight) + group * args.of_group + panel * P::kWidth * args.of_column;
-    auto* to = static_cast<typename P::A*>(args.packed) + item * p.panel_size();
-    if (columns < P::kWidth) memset(to, 0, size_t(p.panel_size()) * sizeof(*to));
+    Row* to = static_cast<Row*>(args.packed) + item * p.panel_size() * P::kStep;
+    if (columns < P::kWidth) memset(to, 0, size_t(p.panel_size() * P::kStep) * sizeof(*to));
     for (int64_t d0 = 0; d0 < args.depth; d0 += kDepth) {
       const int64_t d1 = min_of(args.depth, d0 + kDepth);
       for (int64_t j = 0; j < columns; ++j) {
         for (int64_t d = d0; d < d1; ++d) {
           const T* place = from + j * args.of_column + d * args.of_depth;
-          for (int64_t t = 0; t < args.taps; ++t) to[(t * args.depth + d) * P::kWidth + j] = to_float(place[t]);
+          for (int64_t t = 0; t < args.taps; ++t) {
+            const int64_t step = (t * args.depth + d) / P::kStep;
+            from_float(to_float(place[t]), to + (step * P::kWidth + j) * P::kStep + d % P::kStep);
+          }
         }
       }
     }
@@ -69,26 +77,29 @@ void pack_typed(const BlockConvArgs& args, int64_t begin, int64_t end) {
 
 // ---- the product
 
-template <class T>
+template <class P>
 struct Buffers {
-  using A = typename Panels<T>::A;
-  A *zeros, *sums, *gathered, *begin;
-  const A **rows, **weights;
+  using A = typename P::A;
+  using Row = typename P::Row;
+  Row *zeros, *gathered;
+  A *sums, *begin;
+  const Row** rows;
+  const typename P::P** weights;
 
-  Buffers(const Panels<T>& p, void* buffer, int64_t* bytes = nullptr) {
+  Buffers(const P& p, void* buffer, int64_t* bytes = nullptr) {
     Pieces pieces(buffer);
-    zeros = pieces.take<A>(p.depth);
-    sums = pieces.take<A>(kTile * Panels<T>::kWidth);
-    gathered = pieces.take<A>(p.gathered ? kTile * p.depth + Panels<T>::V::width : 0);
-    begin = pieces.take<A>(Panels<T>::kWidth);
-    rows = pieces.take<const A*>(max_of<int64_t>(kMostTaps * kMostRows, 2 * kTile));
-    weights = pieces.take<const A*>(kMostTaps);
+    zeros = pieces.take<Row>(p.depth);
+    sums = pieces.take<A>(kTile * P::kWidth);
+    gathered = pieces.take<Row>(p.gathered ? kTile * p.depth + P::V::width : 0);
+    begin = pieces.take<A>(P::kWidth);
+    rows = pieces.take<const Row*>(max_of<int64_t>(kMostTaps * kMostRows, 2 * kTile));
+    weights = pieces.take<const typename P::P*>(kMostTaps);
     if (bytes != nullptr) *bytes = pieces.bytes;
   }
 };
 
 // Rows [first, first + count) with all that their kernel places read, side by side; neighbours on a line in one copy.
-template <class T, class A = typename Panels<T>::A>
+template <class A>
 void gather_rows(const BlockConvArgs& args, int64_t group, int64_t first, int64_t count, A* to) {
   const A* from = static_cast<const A*>(args.rows) + group * args.depth;
   const bool whole = args.groups == 1;
@@ -109,46 +120,48 @@ void gather_rows(const BlockConvArgs& args, int64_t group, int64_t first, int64_
 }
 
 // Addresses of what R rows read at kernel places [t0, t1), from channel d on; returns at how many places anything is read.
-template <class T, class A = typename Panels<T>::A>
-int64_t addresses(const BlockConvArgs& args, const Panels<T>& p, const Buffers<T>& own, const A* base, const A* panel, int64_t t0,
-                  int64_t t1, int64_t d, int64_t first, int64_t i, int64_t R) {
-  constexpr int64_t kWidth = Panels<T>::kWidth;
+template <class P>
+int64_t addresses(const BlockConvArgs& args, const P& p, const Buffers<P>& own, const typename P::Row* base,
+                  const typename P::P* panel, int64_t t0, int64_t t1, int64_t d, int64_t first, int64_t i, int64_t R) {
+  constexpr int64_t kWidth = P::kWidth;
   if (p.gathered) {
     for (int64_t r = 0; r < R; ++r) own.rows[r] = own.gathered + (i + r) * p.depth + d;
-    own.weights[0] = panel + d * kWidth;
+    own.weights[0] = panel + d / P::kStep * kWidth;
     return 1;
   }
   int64_t found = 0;
   for (int64_t t = t0; t < t1; ++t) {
     const int32_t* source = args.source + t * args.M + first + i;
-    const A** rows = own.rows + found * R;
+    const typename P::Row** rows = own.rows + found * R;
     bool any = false;
     for (int64_t r = 0; r < R; ++r) {
       any |= source[r] >= 0;
       rows[r] = source[r] < 0 ? own.zeros : base + source[r] * args.row_stride + d;
     }
-    own.weights[found] = panel + (t * p.depth + d) * kWidth;
+    own.weights[found] = panel + (t * p.depth + d) / P::kStep * kWidth;
     found += any;
   }
   return found;
 }
 
-template <class T>
-void forward_typed(const BlockConvArgs& args, int64_t item, void* buffer) {
-  using P = Panels<T>;
+template <class P>
+void forward_typed(const P& p, const BlockConvArgs& args, int64_t item, void* buffer) {
+  using T = typename P::Stored;
   using A = typename P::A;
   using V = typename P::V;
-  const P p(args);
-  const Buffers<T> own(p, buffer);
+  using Row = typename P::Row;
+  const Buffers<P> own(p, buffer);
   const int64_t tiles = (args.M + kTile - 1) / kTile;
   const int64_t tile = item % tiles, group = p.gathered ? item / tiles : item / tiles / p.panels;
   const int64_t first = tile * kTile, count = min_of(kTile, args.M - first);
   const int64_t panel_begin = p.gathered ? 0 : item / tiles % p.panels, panel_end = p.gathered ? p.panels : panel_begin + 1;
-  memset(own.zeros, 0, size_t(p.depth) * sizeof(A));
-  if (p.gathered) gather_rows<T>(args, group, first, count, own.gathered);
-  const A* base = static_cast<const A*>(args.rows) + group * args.depth;
+  memset(own.zeros, 0, size_t(p.depth) * sizeof(Row));
+  if constexpr (P::kStep == 1) {
+    if (p.gathered) gather_rows(args, group, first, count, own.gathered);
+  }
+  const Row* base = static_cast<const Row*>(args.rows) + group * args.depth;
   for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
-    const A* weight = static_cast<const A*>(args.packed) + (group * p.panels + panel) * p.panel_size();
+    const auto* weight = static_cast<const typename P::P*>(args.packed) + (group * p.panels + panel) * p.panel_size();
     const int64_t columns = P::columns(args, panel), vectors = P::vectors(columns), R = strided_rows(int(vectors));
     const int64_t column = group * args.columns + panel * P::kWidth;
     T* out = static_cast<T*>(args.out) + column;
@@ -163,7 +176,7 @@ void forward_typed(const BlockConvArgs& args, int64_t item, void* buffer) {
         const bool start = t0 == 0 && d == 0, last = t1 == p.taps && d + part_depth >= p.depth;
         for (int64_t i = 0; i < count; i += R) {
           const int64_t now = min_of(R, count - i);
-          const int64_t found = p.depth == 0 ? 0 : addresses<T>(args, p, own, base, weight, t0, t1, d, first, i, now);
+          const int64_t found = p.depth == 0 ? 0 : addresses(args, p, own, base, weight, t0, t1, d, first, i, now);
           const A* from = start ? nullptr : own.sums + i * P::kWidth;
           A* to[kMostRows];
           bool out_now = false;
@@ -173,7 +186,8 @@ void forward_typed(const BlockConvArgs& args, int64_t item, void* buffer) {
             for (int64_t r = 0; out_now && r < now; ++r) to[r] = out + args.target[first + i + r] * args.out_stride;
           }
           if (found == 0 && !start && !out_now) continue;
-          tile_of<Product<V>>(now, vectors)(found, own.rows, own.weights, min_of(part_depth, p.depth - d), own.begin, from, to);
+          const int64_t steps = min_of(part_depth, p.depth - d) / P::kStep;
+          tile_of<Product<typename P::P>>(now, vectors)(found, own.rows, own.weights, steps, own.begin, from, to);
         }
       }
     }
@@ -200,7 +214,7 @@ void weight_chunk_typed(const BlockConvArgs& args, int64_t item, void* buffer) {
   using A = typename P::A;
   using V = typename P::V;
   const P p(args);
-  const Buffers<T> own(p, buffer);
+  const Buffers<P> own(p, buffer);
   const int64_t panel = item % p.panels, group = item / p.panels % args.groups, chunk = item / p.panels / args.groups;
   const int64_t columns = P::columns(args, panel), vectors = P::vectors(columns), R = strided_rows(int(vectors));
   const int64_t column = group * args.columns + panel * P::kWidth, rows = args.M, chunks = args.chunks();
@@ -283,33 +297,38 @@ void widen_rows(int dtype, const void* x, const int32_t* row, int64_t count, int
     }
   });
 }
+template <class F>
+auto with_panels(const BlockConvArgs& args, const F& f) {
+#if MASKOPS_ISA_LEVEL == 2
+  if (args.pairs) return f(Panels<bf16, Bf16Pair>(args));
+#endif
+  return by_dtype(args.dtype, [&](auto of) { return f(Panels<decltype(of)>(args)); });
+}
 int64_t panels(const BlockConvArgs& args) {
-  return by_dtype(args.dtype, [&](auto of) { return Panels<decltype(of)>(args).panels; });
+  return with_panels(args, [](auto p) { return p.panels; });
 }
 int64_t packed_bytes(const BlockConvArgs& args) {
-  return by_dtype(args.dtype, [&](auto of) {
-    const Panels<decltype(of)> p(args);
-    return args.groups * p.panels * p.panel_size() * int64_t(sizeof(typename decltype(p)::A));
+  return with_panels(args, [&](auto p) {
+    return args.groups * p.panels * p.panel_size() * int64_t(sizeof(typename decltype(p)::P));
   });
 }
 void pack(const BlockConvArgs& args, int64_t begin, int64_t end) {
-  by_dtype(args.dtype, [&](auto of) { pack_typed<decltype(of)>(args, begin, end); });
+  with_panels(args, [&](auto p) { pack_typed(p, args, begin, end); });
 }
 int64_t bytes(const BlockConvArgs& args) {
-  return by_dtype(args.dtype, [&](auto of) {
+  return with_panels(args, [](auto p) {
     int64_t result = 0;
-    Buffers<decltype(of)>(Panels<decltype(of)>(args), nullptr, &result);
+    Buffers<decltype(p)>(p, nullptr, &result);
     return result;
   });
 }
 int64_t items(const BlockConvArgs& args) {
-  return by_dtype(args.dtype, [&](auto of) {
-    const Panels<decltype(of)> p(args);
+  return with_panels(args, [&](auto p) {
     return (args.M + kTile - 1) / kTile * args.groups * (p.gathered ? 1 : p.panels);
   });
 }
 void forward(const BlockConvArgs& args, int64_t item, void* buffer) {
-  by_dtype(args.dtype, [&](auto of) { forward_typed<decltype(of)>(args, item, buffer); });
+  with_panels(args, [&](auto p) { forward_typed(p, args, item, buffer); });
 }
 int64_t partial_bytes(const BlockConvArgs& args) {
   return by_dtype(args.dtype, [&](auto of) {
@@ -328,7 +347,8 @@ void sum_chunks(const BlockConvArgs& args, int64_t begin, int64_t end) {
 }  // namespace
 
 extern const BlockConvKernels BlockConvKernels_table{&widen_rows, &panels,  &packed_bytes,  &pack,         &bytes,
-                                                     &items,      &forward, &partial_bytes, &weight_chunk, &sum_chunks};
+                                                     &items,      &forward, &partial_bytes, &weight_chunk, &sum_chunks,
+                                                     MASKOPS_ISA_LEVEL == 2, kFewChannels};
 
 }  // namespace MASKOPS_ISA_NS
 }  // namespace maskops

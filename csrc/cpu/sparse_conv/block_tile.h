@@ -6,12 +6,31 @@
 namespace maskops {
 inline namespace MASKOPS_ISA_NS {
 
-// R rows by N vectors of columns: the sum over `count` kernel places of rows[place, r] times weights[place], `steps` channels each.
+// What is multiplied: single channels in the precision of sums, or pairs of channels in bfloat16.
+template <class P>
+struct Operand {
+  using Row = P;  // elements of the rows of x
+  static inline auto all(const Row* row, int64_t step) { return Gemm<P>::Vec::all(row[step]); }
+};
+#if MASKOPS_ISA_LEVEL == 2
+template <>
+struct Operand<Bf16Pair> {
+  using Row = bf16;
+  static inline __m512i all(const Row* row, int64_t step) {
+    int32_t pair;  // at any address
+    memcpy(&pair, row + 2 * step, sizeof(pair));
+    return _mm512_set1_epi32(pair);
+  }
+};
+#endif
+
+// R rows by N vectors of columns: the sum over `count` kernel places of rows[place, r] times weights[place], `steps` operands each.
 // It begins with `begin`, the same for all rows, or with the rows of `from`.
-template <class V, int R, int N>
-static void product_tile(int64_t count, const typename V::scalar* const* rows, const typename V::scalar* const* weights, int64_t steps,
-                  const typename V::scalar* begin, const typename V::scalar* from, typename V::scalar* const* to) {
-  using A = typename V::scalar;
+template <class P, int R, int N>
+static void product_tile(int64_t count, const typename Operand<P>::Row* const* rows, const P* const* weights, int64_t steps,
+                         const typename Gemm<P>::Sum* begin, const typename Gemm<P>::Sum* from, typename Gemm<P>::Sum* const* to) {
+  using G = Gemm<P>;
+  using V = typename G::Vec;
   constexpr int64_t kWidth = kStridedVectors * V::width;
   V sum[R][N];
 #pragma GCC unroll 12
@@ -22,19 +41,19 @@ static void product_tile(int64_t count, const typename V::scalar* const* rows, c
     }
   }
   for (int64_t i = 0; i < count; ++i, rows += R) {
-    const A* row[R];
+    const typename Operand<P>::Row* row[R];
 #pragma GCC unroll 12
     for (int r = 0; r < R; ++r) row[r] = rows[r];
-    const A* b = weights[i];
+    const P* b = weights[i];
     for (int64_t s = 0; s < steps; ++s, b += kWidth) {
-      V column[N];
+      decltype(G::load(b)) column[N];
 #pragma GCC unroll 4
-      for (int v = 0; v < N; ++v) column[v] = V::load(b + v * V::width);
+      for (int v = 0; v < N; ++v) column[v] = G::load(b + v * V::width);
 #pragma GCC unroll 12
       for (int r = 0; r < R; ++r) {
-        const V value = V::all(row[r][s]);
+        const auto value = Operand<P>::all(row[r], s);
 #pragma GCC unroll 4
-        for (int v = 0; v < N; ++v) sum[r][v] = fma(value, column[v], sum[r][v]);
+        for (int v = 0; v < N; ++v) sum[r][v] = G::multiply_add(value, column[v], sum[r][v]);
       }
     }
   }
@@ -76,12 +95,13 @@ static void outer_tile(int64_t steps, const typename V::scalar* const* rows, int
   }
 }
 
-template <class V>
+template <class P>
 struct Product {
-  using Call = void (*)(int64_t, const typename V::scalar* const*, const typename V::scalar* const*, int64_t,
-                        const typename V::scalar*, const typename V::scalar*, typename V::scalar* const*);
+  using Sum = typename Gemm<P>::Sum;
+  using Row = typename Operand<P>::Row;
+  using Call = void (*)(int64_t, const Row* const*, const P* const*, int64_t, const Sum*, const Sum*, Sum* const*);
   template <int R, int N>
-  static constexpr Call tile = &product_tile<V, R, N>;
+  static constexpr Call tile = &product_tile<P, R, N>;
 };
 template <class V>
 struct Outer {

@@ -67,19 +67,24 @@ MASKOPS_HOST_DEVICE static inline int64_t fixed_log2(int64_t x) {
   return exponent * (int64_t{1} << kLogBits) + log2_fraction(x >> 31);
 }
 
+// a * b where it fits, else what wraps around, of which nothing comes out.
+MASKOPS_HOST_DEVICE static inline int64_t wrapping_product(int64_t a, int64_t b) {
+  return static_cast<int64_t>(static_cast<uint64_t>(a) * static_cast<uint64_t>(b));
+}
+
 // -log2 u of u = (word | 1) / 2^32, 56 bits after the point. Near 1 from 1 - u, as small values decide a race.
 MASKOPS_HOST_DEVICE static inline int64_t exponential56(uint32_t word) {
   const int64_t x = word | 1u, v = (int64_t{1} << 32) - x;
   int64_t r = 2234586229;
-  r = ((r * v) >> 32) - 2631372645;
-  r = ((r * v) >> 32) + 1951859503;
-  r = ((r * v) >> 32) - 316848838;
-  r = ((r * v) >> 32) + 418019985;
-  r = ((r * v) >> 32) + 376077536;
-  r = ((r * v) >> 32) + 516932629;
-  r = ((r * v) >> 32) + 774529857;
-  r = ((r * v) >> 32) + 1549082040;
-  const int64_t near_one = (r * v) >> 6;
+  r = (wrapping_product(r, v) >> 32) - 2631372645;
+  r = (wrapping_product(r, v) >> 32) + 1951859503;
+  r = (wrapping_product(r, v) >> 32) - 316848838;
+  r = (wrapping_product(r, v) >> 32) + 418019985;
+  r = (wrapping_product(r, v) >> 32) + 376077536;
+  r = (wrapping_product(r, v) >> 32) + 516932629;
+  r = (wrapping_product(r, v) >> 32) + 774529857;
+  r = (wrapping_product(r, v) >> 32) + 1549082040;
+  const int64_t near_one = wrapping_product(r, v) >> 6;
   const int64_t far = ((int64_t{32} << kLogBits) - fixed_log2(x)) << 30;
   return v < (int64_t{1} << 31) ? near_one : far;
 }

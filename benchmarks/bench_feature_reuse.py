@@ -141,9 +141,11 @@ def logits_of(batch: int, tokens: int, vocabulary: int, dtype: torch.dtype) -> A
 
 
 def gate_choice(i: Inputs) -> None:
+    # A sum in another order may take the neighbouring token now and then: the more tokens there are, the nearer they lie.
+    least = 1 - max(1e-3, 2e-7 * i["logits"].shape[-1])
     for a, b in zip(choose(**i), choose(**i, backend="reference"), strict=True):
-        same = (a == b).double().mean()  # a sum in another order may take the neighbouring token now and then
-        assert same > 0.999, f"confidence_select differs from its reference in {1 - same:.2%}"
+        same = (a == b).double().mean()
+        assert same > least, f"confidence_select differs from its reference in {1 - same:.2%}"
 
 
 def choice_bytes(i: Inputs) -> int:

@@ -77,7 +77,7 @@ def pretrain(
         typer.Option(help="Folder of images, searched with its subfolders; for systems of images, not maskgit."),
     ] = None,
     text: Annotated[
-        Path | None, typer.Option(help="Text file, or folder of text files; for electra, dupmae and ernie_gram.")
+        Path | None, typer.Option(help="Text file, or folder of text files; for cm3, electra, dupmae, ernie_gram.")
     ] = None,
     system: Annotated[System, typer.Option(help="What to train.")] = System.mae,
     data: Annotated[Data, typer.Option(help="maskgit: images that scikit-learn or scikit-image ships.")] = Data.digits,
@@ -92,7 +92,7 @@ def pretrain(
     ] = "base",
     image_size: Annotated[int, typer.Option(min=1, help="Height and width of the crops.")] = 224,
     context: Annotated[
-        int, typer.Option(min=4, help="Tokens of a text: bytes, and dupmae's two special tokens.")
+        int, typer.Option(min=4, help="Tokens of a text: bytes, and the special tokens of dupmae and cm3.")
     ] = 128,
     patch_size: Annotated[
         int | None,

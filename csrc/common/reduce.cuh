@@ -48,6 +48,30 @@ __device__ __forceinline__ T block_sum(T value, Scratch& scratch) {
   return total;
 }
 
+// Over a block of WARPS full warps: the sum of the integers of the threads before this one, and that of all (total). `scratch` as in
+// block_rank.
+template <int WARPS, typename Scratch>
+__device__ __forceinline__ int block_sum_before(int value, Scratch& scratch, int& total) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  int sum = value;
+#pragma unroll
+  for (int offset = 1; offset < 32; offset <<= 1) {
+    const int left = __shfl_up_sync(kFullWarp, sum, offset);
+    if (lane >= offset) sum += left;
+  }
+  if (lane == 31) scratch[warp] = sum;
+  __syncthreads();
+  total = 0;
+#pragma unroll
+  for (int w = 0; w < WARPS; ++w) {
+    const int in_warp = scratch[w];
+    if (w < warp) sum += in_warp;
+    total += in_warp;
+  }
+  __syncthreads();
+  return sum - value;
+}
+
 constexpr int kCumsumThreads = 256;
 
 // cu_seqlens[0] = 0, cu_seqlens[b + 1] = counts[0] + ... + counts[b].  counts [B], cu_seqlens [B + 1].
@@ -56,29 +80,15 @@ static __global__ void __launch_bounds__(kCumsumThreads)
     exclusive_cumsum_kernel(const std::int64_t* __restrict__ counts, std::int32_t* __restrict__ cu_seqlens, std::int64_t batch) {
   constexpr int kWarps = kCumsumThreads / 32;
   MASKOPS_SHARED(int, warp_totals, kWarps);
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   int carry = 0;
   if (threadIdx.x == 0) store(cu_seqlens, std::int32_t(0));
   for (std::int64_t tile = 0; tile < batch; tile += kCumsumThreads) {
     const std::int64_t b = tile + threadIdx.x;
-    int sum = b < batch ? static_cast<int>(load(counts + b)) : 0;
-#pragma unroll
-    for (int offset = 1; offset < 32; offset <<= 1) {
-      const int left = __shfl_up_sync(kFullWarp, sum, offset);
-      if (lane >= offset) sum += left;
-    }
-    if (lane == 31) warp_totals[warp] = sum;
-    __syncthreads();
+    const int count = b < batch ? static_cast<int>(load(counts + b)) : 0;
     int total = 0;
-#pragma unroll
-    for (int w = 0; w < kWarps; ++w) {
-      const int in_warp = warp_totals[w];
-      if (w < warp) sum += in_warp;
-      total += in_warp;
-    }
-    if (b < batch) store(cu_seqlens + b + 1, std::int32_t(carry + sum));
+    const int before = block_sum_before<kWarps>(count, warp_totals, total);
+    if (b < batch) store(cu_seqlens + b + 1, std::int32_t(carry + before + count));
     carry += total;
-    __syncthreads();
   }
 }
 

@@ -1,4 +1,4 @@
-"""What the Works checks of the models share: a short training."""
+"""What the Works checks of the models share: a short training, and crops of photos."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -22,3 +22,17 @@ def train(parameters: Iterable[nn.Parameter], loss: Callable[[int], Tensor], ste
         optimizer.zero_grad(set_to_none=True)
         losses.append(found.item())
     return losses
+
+
+def grey_crops(count: int, rows: tuple[float, float], seed: int, size: int = 32) -> Tensor:
+    """Squares of grey photos that scikit-image ships, between two heights in [0, 1], in about [-1, 1].  [count, 1, size, size]."""
+    from skimage import data
+
+    generator, found = torch.Generator().manual_seed(seed), []
+    photos = [torch.tensor(picture()) for picture in (data.astronaut, data.coffee, data.chelsea, data.rocket)]
+    for photo in photos:
+        grey = photo.float().mean(-1)[int(rows[0] * len(photo)) : int(rows[1] * len(photo))] / 128 - 1
+        squares = grey.unfold(0, size, 1).unfold(1, size, 1)
+        y, x = (torch.randint(n, (count // len(photos),), generator=generator) for n in squares.shape[:2])
+        found.append(squares[y, x])
+    return torch.cat(found)[:, None]

@@ -13,9 +13,9 @@ from torch import Tensor
 
 import maskops
 from maskops.models.colormae import ColorMAE, ColorMAEConfig
-from maskops.testing.works import train
+from maskops.testing.works import grey_crops, train
 
-data = pytest.importorskip("skimage.data")
+pytest.importorskip("skimage.data")
 
 TINY = dict(
     image_size=32, patch_size=4, channels=1, dim=48, depth=1, heads=4, mlp_dim=96, decoder_dim=48, decoder_depth=1,
@@ -25,23 +25,11 @@ COLOURS = ("red", "green", "blue", "purple")
 STEPS = 300
 
 
-def crops(count: int, rows: tuple[float, float], seed: int) -> Tensor:
-    """Squares of grey photos, between two heights.  [count, 1, 32, 32]."""
-    generator, found = torch.Generator().manual_seed(seed), []
-    photos = [torch.tensor(picture()) for picture in (data.astronaut, data.coffee, data.chelsea, data.rocket)]
-    for photo in photos:
-        grey = photo.float().mean(-1)[int(rows[0] * len(photo)) : int(rows[1] * len(photo))] / 128 - 1
-        squares = grey.unfold(0, 32, 1).unfold(1, 32, 1)
-        y, x = (torch.randint(size, (count // len(photos),), generator=generator) for size in squares.shape[:2])
-        found.append(squares[y, x])
-    return torch.cat(found)[:, None]
-
-
 @pytest.fixture(scope="module")
 def errors() -> dict[str, tuple[float, float]]:
     """Of new crops under masks of each colour: the error of a network trained on green ones, and of the mean of what is visible."""
     torch.manual_seed(0)
-    model, images, new = ColorMAE(ColorMAEConfig(**TINY)), crops(2000, (0, 0.7), 0), crops(400, (0.7, 1), 1)
+    model, images, new = ColorMAE(ColorMAEConfig(**TINY)), grey_crops(2000, (0, 0.7), 0), grey_crops(400, (0.7, 1), 1)
     train(model.parameters(), lambda step: model(images[torch.randint(2000, (32,))], seed=step).loss, STEPS, 4e-3)
     patches, found = maskops.patchify(new, 4), {}
     for colour in COLOURS:

@@ -14,8 +14,6 @@ In trials seeds 3 to 6 had 0.966, 0.992, 0.982 and 0.974. With targets normalise
 Not shown: better features. No probe was trained, neither of the views nor of the visible branch.
 """
 
-import functools
-
 import pytest
 import torch
 from torch import Tensor
@@ -23,9 +21,9 @@ from torch import Tensor
 import maskops
 from maskops import TokenSplit
 from maskops.models.dmjd import DMJD, DMJDConfig
-from maskops.testing.works import train
+from maskops.testing.works import grey_crops, train
 
-data = pytest.importorskip("skimage.data")
+pytest.importorskip("skimage.data")
 
 TINY = dict(
     image_size=32, patch_size=4, channels=1, dim=48, depth=1, heads=4, mlp_dim=96, decoder_dim=48, decoder_depth=1,
@@ -33,19 +31,6 @@ TINY = dict(
 )  # fmt: skip
 SEEDS = (0, 1, 2)
 STEPS, DRAWS = 200, 16
-
-
-@functools.cache
-def crops(count: int, rows: tuple[float, float], seed: int) -> Tensor:
-    """Squares of grey photos, between two heights.  [count, 1, 32, 32]."""
-    generator, found = torch.Generator().manual_seed(seed), []
-    photos = [torch.tensor(picture()) for picture in (data.astronaut, data.coffee, data.chelsea, data.rocket)]
-    for photo in photos:
-        grey = photo.float().mean(-1)[int(rows[0] * len(photo)) : int(rows[1] * len(photo))] / 128 - 1
-        squares = grey.unfold(0, 32, 1).unfold(1, 32, 1)
-        y, x = (torch.randint(size, (count // len(photos),), generator=generator) for size in squares.shape[:2])
-        found.append(squares[y, x])
-    return torch.cat(found)[:, None]
 
 
 def draw(model: DMJD, count: int, kind: str, seed: int) -> tuple[TokenSplit, TokenSplit]:
@@ -69,7 +54,7 @@ def test_disjoint_views_have_a_steadier_gradient() -> None:
     torch.manual_seed(0)
     model, ratios = DMJD(DMJDConfig(**TINY)), []
     for seed in range(2):
-        images = crops(32, (0.7, 1), seed)
+        images = grey_crops(32, (0.7, 1), seed)
         found = [gradient_variance(model, images, kind) for kind in ("disjoint", "equal", "independent")]
         ratios.append([v / found[2] for v in found[:2]])
     disjoint, equal = torch.tensor(ratios).mean(0).tolist()
@@ -79,7 +64,7 @@ def test_disjoint_views_have_a_steadier_gradient() -> None:
 def held_out_error(kind: str, seed: int) -> float:
     """Of masked patches of new photos, after training on such views; the same masks for every model."""
     torch.manual_seed(seed)
-    model, images = DMJD(DMJDConfig(**TINY)), crops(2000, (0, 0.7), 0)
+    model, images = DMJD(DMJDConfig(**TINY)), grey_crops(2000, (0, 0.7), 0)
 
     def loss(step: int) -> Tensor:
         batch = images[torch.randint(2000, (32,))]
@@ -87,11 +72,11 @@ def held_out_error(kind: str, seed: int) -> float:
 
     train(model.parameters(), loss, STEPS, 4e-3)
     with torch.no_grad():
-        return model(crops(400, (0.7, 1), 1), seed=7).masked_loss.item()
+        return model(grey_crops(400, (0.7, 1), 1), seed=7).masked_loss.item()
 
 
 def error_of_the_visible_mean() -> float:
-    new, errors = crops(400, (0.7, 1), 1), []
+    new, errors = grey_crops(400, (0.7, 1), 1), []
     patches = maskops.patchify(new, 4)
     for split in DMJD(DMJDConfig(**TINY)).draw_views(len(new), seed=7):
         seen = maskops.gather_tokens(patches, split.ids_keep).mean((1, 2), keepdim=True)

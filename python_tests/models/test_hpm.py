@@ -14,10 +14,10 @@ from torch import Tensor
 
 import maskops
 from maskops.models.hpm import HPM, HPMConfig, rank_loss
-from maskops.testing.works import train
+from maskops.testing.works import grey_crops, train
 from maskops.train import Step
 
-data = pytest.importorskip("skimage.data")
+pytest.importorskip("skimage.data")
 
 TINY = HPMConfig(
     36, 6, 1, dim=48, depth=1, heads=4, mlp_dim=96, decoder_dim=32, decoder_depth=1, decoder_heads=4, decoder_mlp_dim=64,
@@ -26,22 +26,10 @@ TINY = HPMConfig(
 STEPS = 160
 
 
-def crops(count: int, rows: tuple[float, float], seed: int) -> Tensor:
-    """Squares of grey photos, between two heights.  [count, 1, 36, 36]."""
-    generator, found = torch.Generator().manual_seed(seed), []
-    photos = [torch.tensor(picture()) for picture in (data.astronaut, data.coffee, data.chelsea, data.rocket)]
-    for photo in photos:
-        grey = photo.float().mean(-1)[int(rows[0] * len(photo)) : int(rows[1] * len(photo))] / 128 - 1
-        squares = grey.unfold(0, 36, 1).unfold(1, 36, 1)
-        y, x = (torch.randint(size, (count // len(photos),), generator=generator) for size in squares.shape[:2])
-        found.append(squares[y, x])
-    return torch.cat(found)[:, None]
-
-
 @pytest.fixture(scope="module")
 def model() -> HPM:
     torch.manual_seed(0)
-    model, images = HPM(TINY), crops(2000, (0, 0.7), 0)
+    model, images = HPM(TINY), grey_crops(2000, (0, 0.7), 0, size=36)
 
     def loss(step: int) -> Tensor:
         if step:
@@ -61,14 +49,14 @@ def spearman(a: Tensor, b: Tensor) -> float:
 
 
 def test_the_order_of_losses_is_told(model: HPM) -> None:
-    images = crops(400, (0.7, 1), 1)
+    images = grey_crops(400, (0.7, 1), 1, size=36)
     out = model(images, progress=0.0, seed=5)
     told = spearman(model.hardness(images).gather(1, out.split.ids_mask), out.errors)
     assert told > 0.5, f"{told:.3f}"
 
 
 def test_masks_of_hard_patches_are_harder(model: HPM) -> None:
-    images = crops(400, (0.7, 1), 1)
+    images = grey_crops(400, (0.7, 1), 1, size=36)
     hard, random = (model(images, progress=p, seed=5).reconstruction.item() for p in (1.0, 0.0))
     assert hard > 1.05 * random, f"{hard:.4f} against {random:.4f}"
 

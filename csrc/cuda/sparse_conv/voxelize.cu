@@ -65,29 +65,6 @@ __global__ void __launch_bounds__(kThreads, 4)
   store(counts + static_cast<std::int64_t>(threadIdx.x) * gridDim.x + blockIdx.x, bins[threadIdx.x]);
 }
 
-// Over a block: the sum of the values of the threads before this one, and that of all (total).
-template <typename Scratch>
-__device__ __forceinline__ int block_sum_before(int value, Scratch& scratch, int& total) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  int sum = value;
-#pragma unroll
-  for (int offset = 1; offset < 32; offset <<= 1) {
-    const int left = __shfl_up_sync(kFullWarp, sum, offset);
-    if (lane >= offset) sum += left;
-  }
-  if (lane == 31) scratch[warp] = sum;
-  __syncthreads();
-  total = 0;
-#pragma unroll
-  for (int w = 0; w < kWarps; ++w) {
-    const int in_warp = scratch[w];
-    if (w < warp) sum += in_warp;
-    total += in_warp;
-  }
-  __syncthreads();
-  return sum - value;
-}
-
 // A block owns a digit: before [kDigits, blocks] tells how many items with it stand in earlier tiles, totals [kDigits] of all.
 __global__ void __launch_bounds__(kThreads, 4) scan_digits_kernel(const std::int32_t* __restrict__ counts,
                                                                   std::int32_t* __restrict__ before,
@@ -98,7 +75,7 @@ __global__ void __launch_bounds__(kThreads, 4) scan_digits_kernel(const std::int
   for (std::int64_t tile = 0; tile < blocks; tile += kThreads) {
     const std::int64_t i = tile + threadIdx.x;
     int total = 0;
-    const int sum = block_sum_before(i < blocks ? load(counts + row + i) : 0, scratch, total);
+    const int sum = block_sum_before<kWarps>(i < blocks ? load(counts + row + i) : 0, scratch, total);
     if (i < blocks) store(before + row + i, carry + sum);
     carry += total;
   }
@@ -126,7 +103,7 @@ __global__ void __launch_bounds__(kThreads, 4)
   MASKOPS_SHARED(int, places, kWarps * kDigits);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, digits = threadIdx.x;
   int unused = 0;
-  int next = block_sum_before(load(totals + digits), scratch, unused);
+  int next = block_sum_before<kWarps>(load(totals + digits), scratch, unused);
   next += load(before + static_cast<std::int64_t>(digits) * gridDim.x + blockIdx.x);
   const std::int64_t first = static_cast<std::int64_t>(blockIdx.x) * kTile;
   for (std::int64_t round = first; round < first + kTile && round < count; round += kThreads) {

@@ -5,7 +5,28 @@
 #include <cstdlib>
 #include <string>
 
+#if !defined(MASKOPS_PORTABLE_ONLY) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace {
+
+enum Bf16Products { kAsFloats, kDot, kAmx };
+
+// Whether this CPU multiplies tiles of bfloat16, and Linux lets this process: the state of 8 KB is given on request only.
+bool has_amx() {
+#if !defined(MASKOPS_PORTABLE_ONLY) && defined(__linux__)
+  constexpr unsigned kBf16 = 1u << 22, kTiles = 1u << 24;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  unsigned a, b, c, d;
+  if (__get_cpuid_count(7, 0, &a, &b, &c, &d) == 0 || (d & kBf16) == 0 || (d & kTiles) == 0) return false;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
 
 bool has_avx512_bf16() {
 #ifdef MASKOPS_PORTABLE_ONLY
@@ -41,7 +62,8 @@ bool bf16_dot_is_fast() {
 struct State {
   int best = detect();
   bool has_bf16_dot = best == 2 && has_avx512_bf16();
-  std::atomic<bool> bf16_dot{has_bf16_dot && bf16_dot_is_fast()};
+  bool has_amx = best == 2 && has_bf16_dot && ::has_amx();
+  std::atomic<int> bf16_products{has_amx ? kAmx : has_bf16_dot && bf16_dot_is_fast() ? kDot : kAsFloats};
   std::string error;
   std::string features;
   std::atomic<int> in_use{best};
@@ -74,6 +96,7 @@ struct State {
     MASKOPS_FEATURE("avx512vl");
     MASKOPS_FEATURE("avx512bf16");
 #undef MASKOPS_FEATURE
+    if (has_amx) features += ",amx_bf16";
 #endif
   }
 };
@@ -98,11 +121,12 @@ MASKOPS_EXPORT int maskops_set_isa(int level) {
   return 0;
 }
 
-MASKOPS_EXPORT int maskops_bf16_dot_in_use() { return maskops::use_bf16_dot() ? 1 : 0; }
+MASKOPS_EXPORT int maskops_bf16_products() { return state().bf16_products.load(std::memory_order_relaxed); }
 
-MASKOPS_EXPORT int maskops_set_bf16_dot(int on) {
-  if (on != 0 && !state().has_bf16_dot) return -1;
-  state().bf16_dot.store(on != 0, std::memory_order_relaxed);
+MASKOPS_EXPORT int maskops_set_bf16_products(int kind) {
+  const bool exists = kind == kAsFloats || (kind == kDot && state().has_bf16_dot) || (kind == kAmx && state().has_amx);
+  if (!exists) return -1;
+  state().bf16_products.store(kind, std::memory_order_relaxed);
   return 0;
 }
 
@@ -112,6 +136,7 @@ MASKOPS_EXPORT const char* maskops_isa_error() { return state().error.c_str(); }
 
 namespace maskops {
 
-bool use_bf16_dot() { return state().bf16_dot.load(std::memory_order_relaxed) && maskops_isa_in_use() == 2; }
+bool use_bf16_dot() { return maskops_bf16_products() == kDot && maskops_isa_in_use() == 2; }
+bool use_amx() { return maskops_bf16_products() == kAmx && maskops_isa_in_use() == 2; }
 
 }  // namespace maskops

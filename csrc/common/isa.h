@@ -29,8 +29,8 @@
 MASKOPS_EXPORT int maskops_isa_in_use();            // 0 portable, 1 AVX2 + FMA + F16C, 2 AVX-512 (F, BW, DQ, VL)
 MASKOPS_EXPORT int maskops_isa_best();              // the highest level that this CPU and this build have
 MASKOPS_EXPORT int maskops_set_isa(int level);      // 0 on success, -1 when the level is not available
-MASKOPS_EXPORT int maskops_bf16_dot_in_use();        // 1 where products of bfloat16 go through vdpbf16ps at level 2
-MASKOPS_EXPORT int maskops_set_bf16_dot(int on);      // 0 on success, -1 when this CPU has no vdpbf16ps
+MASKOPS_EXPORT int maskops_bf16_products();          // how level 2 multiplies bfloat16: 0 as floats, 1 vdpbf16ps, 2 AMX
+MASKOPS_EXPORT int maskops_set_bf16_products(int kind);  // 0 on success, -1 when this CPU has not got it
 MASKOPS_EXPORT const char* maskops_cpu_features();  // comma separated
 MASKOPS_EXPORT const char* maskops_isa_error();     // "" or what is wrong with the environment variable MASKOPS_ISA
 
@@ -39,7 +39,8 @@ namespace maskops {
 inline namespace MASKOPS_ISA_NS {}  // made inline by its first mention; the macros below may then reopen it
 
 inline int isa_in_use() { return maskops_isa_in_use(); }
-bool use_bf16_dot();  // level 2 is in use, vdpbf16ps exists, and it is the fast way on this CPU (or set_bf16_dot asked for it)
+bool use_bf16_dot();  // level 2 is in use, vdpbf16ps exists, and it is the fast way on this CPU (or set_bf16_products asked for it)
+bool use_amx();       // level 2 is in use and bfloat16 is multiplied in AMX tiles, where a kernel has that path
 
 }  // namespace maskops
 

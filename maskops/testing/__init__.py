@@ -15,9 +15,9 @@ from maskops import _extension
 from maskops._registry import NAMESPACES, OPS
 
 FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-# "avx512_bf16" is avx512 with bfloat16 products through vdpbf16ps, whether or not that is the fast way on this CPU.
-ISA_LEVELS = {"portable": 0, "avx2": 1, "avx512": 2, "avx512_bf16": 2}
-BF16_DOT = "avx512_bf16"
+ISA_LEVELS = {"portable": 0, "avx2": 1, "avx512": 2, "avx512_bf16": 2, "amx_bf16": 2}
+# How AVX-512 multiplies bfloat16: as floats, through vdpbf16ps, in AMX tiles; whether or not that is the fast way on this CPU.
+BF16_PRODUCTS = {"avx512_bf16": 1, "amx_bf16": 2}
 
 # Relative to the largest expected value, what any correct kernel may be off at this dtype even where the reference is exact.
 SLACK = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
@@ -115,14 +115,14 @@ def assert_close(actual: Tensor, exact: Tensor, reference: Tensor, what: str) ->
 def instruction_set(name: str) -> Iterator[None]:
     """Run the CPU kernels at a level of ISA_LEVELS; RuntimeError where this CPU lacks it."""
     library = cpu_library()
-    before = library.maskops_isa_in_use(), library.maskops_bf16_dot_in_use()
-    if library.maskops_set_isa(ISA_LEVELS[name]) != 0 or library.maskops_set_bf16_dot(int(name == BF16_DOT)) != 0:
+    before = library.maskops_isa_in_use(), library.maskops_bf16_products()
+    if library.maskops_set_isa(ISA_LEVELS[name]) != 0 or library.maskops_set_bf16_products(BF16_PRODUCTS.get(name, 0)) != 0:
         raise RuntimeError(f"this CPU has no {name}")
     try:
         yield
     finally:
         library.maskops_set_isa(before[0])
-        library.maskops_set_bf16_dot(before[1])
+        library.maskops_set_bf16_products(before[1])
 
 
 def cpu_library() -> ctypes.CDLL:
@@ -132,10 +132,12 @@ def cpu_library() -> ctypes.CDLL:
 def instruction_sets() -> tuple[str, ...]:
     """Those that this CPU has, from the least to the best."""
     library, best = cpu_library(), cpu_library().maskops_isa_best()
-    before = library.maskops_bf16_dot_in_use()
-    has_dot = library.maskops_set_bf16_dot(1) == 0
-    library.maskops_set_bf16_dot(before)
-    return tuple(name for name, level in ISA_LEVELS.items() if level <= best and (name != BF16_DOT or has_dot))
+    before = library.maskops_bf16_products()
+    products = {name for name, kind in BF16_PRODUCTS.items() if library.maskops_set_bf16_products(kind) == 0}
+    library.maskops_set_bf16_products(before)
+    return tuple(
+        name for name, level in ISA_LEVELS.items() if level <= best and (name not in BF16_PRODUCTS or name in products)
+    )
 
 
 def randn(generator: torch.Generator, dtype: torch.dtype, *shape: int) -> Tensor:

@@ -16,6 +16,7 @@ namespace maskops {
 namespace {
 
 constexpr int64_t kItemsPerThread = 4;
+constexpr int64_t kAmxQueries = 8;  // fewer leave most of a tile register empty
 constexpr int64_t kTilesPerPart = 8;    // 512 keys at least: merging costs a hundredth of reading them
 constexpr int64_t kMostHeadParts = 256;  // parts of all heads, each with the sums of a tile of queries
 
@@ -49,6 +50,7 @@ struct Call {
     args.G = k.size(1), args.S = k.size(2);
     args.q = rows_of(q), args.k = rows_of(k), args.v = rows_of(v);
     args.scale = scale, args.keep_scale = 1, args.parts = 1;
+    args.amx = dtype_of(q) == Dtype::kBFloat16 && args.L >= kAmxQueries && use_amx();
   }
 
   void set_mask(const std::optional<Tensor>& tiles_any, const std::optional<Tensor>& words_any) {

@@ -22,6 +22,7 @@ struct HeadRows {
 
 struct Attention {
   int dtype;
+  bool amx;  // products of bfloat16 in AMX tiles
   int64_t B, H, G, L, S, D;  // G heads of k and v; query head h reads head h / (H / G)
   HeadRows q, k, v;
   const int32_t* tiles;  // or null: every query sees every key

@@ -1,9 +1,7 @@
 // Backward: for each tile of keys the queries of all heads that read it, tile by tile. The weights are computed again from the
 // logarithm of their sum. Gradients of keys and values are finished tile by tile; that of the queries is added up over the keys.
 // The gradient of the bias is a pass of its own, because every batch entry and head that shares the bias adds to it.
-#include "cpu/masked_attention/tiles.h"
-
-#include <initializer_list>
+#include "cpu/masked_attention/gradients.h"
 
 namespace maskops {
 inline namespace MASKOPS_ISA_NS {
@@ -62,7 +60,7 @@ struct Slopes {
   }
 
   template <bool kMasked, bool kMore>
-  void finish(const TilePair& at, const QueryTerms<V>& of) const {
+  void finish_some(const TilePair& at, const QueryTerms<V>& of) const {
     for (int64_t i = 0; i < at.rows; i += V::width) {
       const V lse = V::load(of.lse + i), delta = V::load(of.delta + i), surprise = V::load(of.surprise + i);
       for (int64_t j = 0; j < at.keys; ++j) {
@@ -89,60 +87,31 @@ struct Slopes {
     }
   }
 
-  // queries, grads: transposed, the queries scaled for make_scores.
-  void make(const TilePair& at, const QueryTerms<V>& of, const S* queries, const S* grads, const Rows<S>& keys, const Rows<S>& values) const {
-    make_scores<V, T>(a, at, queries, keys, weights);
-    const int64_t columns = round_up(at.rows, V::width);
-    multiply_strided<V>(at.keys, columns, a.D, {values.data, values.stride, 1}, grads, kTile, {slopes, kTile, false});
+  // From scores in weights and products of gradients and values in slopes.
+  void finish(const TilePair& at, const QueryTerms<V>& of) const {
     const bool masked = at.seen != nullptr, more = at.kept != nullptr || a.grad_entropy != nullptr;
-    if (more) masked ? finish<true, true>(at, of) : finish<false, true>(at, of);
-    else masked ? finish<true, false>(at, of) : finish<false, false>(at, of);
+    if (more) masked ? finish_some<true, true>(at, of) : finish_some<false, true>(at, of);
+    else masked ? finish_some<true, false>(at, of) : finish_some<false, false>(at, of);
   }
 };
 
-template <class V, class T>
-Rows<typename V::scalar> whole_rows(const T* from, int64_t stride, int64_t count, int64_t channels, typename V::scalar* buffer) {
-  if constexpr (sizeof(T) == sizeof(typename V::scalar)) {
-    if (in_place<V, T>(stride, channels)) return {from, stride};
-  }
-  copy_rows<V, T>(from, stride, count, channels, buffer);
-  return {buffer, padded<V>(channels)};
-}
-
 // ---------------------------------------------------------------- gradients of q, k and v
 
-template <class V, class T>
+template <class V, class T, class Products>
 struct Work {
   using S = typename V::scalar;
   const Attention& a;
   const int64_t width, heads;
   Slopes<V, T> pair;
-  TileCache<V> queries, grads;  // transposed, of each head of the group
-  TileCache<V> query_rows, grad_rows;
-  S *key_rows, *value_rows;
+  Products products;
   S *grad_k, *grad_v;  // of a tile
-  S* grad_q;           // of the group's queries
 
   Work(const Attention& args, Pieces& pieces)
-      : a(args), width(padded<V>(args.D)), heads(args.H / args.G), pair(args, tiles(), pieces), queries(tiles(), a.D * kTile, pieces),
-        grads(tiles(), a.D * kTile, pieces), query_rows(tiles(), width * kTile, pieces), grad_rows(tiles(), width * kTile, pieces),
-        key_rows(pieces.take<S>(kTile * width)), value_rows(pieces.take<S>(kTile * width)), grad_k(pieces.take<S>(kTile * width)),
-        grad_v(pieces.take<S>(kTile * width)), grad_q(pieces.take<S>(tiles() * kTile * width)) {}
+      : a(args), width(padded<V>(args.D)), heads(args.H / args.G), pair(args, tiles(), pieces), products(args, tiles(), pieces),
+        grad_k(pieces.take<S>(kTile * width)), grad_v(pieces.take<S>(kTile * width)) {}
 
   inline int64_t tiles() const { return heads * a.query_tiles(); }
   inline int64_t rows_in(int64_t qt) const { return min_of<int64_t>(kTile, a.L - qt * kTile); }
-
-  void add_pair(const AttentionItem& item, const TilePair& at, int64_t place, const Rows<S>& keys, const Rows<S>& values) const {
-    const T *query = row_of<T>(a.q, at.b, at.h, at.q0), *grad = row_of<T>(a.grad, at.b, at.h, at.q0);
-    const S* query_tile = queries.template transposed<T>(place, query, a.q.row, at.rows, a.D, S(a.scale * kLog2E));
-    const S* grad_tile = grads.template transposed<T>(place, grad, a.grad.row, at.rows, a.D, S(1));
-    pair.make(at, pair.terms_at(place), query_tile, grad_tile, keys, values);
-    if (item.grad_kv) {
-      add_by_key<V>(at, pair.weights, grad_rows.template rows<T>(place, grad, a.grad.row, at.rows, a.D), width, grad_v);
-      add_by_key<V>(at, pair.slopes, query_rows.template rows<T>(place, query, a.q.row, at.rows, a.D), width, grad_k);
-    }
-    if (item.grad_q) add_by_query<V>(at, pair.slopes, keys, width, {grad_q + place * kTile * width, width, true});
-  }
 
   void write(const S* from, int64_t rows, double scale, T* to) const {
     for (int64_t i = 0; i < rows; ++i) {
@@ -155,18 +124,19 @@ struct Work {
   void key_tile(const AttentionItem& item, int64_t kt) const {
     const int64_t k0 = kt * kTile, keys = min_of<int64_t>(kTile, a.S - k0);
     const T *key = row_of<T>(a.k, item.b, item.head, k0), *value = row_of<T>(a.v, item.b, item.head, k0);
-    const Rows<S> all_keys = whole_rows<V, T>(key, a.k.row, keys, a.D, key_rows);
-    const Rows<S> all_values = whole_rows<V, T>(value, a.v.row, keys, a.D, value_rows);
+    const typename Products::Keys of = products.take_keys(key, value, keys);
     memset(grad_k, 0, size_t(kTile * width) * sizeof(S));
     memset(grad_v, 0, size_t(kTile * width) * sizeof(S));
-    for (int64_t head = 0; head < heads; ++head) {
-      for (int64_t qt = item.queries.begin; qt < item.queries.end; ++qt) {
-        const int64_t h = item.head * heads + head;
-        const TileMask mask = mask_of(a, item.b, h, qt, kt);
-        if (mask.empty) continue;
-        add_pair(item, TilePair(a, item.b, h, qt, kt, mask, pair.bits), head * a.query_tiles() + qt, all_keys, all_values);
-      }
-    }
+    each_query_tile(item, [&](int64_t h, int64_t qt, int64_t place) {
+      const TileMask mask = mask_of(a, item.b, h, qt, kt);
+      if (mask.empty) return;
+      const TilePair at(a, item.b, h, qt, kt, mask, pair.bits);
+      const T *query = row_of<T>(a.q, at.b, at.h, at.q0), *grad = row_of<T>(a.grad, at.b, at.h, at.q0);
+      products.make(at, place, of, query, grad, pair.weights, pair.slopes);
+      pair.finish(at, pair.terms_at(place));
+      if (item.grad_kv) products.add_kv(at, place, query, grad, pair.weights, pair.slopes, grad_k, grad_v);
+      if (item.grad_q) products.add_q(at, place, of, key, pair.slopes);
+    });
     if (!item.grad_kv) return;
     const int64_t at = ((item.b * a.G + item.head) * a.S + k0) * a.D;
     write(grad_k, keys, a.scale, static_cast<T*>(a.grad_k) + at);
@@ -181,15 +151,16 @@ struct Work {
   }
 
   void run(const AttentionItem& item) const {
-    for (const TileCache<V>* cache : {&queries, &grads, &query_rows, &grad_rows}) cache->forget(tiles());
+    products.forget(tiles());
     each_query_tile(item, [&](int64_t h, int64_t qt, int64_t place) {
       pair.make_terms(item.b, h, qt, place);
-      if (item.grad_q) memset(grad_q + place * kTile * width, 0, size_t(kTile * width) * sizeof(S));
+      if (item.grad_q) products.clear_grad_q(place);
     });
     for (int64_t kt = item.keys.begin; kt < item.keys.end; ++kt) key_tile(item, kt);
     if (!item.grad_q) return;
     each_query_tile(item, [&](int64_t h, int64_t qt, int64_t place) {
-      write(grad_q + place * kTile * width, rows_in(qt), a.scale, static_cast<T*>(a.grad_q) + ((item.b * a.H + h) * a.L + qt * kTile) * a.D);
+      const S* rows = products.grad_q_rows(place, rows_in(qt));
+      write(rows, rows_in(qt), a.scale, static_cast<T*>(a.grad_q) + ((item.b * a.H + h) * a.L + qt * kTile) * a.D);
     });
   }
 };
@@ -197,29 +168,27 @@ struct Work {
 // ---------------------------------------------------------------- gradient of the bias
 
 // An item is a batch entry and a head of the bias, and ranges of tiles; all that share its entries are added up.
-template <class V, class T>
+template <class V, class T, class Products>
 struct BiasWork {
   using S = typename V::scalar;
   const Attention& a;
-  const int64_t width;
   Slopes<V, T> pair;
-  S *queries, *grads, *key_rows, *value_rows;
+  Products products;
   S* sums;  // [keys, queries] of a pair of tiles, or of all tiles of queries where those share the bias
 
-  BiasWork(const Attention& args, Pieces& pieces)
-      : a(args), width(padded<V>(args.D)), pair(args, 1, pieces), queries(pieces.take<S>(a.D * kTile)), grads(pieces.take<S>(a.D * kTile)),
-        key_rows(pieces.take<S>(kTile * width)), value_rows(pieces.take<S>(kTile * width)), sums(pieces.take<S>(kTile * kTile)) {}
+  BiasWork(const Attention& args, Pieces& pieces) : a(args), pair(args, 1, pieces), products(args, 1, pieces), sums(pieces.take<S>(kTile * kTile)) {}
 
   void add_pair(int64_t b, int64_t h, int64_t qt, int64_t kt) const {
     const TileMask mask = mask_of(a, b, h, qt, kt);
     if (mask.empty) return;
     const TilePair at(a, b, h, qt, kt, mask, pair.bits);
     const int64_t group = h / (a.H / a.G);
-    transpose_rows<V, T>(row_of<T>(a.q, b, h, at.q0), a.q.row, at.rows, a.D, S(a.scale * kLog2E), queries);
-    transpose_rows<V, T>(row_of<T>(a.grad, b, h, at.q0), a.grad.row, at.rows, a.D, S(1), grads);
+    const T *query = row_of<T>(a.q, b, h, at.q0), *grad = row_of<T>(a.grad, b, h, at.q0);
+    products.forget(1);
     pair.make_terms(b, h, qt, 0);
-    pair.make(at, pair.terms_at(0), queries, grads, whole_rows<V, T>(row_of<T>(a.k, b, group, at.k0), a.k.row, at.keys, a.D, key_rows),
-              whole_rows<V, T>(row_of<T>(a.v, b, group, at.k0), a.v.row, at.keys, a.D, value_rows));
+    products.make(at, 0, products.take_keys(row_of<T>(a.k, b, group, at.k0), row_of<T>(a.v, b, group, at.k0), at.keys), query, grad,
+                  pair.weights, pair.slopes);
+    pair.finish(at, pair.terms_at(0));
     for (int64_t j = 0; j < at.keys; ++j) {
       for (int64_t i = 0; i < at.rows; i += V::width) {
         (V::load(sums + j * kTile + i) + V::load(pair.slopes + j * kTile + i)).store(sums + j * kTile + i);
@@ -264,20 +233,21 @@ struct BiasWork {
   }
 };
 
-template <template <class, class> class Kind>
+template <template <class, class, class> class Kind>
 int64_t bytes_of(const Attention& a) {
-  return with_vectors(a.dtype, [&]<class V, class T>() {
+  return with_gradients(a, [&]<class V, class T, class Products>() {
     Pieces pieces(nullptr);
-    Kind<V, T>(a, pieces);
+    Kind<V, T, Products>(a, pieces);
     return pieces.bytes;
   });
 }
 
-template <template <class, class> class Kind>
+template <template <class, class, class> class Kind>
 void run_item(const Attention& a, const AttentionItem& item, void* buffer) {
-  with_vectors(a.dtype, [&]<class V, class T>() {
+  with_gradients(a, [&]<class V, class T, class Products>() {
     Pieces pieces(buffer);
-    Kind<V, T>(a, pieces).run(item);
+    [[maybe_unused]] const typename Products::Scope scope;
+    Kind<V, T, Products>(a, pieces).run(item);
   });
 }
 

@@ -1,5 +1,5 @@
 // Forward: for each tile of queries the keys tile by tile, with the maximum and the sum of the weights so far (online softmax).
-#include "cpu/masked_attention/tiles.h"
+#include "cpu/masked_attention/products.h"
 
 #include <initializer_list>
 
@@ -26,18 +26,17 @@ struct Sums {
   void clear_values(int64_t rows, int64_t width) const { memset(values, 0, size_t(rows * width) * sizeof(S)); }
 };
 
-template <class V>
+template <class V, class Products>
 struct ForwardBuffers {
   using S = typename V::scalar;
-  TileCache<V> keys, values;
-  S *queries, *scores;
+  Products products;
+  S* scores;
   Sums<V> sums;
   uint64_t* bits;  // of mask and dropout
 
   ForwardBuffers(const Attention& a, Pieces& pieces)
-      : keys(a.key_tiles(), kTile * padded<V>(a.D), pieces), values(a.key_tiles(), kTile * padded<V>(a.D), pieces),
-        queries(pieces.take<S>(a.D * kTile)), scores(pieces.take<S>(kTile * kTile)),
-        sums(pieces.take<S>(Sums<V>::size(a.D)), a.D), bits(pieces.take<uint64_t>(2 * kTile)) {}
+      : products(a, pieces), scores(pieces.take<S>(kTile * kTile)), sums(pieces.take<S>(Sums<V>::size(a.D)), a.D),
+        bits(pieces.take<uint64_t>(2 * kTile)) {}
 };
 
 template <class V>
@@ -153,27 +152,25 @@ void fetch_next(const Attention& a, const AttentionItem& item, int64_t qt) {
   }
 }
 
-template <class V, class T>
-void query_tile(const Attention& a, const AttentionItem& item, const ForwardBuffers<V>& use, const Sums<V>& sums, int64_t qt) {
-  using S = typename V::scalar;
-  const int64_t b = item.b, h = item.head, first = qt * kTile, rows = min_of<int64_t>(kTile, a.L - first), width = padded<V>(a.D);
+template <class V, class T, class Products>
+void query_tile(const Attention& a, const AttentionItem& item, const ForwardBuffers<V, Products>& use, const Sums<V>& sums, int64_t qt) {
+  const int64_t b = item.b, h = item.head, first = qt * kTile, rows = min_of<int64_t>(kTile, a.L - first);
   const int64_t group = h / (a.H / a.G);
-  transpose_rows<V, T>(row_of<T>(a.q, b, h, first), a.q.row, rows, a.D, S(a.scale * kLog2E), use.queries);
+  use.products.take_queries(row_of<T>(a.q, b, h, first), rows);
   sums.clear();
   bool some = false;
   for (int64_t kt = item.keys.begin; kt < item.keys.end; ++kt) {
     const TileMask mask = mask_of(a, b, h, qt, kt);
     if (mask.empty) continue;
     const TilePair at(a, b, h, qt, kt, mask, use.bits);
-    const Rows<S> keys = use.keys.template rows<T>(kt, row_of<T>(a.k, b, group, at.k0), a.k.row, at.keys, a.D);
-    make_scores<V, T>(a, at, use.queries, keys, use.scores);
+    use.products.scores(at, kt, row_of<T>(a.k, b, group, at.k0), use.scores);
     if (a.entropy != nullptr || at.kept != nullptr) soften_more<V, true>(at, sums, use.scores);
     else soften_more<V, false>(at, sums, use.scores);
-    const Rows<S> values = use.values.template rows<T>(kt, row_of<T>(a.v, b, group, at.k0), a.v.row, at.keys, a.D);
-    add_by_query<V>(at, use.scores, values, width, {sums.values, width, some, some ? sums.decay : nullptr});
+    use.products.add_values(at, kt, row_of<T>(a.v, b, group, at.k0), use.scores, sums.decay, some, sums.values);
     some = true;
   }
-  if (!some) sums.clear_values(rows, width);
+  if (some) use.products.finish(rows, sums.values);
+  else sums.clear_values(rows, padded<V>(a.D));
 }
 
 template <class V, class S = typename V::scalar>
@@ -210,9 +207,9 @@ void merge_parts(const Attention& a, int64_t b, int64_t h, const Sums<V>& sums) 
 }
 
 int64_t bytes(const Attention& a) {
-  return with_vectors(a.dtype, [&]<class V, class T>() {
+  return with_products(a, [&]<class V, class T, class Products>() {
     Pieces pieces(nullptr);
-    ForwardBuffers<V>(a, pieces);
+    ForwardBuffers<V, Products>(a, pieces);
     return pieces.bytes;
   });
 }
@@ -222,11 +219,11 @@ int64_t partial_bytes(const Attention& a) {
 }
 
 void run(const Attention& a, const AttentionItem& item, void* buffer) {
-  with_vectors(a.dtype, [&]<class V, class T>() {
+  with_products(a, [&]<class V, class T, class Products>() {
     Pieces pieces(buffer);
-    const ForwardBuffers<V> use(a, pieces);
-    use.keys.forget(a.key_tiles());
-    use.values.forget(a.key_tiles());
+    const ForwardBuffers<V, Products> use(a, pieces);
+    [[maybe_unused]] const typename Products::Scope scope;
+    use.products.start_head();
     if (a.parts > 1) return query_tile<V, T>(a, item, use, partial_sums<V>(a, item.b, item.head, item.part), 0);
     for (int64_t qt = item.queries.begin; qt < item.queries.end; ++qt) {
       fetch_next<V, T>(a, item, qt);
@@ -237,9 +234,9 @@ void run(const Attention& a, const AttentionItem& item, void* buffer) {
 }
 
 void merge(const Attention& a, int64_t b, int64_t head, void* buffer) {
-  with_vectors(a.dtype, [&]<class V, class T>() {
+  with_products(a, [&]<class V, class T, class Products>() {
     Pieces pieces(buffer);
-    merge_parts<V, T>(a, b, head, ForwardBuffers<V>(a, pieces).sums);
+    merge_parts<V, T>(a, b, head, ForwardBuffers<V, Products>(a, pieces).sums);
   });
 }
 

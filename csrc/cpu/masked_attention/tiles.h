@@ -108,15 +108,14 @@ static inline void transpose_rows(const T* from, int64_t stride, int64_t count, 
 }
 
 // Tiles of a head made from others: all of them where they fit, else the last one.
-template <class V>
-struct TileCache {
-  using S = typename V::scalar;
+template <class S>
+struct KeptTiles {
   S* data;
   uint8_t* made;
   int64_t size;  // of a tile
   bool kept;
 
-  TileCache(int64_t tiles, int64_t tile_size, Pieces& pieces) : size(tile_size), kept(tiles * size * int64_t(sizeof(S)) <= kCacheBytes) {
+  KeptTiles(int64_t tiles, int64_t tile_size, Pieces& pieces) : size(tile_size), kept(tiles * size * int64_t(sizeof(S)) <= kCacheBytes) {
     data = pieces.take<S>(kept ? tiles * size : size);
     made = pieces.take<uint8_t>(tiles);
   }
@@ -129,17 +128,23 @@ struct TileCache {
     made[tile] = 1;
     return to;
   }
+};
+
+template <class V>
+struct TileCache : KeptTiles<typename V::scalar> {
+  using S = typename V::scalar;
+  using KeptTiles<S>::KeptTiles;
 
   template <class T>
   inline const S* transposed(int64_t tile, const T* from, int64_t stride, int64_t count, int64_t channels, S scale) const {
-    return get(tile, [&](S* to) { transpose_rows<V, T>(from, stride, count, channels, scale, to); });
+    return this->get(tile, [&](S* to) { transpose_rows<V, T>(from, stride, count, channels, scale, to); });
   }
   template <class T>
   inline Rows<S> rows(int64_t tile, const T* from, int64_t stride, int64_t count, int64_t channels) const {
     if constexpr (sizeof(T) == sizeof(S)) {
       if (in_place<V, T>(stride, channels)) return {from, stride};
     }
-    return {get(tile, [&](S* to) { copy_rows<V, T>(from, stride, count, channels, to); }), padded<V>(channels)};
+    return {this->get(tile, [&](S* to) { copy_rows<V, T>(from, stride, count, channels, to); }), padded<V>(channels)};
   }
 };
 
@@ -203,23 +208,24 @@ struct TilePair {
 
 // ---- scores
 
+// to[j * kTile + i] = log2(e) bias, a row per key.
+template <class V, class T>
+static inline void bias_of(const Attention& a, const TilePair& at, typename V::scalar* to) {
+  using S = typename V::scalar;
+  const T* bias = row_of<T>(a.bias, at.b, at.h, at.q0) + at.k0;
+  if (a.bias.row != 0) return transpose_rows<V, T>(bias, a.bias.row, at.rows, at.keys, S(kLog2E), to);
+  for (int64_t j = 0; j < at.keys; ++j) {
+    const V value = V::all(S(to_float(bias[j])) * S(kLog2E));
+    for (int64_t i = 0; i < round_up(at.rows, V::width); i += V::width) value.store(to + j * kTile + i);
+  }
+}
+
 // scores[j * kTile + i] = log2(e) (scale q k + bias), a row per key; queries: transposed and scaled by log2(e) scale.
 template <class V, class T>
 static inline void make_scores(const Attention& a, const TilePair& at, const typename V::scalar* queries, const Rows<typename V::scalar>& keys,
                                typename V::scalar* scores) {
-  using S = typename V::scalar;
   const int64_t columns = round_up(at.rows, V::width);
-  if (a.bias.data != nullptr) {
-    const T* bias = row_of<T>(a.bias, at.b, at.h, at.q0) + at.k0;
-    if (a.bias.row != 0) {
-      transpose_rows<V, T>(bias, a.bias.row, at.rows, at.keys, S(kLog2E), scores);
-    } else {
-      for (int64_t j = 0; j < at.keys; ++j) {
-        const V value = V::all(S(to_float(bias[j])) * S(kLog2E));
-        for (int64_t i = 0; i < columns; i += V::width) value.store(scores + j * kTile + i);
-      }
-    }
-  }
+  if (a.bias.data != nullptr) bias_of<V, T>(a, at, scores);
   multiply_strided<V>(at.keys, columns, a.D, {keys.data, keys.stride, 1}, queries, kTile, {scores, kTile, a.bias.data != nullptr});
 }
 

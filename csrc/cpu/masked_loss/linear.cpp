@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <cstring>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "common/buffer.h"
@@ -19,7 +20,7 @@
 namespace maskops {
 namespace {
 
-constexpr int64_t kRowUnit = 16;
+constexpr int64_t kRowUnit = LinearLoss::kRowUnit;
 constexpr int64_t kSuperTileBytes = int64_t{1} << 20;  // of a thread, about
 
 // Hidden rows that count for some codebook, and all that is made for them.
@@ -41,25 +42,28 @@ class LinearRun {
     args.hidden = hidden_.const_data_ptr(), args.hidden_stride = hidden_.stride(0), args.weight_stride = args.D;
     args.scale = scale, args.smoothing = smoothing, args.z_loss = z_loss, args.inverse_temperature = 1;
     args.dtype = static_cast<int>(dtype_of(hidden));
+    args.amx = dtype_of(hidden) == Dtype::kBFloat16 && use_amx();
     targets_.resize(args.M);
     args.target = targets_.data();
     if (empty()) return;
     const int64_t vectors = backward ? 3 : 2 + 4 * args.ranges();
-    const int64_t across = args.row_panels() * args.D * LinearLoss::kPanel;
-    const int64_t along = backward ? args.d_panels() * args.stride * LinearLoss::kPanel : 0;
-    memory_ = take(across + 2 * along + vectors * args.stride);
-    args.across = memory_->get();
-    if (backward) args.along = at(args.across, across), args.grad_hidden = at(args.along, along);
-    vectors_ = at(args.across, across + 2 * along);
+    const LinearBytes bytes = kernels().bytes(args, backward);
+    auto aligned = [](int64_t size) { return (size + 63) / 64 * 64; };
+    memory_ = std::make_unique<Buffer>(aligned(bytes.across) + aligned(bytes.along) + aligned(bytes.grad_hidden) +
+                                       vectors * args.stride * element());
+    char* next = static_cast<char*>(memory_->get());
+    auto take = [&](int64_t size) { return std::exchange(next, next + aligned(size)); };
+    args.across = take(bytes.across);
+    if (backward) args.along = take(bytes.along), args.grad_hidden = take(bytes.grad_hidden);
+    vectors_ = next;
     parallel_for(args.row_panels(), args.D * LinearLoss::kPanel * 8, [&](int64_t begin, int64_t end) { kernels().pack(args, begin, end); });
   }
 
   const LinearLossKernels& kernels() const { return pick_LinearLossKernels(); }
   bool empty() const { return args.M == 0 || args.V == 0 || books_ == 0; }
-  int64_t element() const { return kernels().sum_bytes(args.dtype); }
+  int64_t element() const { return args.dtype == static_cast<int>(Dtype::kDouble) ? 8 : 4; }
   void* at(void* base, int64_t elements) const { return static_cast<char*>(base) + elements * element(); }
   void* vector(int64_t i) const { return at(vectors_, i * args.stride); }
-  std::unique_ptr<Buffer> take(int64_t elements) const { return std::make_unique<Buffer>(elements * element()); }
   const int64_t* all_targets() const { return static_cast<const int64_t*>(target_.const_data_ptr()); }
 
   void use_book(int64_t g) {
@@ -121,16 +125,16 @@ void run_forward(LinearRun& run, Tensor& loss, Tensor& lse, Tensor* sample) {
   args.best = run.vector(2 + 3 * ranges);
   std::vector<int64_t> drawn(sample == nullptr ? 0 : ranges * args.stride);
   args.sample = drawn.data();
-  const auto out = run.take(args.stride);
-  const int64_t bytes = run.kernels().bytes(args, false);
+  const Buffer out(args.stride * run.element());
+  const int64_t bytes = run.kernels().bytes(args, false).thread;
   for (int64_t g = 0; g < args.books; ++g) {
     run.use_book(g);
     parallel_for(ranges, args.M * args.D * args.V / ranges, [&](int64_t begin, int64_t end) {
       const Buffer buffer(bytes);
       run.kernels().forward(args, sample != nullptr, begin, end, buffer.get());
     });
-    run.kernels().finish(args, sample != nullptr, out->get());
-    run.scatter_sums(out->get(), g, loss);
+    run.kernels().finish(args, sample != nullptr, out.get());
+    run.scatter_sums(out.get(), g, loss);
     run.scatter_sums(args.lse, g, lse);
     if (sample != nullptr) run.scatter<int64_t>(args.sample, g, *sample);
   }
@@ -191,16 +195,16 @@ std::tuple<Tensor, Tensor, Tensor> masked_loss_linear_backward(const Tensor& gra
     return {grad_hidden, torch::stable::zero_(grad_weight), torch::stable::zero_(grad_bias)};
   }
   args.lse = run.vector(0), args.slope = run.vector(1);
-  std::memset(args.grad_hidden, 0, static_cast<size_t>(args.d_panels() * args.stride * LinearLoss::kPanel * run.element()));
+  const LinearBytes bytes = run.kernels().bytes(args, true);
+  std::memset(args.grad_hidden, 0, static_cast<size_t>(bytes.grad_hidden));
   // What a super tile holds does not change the sums: they run over the classes in order. Threads wait for each other at its end.
-  const int64_t threads = torch::stable::get_num_threads(), tile = args.tile_panels() + LinearLoss::kTile * args.stride;
-  const int64_t fitting = std::clamp<int64_t>(kSuperTileBytes / (tile * run.element()), 1, 4);
-  const int64_t together = std::min(args.tiles(), threads * fitting);
-  const auto tiles = run.take(together * tile);
-  args.panels = tiles->get(), args.logits = run.at(args.panels, together * args.tile_panels());
-  const int64_t bytes = run.kernels().bytes(args, true), item = static_cast<int64_t>(weight.element_size());
+  const int64_t threads = torch::stable::get_num_threads(), fitting = kSuperTileBytes / (bytes.panels + bytes.logits);
+  const int64_t together = std::min(args.tiles(), threads * std::clamp<int64_t>(fitting, 1, 4));
+  const Buffer tiles(together * (bytes.panels + bytes.logits));
+  args.together = together, args.panels = tiles.get(), args.logits = static_cast<char*>(tiles.get()) + together * bytes.panels;
+  const int64_t item = static_cast<int64_t>(weight.element_size());
   std::vector<std::unique_ptr<Buffer>> buffers;
-  for (int64_t i = 0; i < together; ++i) buffers.push_back(std::make_unique<Buffer>(bytes));
+  for (int64_t i = 0; i < together; ++i) buffers.push_back(std::make_unique<Buffer>(bytes.thread));
   for (int64_t g = 0; g < books; ++g) {
     run.use_book(g);
     run.gather_sums(lse, g, args.lse, 1e30, 1);
@@ -217,7 +221,7 @@ std::tuple<Tensor, Tensor, Tensor> masked_loss_linear_backward(const Tensor& gra
       parallel_for(items, count * work / items, [&](int64_t begin, int64_t end) { run.kernels().add_hidden(args, first, count, begin, end); });
     }
   }
-  parallel_for(args.M, D * 8, [&](int64_t begin, int64_t end) { run.kernels().unpack(args, grad_hidden.mutable_data_ptr(), begin, end); });
+  parallel_for((args.M + kRowUnit - 1) / kRowUnit, D * 8 * kRowUnit, [&](int64_t begin, int64_t end) { run.kernels().unpack(args, grad_hidden.mutable_data_ptr(), begin, end); });
   return {grad_hidden, grad_weight, grad_bias};
 }
 

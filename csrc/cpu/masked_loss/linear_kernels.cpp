@@ -1,88 +1,29 @@
-// Kernels of linear_cross_entropy. A tile is 96 classes by all rows that count, kept transposed: classes down, rows across, so that
-// a vector holds one class of 16 rows, the softmax needs no sums across lanes, and all three products take their operands from
-// panels of 64 columns without another transposition:
-//     logits [96, M] = weight [96, D] hidden^T;   grad_weight [96, D] = slope [96, M] hidden;   grad_hidden [M, D] += slope^T weight
-// grad_hidden is summed over the classes in their order, so neither threads nor tiles change a bit.
-#include "common/gemm_strided.h"
-#include "common/pieces.h"
+// Kernels of linear_cross_entropy, linear_sample and linear_max_pool around the products of linear_products.h.
+#include "cpu/masked_loss/linear_products.h"
+
 #include "common/simd_math.h"
 #include "common/simd_philox.h"
-#include "cpu/masked_loss/linear.h"
 
 namespace maskops {
 inline namespace MASKOPS_ISA_NS {
 namespace {
 
-constexpr int64_t kPanel = LinearLoss::kPanel, kTile = LinearLoss::kTile;
-constexpr int64_t kSteps = 128;     // rows of a panel that stay in the L1 cache
-constexpr int64_t kRowBlock = 192;  // rows of grad_hidden at a time
 constexpr int64_t kCounted = int64_t{1} << 23;  // rows that float32 can count, lanes included
 
-template <class S>
-S* at(void* base, int64_t offset) {
-  return static_cast<S*>(base) + offset;
-}
-
-template <class T>
+template <class Products>
 struct Loss {
-  using V = typename VecFor<T>::type;
-  using S = typename V::scalar;
+  using V = typename Products::V;
+  using S = typename Products::S;
+  using T = typename Products::Type;
   const LinearLoss& a;
+  Products products{a};
 
-  int64_t classes(int64_t tile) const { return min_of(kTile, a.V - tile * kTile); }
-  int64_t width(int64_t q) const { return min_of(kPanel, round_up(a.D - q * kPanel, V::width)); }
-
-  // ---- hidden and weight as panels
-
-  void pack_rows(int64_t p) const {
-    const int64_t first = p * kPanel, count = min_of(kPanel, a.stride - first);
-    S* across = at<S>(a.across, p * a.D * kPanel);
-    for (int64_t r = 0; r < count; ++r) {
-      const bool real = first + r < a.M;
-      const T* from = real ? static_cast<const T*>(a.hidden) + a.rows[first + r] * a.hidden_stride : nullptr;
-      for (int64_t q = 0; q < a.d_panels(); ++q) {
-        S* along = a.along == nullptr ? nullptr : at<S>(a.along, (q * a.stride + first + r) * kPanel);
-        for (int64_t d = 0; d < kPanel; ++d) {
-          const int64_t at = q * kPanel + d;
-          const S value = real && at < a.D ? S(to_float(from[at])) : S(0);
-          if (along != nullptr) along[d] = value;
-          if (at < a.D) across[at * kPanel + r] = value;
-        }
-      }
-    }
-  }
-
-  // The classes of a tile: [panels of D][kTile][64], zeros past D.
-  void pack_weight(int64_t tile, S* to) const {
-    const int64_t count = classes(tile);
-    for (int64_t v = 0; v < count; ++v) {
-      const T* from = static_cast<const T*>(a.weight) + (tile * kTile + v) * a.weight_stride;
-      for (int64_t q = 0; q < a.d_panels(); ++q) {
-        S* row = to + (q * kTile + v) * kPanel;
-        const int64_t real = min_of(kPanel, a.D - q * kPanel);
-        int64_t d = 0;
-        for (; d + V::width <= real; d += V::width) V::load(from + q * kPanel + d).store(row + d);
-        for (; d < kPanel; d += V::width) {
-          (d < real ? V::load_n(from + q * kPanel + d, real - d) : V::zero()).store(row + d);
-        }
-      }
-    }
-  }
+  int64_t classes(int64_t tile) const { return products.classes(tile); }
 
   // ---- logits
 
-  void fill_logits(int64_t tile, const S* panels, S* logits) const {
+  void add_bias(int64_t tile, S* logits) const {
     const int64_t count = classes(tile);
-    if (a.D == 0) memset(logits, 0, size_t(count * a.stride) * sizeof(S));  // no product writes them
-    for (int64_t p = 0; p < a.row_panels(); ++p) {
-      const int64_t rows = min_of(kPanel, a.stride - p * kPanel);
-      const S* across = at<S>(a.across, p * a.D * kPanel);
-      for (int64_t q = 0; q < a.d_panels(); ++q) {
-        const int64_t steps = min_of(kPanel, a.D - q * kPanel);
-        multiply_strided<V>(count, rows, steps, {panels + q * kTile * kPanel, kPanel, 1}, across + q * kPanel * kPanel, kPanel,
-                            StridedC<S>{logits + p * kPanel, a.stride, q > 0});
-      }
-    }
     if (a.bias == nullptr && a.scale == 1) return;
     const V scale = V::all(S(a.scale));
     for (int64_t v = 0; v < count; ++v) {
@@ -149,17 +90,16 @@ struct Loss {
     }
   }
 
-  void forward(bool sampled, int64_t range, S* buffer) const {
+  void forward(bool sampled, int64_t range, void* buffer) const {
     const int64_t tiles = a.tiles(), ranges = a.ranges();
-    S *panels = buffer, *logits = buffer + a.tile_panels();
     S *highest = at<S>(a.highest, range * a.stride), *total = at<S>(a.total, range * a.stride), *sums = at<S>(a.sums, range * a.stride);
     for (int64_t m = 0; m < a.stride; ++m) highest[m] = S(-__builtin_inff()), total[m] = 0, sums[m] = 0;
     if (sampled) {
       for (int64_t m = 0; m < a.stride; ++m) at<S>(a.best, range * a.stride)[m] = S(-__builtin_inff()), a.sample[range * a.stride + m] = -1;
     }
     for (int64_t tile = range * tiles / ranges; tile < (range + 1) * tiles / ranges; ++tile) {
-      pack_weight(tile, panels);
-      fill_logits(tile, panels, logits);
+      S* logits = products.logits(tile, buffer);
+      add_bias(tile, logits);
       reduce(tile, logits, highest, total, sums);
       pick(tile, logits);
       if (sampled) draw(tile, logits, at<S>(a.best, range * a.stride), a.sample + range * a.stride);
@@ -196,10 +136,9 @@ struct Loss {
   }
 
   // The highest logit of each sample and the first token that has it.
-  void pool(const MaxPool& samples, int64_t tile, S* buffer) const {
-    S *panels = buffer, *logits = buffer + a.tile_panels();
-    pack_weight(tile, panels);
-    fill_logits(tile, panels, logits);
+  void pool(const MaxPool& samples, int64_t tile, void* buffer) const {
+    S* logits = products.logits(tile, buffer);
+    add_bias(tile, logits);
     alignas(64) S first[V::width], values[V::width], rows[V::width];
     for (int64_t i = 0; i < V::width; ++i) first[i] = S(i);
     for (int64_t v = 0; v < classes(tile); ++v) {
@@ -264,112 +203,70 @@ struct Loss {
     }
   }
 
-  void tile_gradient(int64_t i, int64_t tile, S* buffer) const {
-    const int64_t count = classes(tile), wide = round_up(a.D, kPanel);
-    S *panels = at<S>(a.panels, i * a.tile_panels()), *logits = at<S>(a.logits, i * kTile * a.stride);
+  void tile_gradient(int64_t i, int64_t tile, void* buffer) const {
     alignas(64) S bias[kTile];
-    pack_weight(tile, panels);
-    fill_logits(tile, panels, logits);
+    S* logits = products.kept_logits(i, tile, buffer);
+    add_bias(tile, logits);
     slopes(tile, logits, bias);
-    for (int64_t q = 0; q < a.d_panels(); ++q) {
-      const S* along = at<S>(a.along, q * a.stride * kPanel);
-      for (int64_t m = 0; m < a.stride; m += kSteps) {
-        multiply_strided<V>(count, width(q), min_of(kSteps, a.stride - m), {logits + m, a.stride, 1}, along + m * kPanel, kPanel,
-                            StridedC<S>{buffer + q * kPanel, wide, m > 0});
-      }
-    }
-    T* out = static_cast<T*>(a.grad_weight) + tile * kTile * a.D;
-    for (int64_t v = 0; v < count; ++v) {
-      const S* from = buffer + v * wide;
-      int64_t d = 0;
-      for (; d + V::width <= a.D; d += V::width) V::load(from + d).store(out + v * a.D + d);
-      if (d < a.D) V::load_n(from + d, a.D - d).store_n(out + v * a.D + d, a.D - d);
-      from_float(bias[v], static_cast<T*>(a.grad_bias) + tile * kTile + v);
-    }
-  }
-
-  void add_hidden(int64_t first, int64_t tiles, int64_t item) const {
-    const int64_t blocks = parts_of(a.stride, kRowBlock), q = item / blocks, m = item % blocks * kRowBlock;
-    const int64_t rows = min_of(kRowBlock, a.stride - m);
-    S* to = at<S>(a.grad_hidden, (q * a.stride + m) * kPanel);
-    for (int64_t i = 0; i < tiles; ++i) {
-      const S* panel = at<S>(a.panels, i * a.tile_panels() + q * kTile * kPanel);
-      const S* slope = at<S>(a.logits, i * kTile * a.stride + m);
-      multiply_strided<V>(rows, width(q), classes(first + i), {slope, 1, a.stride}, panel, kPanel, StridedC<S>{to, kPanel, true});
-    }
-  }
-
-  void unpack(T* to, int64_t m) const {
-    T* row = to + a.rows[m] * a.D;
-    for (int64_t d = 0; d < a.D; d += V::width) {
-      const int64_t q = d / kPanel;
-      V::load(at<S>(a.grad_hidden, (q * a.stride + m) * kPanel + d % kPanel)).store_n(row + d, min_of<int64_t>(V::width, a.D - d));
-    }
+    products.weight_gradient(i, tile, logits, buffer);
+    for (int64_t v = 0; v < classes(tile); ++v) from_float(bias[v], static_cast<T*>(a.grad_bias) + tile * kTile + v);
   }
 };
 
 // ---- the table
 
-template <class Body>
-void with_type(int dtype, const Body& body) {  // codes of common/dispatch.h
-  switch (dtype) {
-    case 0: return body.template operator()<float>();
-    case 1: return body.template operator()<double>();
-    case 2: return body.template operator()<bf16>();
-    default: return body.template operator()<f16>();
-  }
+LinearBytes bytes(const LinearLoss& a, bool backward) {
+  return with_products(a, [&]<class Products>() { return Products::bytes(a, backward); });
 }
 
-int64_t sum_bytes(int dtype) { return dtype == 1 ? int64_t(sizeof(double)) : int64_t(sizeof(float)); }
+int64_t hidden_items(const LinearLoss& a) {
+  return with_products(a, [&]<class Products>() { return Products::hidden_items(a); });
+}
 
-int64_t bytes(const LinearLoss& a, bool backward) {
-  const int64_t elements = backward ? kTile * round_up(a.D, kPanel) : a.tile_panels() + kTile * a.stride;
-  return (elements + 64) * sum_bytes(a.dtype);
+// run(loss, i) for each i
+template <class Run>
+void each(const LinearLoss& a, int64_t begin, int64_t end, const Run& run) {
+  with_products(a, [&]<class Products>() {
+    [[maybe_unused]] const typename Products::Scope scope;
+    const Loss<Products> loss{a};
+    for (int64_t i = begin; i < end; ++i) run(loss, i);
+  });
 }
 
 void pack(const LinearLoss& a, int64_t begin, int64_t end) {
-  with_type(a.dtype, [&]<class T>() {
-    for (int64_t p = begin; p < end; ++p) Loss<T>{a}.pack_rows(p);
-  });
+  each(a, begin, end, [](const auto& loss, int64_t p) { loss.products.pack_rows(p); });
 }
 
 void forward(const LinearLoss& a, bool sampled, int64_t begin, int64_t end, void* buffer) {
-  with_type(a.dtype, [&]<class T>() {
-    for (int64_t r = begin; r < end; ++r) Loss<T>{a}.forward(sampled, r, static_cast<typename Loss<T>::S*>(buffer));
-  });
+  each(a, begin, end, [&](const auto& loss, int64_t range) { loss.forward(sampled, range, buffer); });
 }
 
-void finish(const LinearLoss& a, bool sampled, void* loss) {
-  with_type(a.dtype, [&]<class T>() { Loss<T>{a}.finish(sampled, static_cast<typename Loss<T>::S*>(loss)); });
+void finish(const LinearLoss& a, bool sampled, void* out) {
+  with_products(a, [&]<class Products>() { Loss<Products>{a}.finish(sampled, static_cast<typename Products::S*>(out)); });
 }
 
 void tile_gradient(const LinearLoss& a, int64_t i, int64_t tile, void* buffer) {
-  with_type(a.dtype, [&]<class T>() { Loss<T>{a}.tile_gradient(i, tile, static_cast<typename Loss<T>::S*>(buffer)); });
+  each(a, i, i + 1, [&](const auto& loss, int64_t) { loss.tile_gradient(i, tile, buffer); });
 }
 
-int64_t hidden_items(const LinearLoss& a) { return a.d_panels() * parts_of(a.stride, kRowBlock); }
-
 void add_hidden(const LinearLoss& a, int64_t first, int64_t count, int64_t begin, int64_t end) {
-  with_type(a.dtype, [&]<class T>() {
-    for (int64_t i = begin; i < end; ++i) Loss<T>{a}.add_hidden(first, count, i);
-  });
+  each(a, begin, end, [&](const auto& loss, int64_t i) { loss.products.add_hidden(first, count, i); });
 }
 
 void pool(const LinearLoss& a, const MaxPool& samples, int64_t begin, int64_t end, void* buffer) {
-  with_type(a.dtype, [&]<class T>() {
-    for (int64_t tile = begin; tile < end; ++tile) Loss<T>{a}.pool(samples, tile, static_cast<typename Loss<T>::S*>(buffer));
-  });
+  each(a, begin, end, [&](const auto& loss, int64_t tile) { loss.pool(samples, tile, buffer); });
 }
 
 void unpack(const LinearLoss& a, void* grad_hidden, int64_t begin, int64_t end) {
-  with_type(a.dtype, [&]<class T>() {
-    for (int64_t m = begin; m < end; ++m) Loss<T>{a}.unpack(static_cast<T*>(grad_hidden), m);
+  with_products(a, [&]<class Products>() {
+    const Products products{a};
+    for (int64_t i = begin; i < end; ++i) products.unpack(static_cast<typename Products::Type*>(grad_hidden), i * kRowUnit);
   });
 }
 
 }  // namespace
 
-extern const LinearLossKernels LinearLossKernels_table{&sum_bytes, &bytes, &pack, &forward, &finish, &tile_gradient, &hidden_items, &add_hidden,
+extern const LinearLossKernels LinearLossKernels_table{&bytes, &pack, &forward, &finish, &tile_gradient, &hidden_items, &add_hidden,
                                                         &pool, &unpack};
 
 }  // namespace MASKOPS_ISA_NS

@@ -146,12 +146,14 @@ std::tuple<Tensor, Tensor> masked_loss_max_pool(const Tensor& hidden_any, const 
   Tensor out = empty_like_device(hidden, {B, args.V}, accumulation_type(hidden.scalar_type()));
   Tensor at = empty_like_device(hidden, {B, args.V}, ScalarType::Long);
   if (B == 0 || args.V == 0) return {out, at};
-  const Buffer across(args.row_panels() * args.D * LinearLoss::kPanel * sum_bytes(hidden));
-  args.across = across.get();
+  args.amx = dtype_of(hidden) == Dtype::kBFloat16 && use_amx();
   const LinearLossKernels& kernels = pick_LinearLossKernels();
+  const LinearBytes bytes = kernels.bytes(args, false);
+  const Buffer across(bytes.across);
+  args.across = across.get();
   parallel_for(args.row_panels(), args.D * LinearLoss::kPanel * 8, [&](int64_t begin, int64_t end) { kernels.pack(args, begin, end); });
   const MaxPool samples{starts.data(), positions.data(), out.mutable_data_ptr(), static_cast<int64_t*>(at.mutable_data_ptr()), B};
-  with_buffers(args.tiles(), args.M * args.D * LinearLoss::kTile, kernels.bytes(args, false), [&](int64_t begin, int64_t end, void* buffer) {
+  with_buffers(args.tiles(), args.M * args.D * LinearLoss::kTile, bytes.thread, [&](int64_t begin, int64_t end, void* buffer) {
     kernels.pool(args, samples, begin, end, buffer);
   });
   return {out, at};

@@ -61,14 +61,15 @@ void raise_top(const TilePair& at, int64_t i, typename V::scalar* scores, V (&to
   }
 }
 
-// Scores of kTogether vectors of queries to weights 2^(score - top), with a new top where one is higher.
-template <class V, int kTogether, bool kMasked, bool kMore>
-void soften_some(const TilePair& at, const Sums<V>& sums, int64_t first, typename V::scalar* scores) {
+// Scores, times `scale` where kScaled, of kTogether vectors of queries to weights 2^(score - top), with a new top where one is higher.
+template <class V, int kTogether, bool kMasked, bool kMore, bool kScaled>
+void soften_some(const TilePair& at, const Sums<V>& sums, int64_t first, typename V::scalar* scores, V scale) {
   V top[kTogether], base[kTogether], total[kTogether], spread[kTogether];
-  for (int c = 0; c < kTogether; ++c) top[c] = V::load(sums.top + first + c * V::width);
+  for (int c = 0; c < kTogether; ++c) top[c] = kScaled ? V::all(-__builtin_inff()) : V::load(sums.top + first + c * V::width);
   raise_top<V, kTogether, kMasked>(at, first, scores, top);
   for (int c = 0; c < kTogether; ++c) {
     const int64_t i = first + c * V::width;
+    if constexpr (kScaled) top[c] = max(top[c] * scale, V::load(sums.top + i));
     base[c] = highest_base(top[c]);
     const V fall = V::load(sums.top + i) - base[c], decay = exp2_below_zero(fall), before = V::load(sums.total + i);
     top[c].store(sums.top + i);
@@ -80,7 +81,7 @@ void soften_some(const TilePair& at, const Sums<V>& sums, int64_t first, typenam
 #pragma GCC unroll 4
     for (int c = 0; c < kTogether; ++c) {
       typename V::scalar* score = scores + j * kTile + first + c * V::width;
-      const V x = V::load(score) - base[c];
+      const V x = kScaled ? fma(V::load(score), scale, V::zero() - base[c]) : V::load(score) - base[c];
       V weight = exp2_below_zero(x);
       total[c] = total[c] + weight;
       if constexpr (kMore) {
@@ -97,20 +98,21 @@ void soften_some(const TilePair& at, const Sums<V>& sums, int64_t first, typenam
   }
 }
 
-template <class V, bool kMasked, bool kMore>
-void soften(const TilePair& at, const Sums<V>& sums, typename V::scalar* scores) {
+template <class V, bool kMasked, bool kMore, bool kScaled>
+void soften_all(const TilePair& at, const Sums<V>& sums, typename V::scalar* scores, V scale) {
   constexpr int kTogether = 4;
   int64_t i = 0;
   for (; i + (kTogether - 1) * V::width < at.rows; i += kTogether * V::width) {
-    soften_some<V, kTogether, kMasked, kMore>(at, sums, i, scores);
+    soften_some<V, kTogether, kMasked, kMore, kScaled>(at, sums, i, scores, scale);
   }
-  for (; i < at.rows; i += V::width) soften_some<V, 1, kMasked, kMore>(at, sums, i, scores);
+  for (; i < at.rows; i += V::width) soften_some<V, 1, kMasked, kMore, kScaled>(at, sums, i, scores, scale);
 }
 
-template <class V, bool kMore>
-void soften_more(const TilePair& at, const Sums<V>& sums, typename V::scalar* scores) {
-  if (at.seen != nullptr) soften<V, true, kMore>(at, sums, scores);
-  else soften<V, false, kMore>(at, sums, scores);
+template <class Products, class V>
+void soften(const TilePair& at, const Sums<V>& sums, bool more, typename V::scalar* scores, V scale) {
+  constexpr bool kScaled = Products::kScaled;
+  if (at.seen != nullptr) more ? soften_all<V, true, true, kScaled>(at, sums, scores, scale) : soften_all<V, true, false, kScaled>(at, sums, scores, scale);
+  else more ? soften_all<V, false, true, kScaled>(at, sums, scores, scale) : soften_all<V, false, false, kScaled>(at, sums, scores, scale);
 }
 
 template <class V, class T>
@@ -164,8 +166,7 @@ void query_tile(const Attention& a, const AttentionItem& item, const ForwardBuff
     if (mask.empty) continue;
     const TilePair at(a, b, h, qt, kt, mask, use.bits);
     use.products.scores(at, kt, row_of<T>(a.k, b, group, at.k0), use.scores);
-    if (a.entropy != nullptr || at.kept != nullptr) soften_more<V, true>(at, sums, use.scores);
-    else soften_more<V, false>(at, sums, use.scores);
+    soften<Products>(at, sums, a.entropy != nullptr || at.kept != nullptr, use.scores, V::all(use.products.scale()));
     use.products.add_values(at, kt, row_of<T>(a.v, b, group, at.k0), use.scores, sums.decay, some, sums.values);
     some = true;
   }

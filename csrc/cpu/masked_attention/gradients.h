@@ -101,6 +101,7 @@ struct AmxGradients {
       return cache.get(place, [&](uint32_t* to) { amx_transpose_words(from, stride, at.rows, tiles.a.D, kTile, tiles.depth, to, kTile); });
     };
     tiles.scores(at, of.keys, words(query_words, query, tiles.a.q.row), scores);
+    if (tiles.is_scaled()) tiles.finish_scores(at, scores);
     amx_multiply(round_up(at.keys, kAmxRows), round_up(at.rows, kAmxRows), tiles.depth, of.values,
                  {words(grad_words, grad, tiles.a.grad.row), kTile}, {products, kTile, false});
   }

@@ -15,6 +15,7 @@ template <class V, class T>
 struct FloatProducts {
   using S = typename V::scalar;
   struct Scope {};
+  static constexpr bool kScaled = false;  // what scores() gives is still to be multiplied by scale()
   const Attention& a;
   TileCache<V> keys, values;
   S* queries;
@@ -23,6 +24,7 @@ struct FloatProducts {
       : a(args), keys(a.key_tiles(), kTile * padded<V>(a.D), pieces), values(a.key_tiles(), kTile * padded<V>(a.D), pieces),
         queries(pieces.take<S>(a.D * kTile)) {}
 
+  S scale() const { return 1; }
   void start_head() const { keys.forget(a.key_tiles()), values.forget(a.key_tiles()); }
 
   void take_queries(const T* from, int64_t rows) const {
@@ -58,16 +60,19 @@ struct AmxTiles {
     return {buffer, depth};
   }
 
-  // As make_scores; queries: words of two channels, [depth / 2, 64].
+  // As make_scores, but for a positive scale where there is no bias; queries: words of two channels, [depth / 2, 64].
   void scores(const TilePair& at, const AmxA& keys, const uint32_t* queries, float* to) const {
+    amx_multiply(round_up(at.keys, kAmxRows), round_up(at.rows, kAmxRows), depth, keys, {queries, kTile}, {to, kTile, false});
+    if (!is_scaled()) finish_scores(at, to);
+  }
+  bool is_scaled() const { return a.bias.data == nullptr && a.scale > 0; }
+  void finish_scores(const TilePair& at, float* to) const {
     const int64_t columns = round_up(at.rows, kAmxRows);
-    amx_multiply(round_up(at.keys, kAmxRows), columns, depth, keys, {queries, kTile}, {to, kTile, false});
     if (a.bias.data != nullptr) bias_of<VecF, bf16>(a, at, bias);
     const VecF scale = VecF::all(float(a.scale * kLog2E));
     for (int64_t j = 0; j < at.keys; ++j) {
       for (int64_t i = j * kTile; i < j * kTile + columns; i += VecF::width) {
-        const VecF x = VecF::load(to + i);
-        (a.bias.data == nullptr ? x * scale : fma(x, scale, VecF::load(bias + i))).store(to + i);
+        fma(VecF::load(to + i), scale, a.bias.data == nullptr ? VecF::zero() : VecF::load(bias + i)).store(to + i);
       }
     }
   }
@@ -121,6 +126,7 @@ struct AmxTiles {
 
 struct AmxProducts {
   using Scope = AmxScope;
+  static constexpr bool kScaled = true;
   AmxTiles tiles;
   KeptTiles<bf16> values;     // transposed: [width, 64]
   bf16* key_rows;             // where keys cannot be read where they are
@@ -132,6 +138,7 @@ struct AmxProducts {
         queries(pieces.take<uint32_t>(tiles.depth / 2 * kTile)), pairs(pieces.take<uint32_t>(kTile / 2 * kTile)),
         sums(pieces.take<float>(tiles.width * kTile)) {}
 
+  float scale() const { return tiles.is_scaled() ? float(tiles.a.scale * kLog2E) : 1; }
   void start_head() const { values.forget(tiles.a.key_tiles()); }
 
   void take_queries(const bf16* from, int64_t rows) const {
@@ -158,6 +165,7 @@ struct AmxProducts {
   void multiply_by(const float* decay, int64_t columns) const {
     for (int64_t i = 0; i < columns; i += VecF::width) {
       const VecF by = VecF::load(decay + i);
+      if (_mm512_cmp_ps_mask(by.v, _mm512_set1_ps(1), _CMP_NEQ_UQ) == 0) continue;  // no top has risen
       for (int64_t d = 0; d < tiles.width; ++d) (VecF::load(sums + d * kTile + i) * by).store(sums + d * kTile + i);
     }
   }

@@ -51,6 +51,7 @@ static inline void amx_multiply_add() {
 struct AmxA {
   const bf16* at;
   int64_t stride;
+  int64_t step = kAmxDepth;  // from the first kAmxDepth values of k to the next ones
 };
 struct AmxB {
   const uint32_t* at;
@@ -80,7 +81,7 @@ static void amx_block(int64_t depth, const AmxA& a, const AmxB& b, const AmxC& c
   }
   const bf16* row = a.at;
   const uint32_t* words = b.at;
-  for (int64_t k = 0; k < depth; k += kAmxDepth, row += kAmxDepth, words += kAmxRows * b.stride) {
+  for (int64_t k = 0; k < depth; k += kAmxDepth, row += a.step, words += kAmxRows * b.stride) {
     amx_load<6>(words, b_bytes);
     amx_load<4>(row, a_bytes);
     amx_multiply_add<0, 4, 6>();
@@ -100,7 +101,7 @@ static inline void amx_multiply(int64_t rows, int64_t columns, int64_t depth, co
   for (int64_t j = 0; j < columns; j += kTwo) {
     const bool wide = columns - j >= kTwo;
     for (int64_t i = 0; i < rows; i += kTwo) {
-      const AmxA left{a.at + i * a.stride, a.stride};
+      const AmxA left{a.at + i * a.stride, a.stride, a.step};
       const AmxB right{b.at + j, b.stride};
       const AmxC to{c.at + i * c.stride + j, c.stride, c.add};
       if (rows - i >= kTwo) wide ? amx_block<2, 2>(depth, left, right, to) : amx_block<2, 1>(depth, left, right, to);

@@ -132,14 +132,19 @@ bool as_pairs(const Tensor& x, int64_t depth) {
   return wide && dtype_of(x) == Dtype::kBFloat16 && kernels.has_pairs && use_bf16_dot();
 }
 
-// x [B, H, W, C] in the precision of sums or as pairs: as it is, or its active cells alone, converted.
+// Whether they are in AMX tiles; channels of the gradient of a weight are rows of a tile and have to fill it.
+bool in_amx(const Tensor& x, int64_t depth, bool as_rows) {
+  return dtype_of(x) == Dtype::kBFloat16 && depth >= pick_BlockConvKernels().few_channels && (!as_rows || depth % 16 == 0) && use_amx();
+}
+
+// x [B, H, W, C] in the precision of sums or as pairs of bfloat16: as it is, or its active cells alone, converted.
 struct Source {
   bool compact;
   Buffer wide;
   const void* data;
 
-  Source(const Tensor& x, const Cells& cells, bool pairs)
-      : compact(!pairs && x.scalar_type() != accumulation_type(x.scalar_type())), wide(compact ? bytes_of(x, cells) : 0),
+  Source(const Tensor& x, const Cells& cells, bool as_it_is)
+      : compact(!as_it_is && x.scalar_type() != accumulation_type(x.scalar_type())), wide(compact ? bytes_of(x, cells) : 0),
         data(x.const_data_ptr()) {
     if (!compact) return;
     const int64_t ch = x.size(1) / cells.h, cw = x.size(2) / cells.w, C = x.size(3), W = x.size(2);
@@ -215,8 +220,8 @@ Tensor sparse_conv_block(const Tensor& x_any, const Tensor& weight_any, std::opt
     run_depthwise(args);
     return out;
   }
-  const bool pairs = as_pairs(x, C / groups);
-  const Source source(x, cells, pairs);
+  const bool pairs = as_pairs(x, C / groups), amx = in_amx(x, C / groups, false);
+  const Source source(x, cells, pairs || amx);
   const Rows rows(cells, axis_of(kernel[0], stride[0], padding[0], H / cells.h, false),
                   axis_of(kernel[1], stride[1], padding[1], W / cells.w, false), source.compact);
   BlockConvArgs args{};
@@ -225,7 +230,7 @@ Tensor sparse_conv_block(const Tensor& x_any, const Tensor& weight_any, std::opt
   args.M = rows.M, args.taps = rows.taps, args.row_stride = C, args.out_stride = O;
   args.depth = C / groups, args.columns = O / groups, args.groups = groups;
   args.of_depth = args.taps, args.of_column = args.depth * args.taps, args.of_group = args.columns * args.of_column;
-  args.dtype = static_cast<int>(dtype_of(x)), args.pairs = pairs;
+  args.dtype = static_cast<int>(dtype_of(x)), args.pairs = pairs, args.amx = amx;
   run_forward(args);
   return out;
 }
@@ -248,8 +253,8 @@ Tensor sparse_conv_block_grad_input(const Tensor& grad_any, const Tensor& weight
     run_depthwise(args);
     return out;
   }
-  const bool pairs = as_pairs(grad, O / groups);
-  const Source source(grad, cells, pairs);
+  const bool pairs = as_pairs(grad, O / groups), amx = in_amx(grad, O / groups, false);
+  const Source source(grad, cells, pairs || amx);
   const Rows rows(cells, axis_of(kernel[0], stride[0], padding[0], H / cells.h, true),
                   axis_of(kernel[1], stride[1], padding[1], W / cells.w, true), source.compact);
   BlockConvArgs args{};
@@ -258,7 +263,7 @@ Tensor sparse_conv_block_grad_input(const Tensor& grad_any, const Tensor& weight
   args.M = rows.M, args.taps = rows.taps, args.row_stride = O, args.out_stride = C;
   args.depth = O / groups, args.columns = C / groups, args.groups = groups;
   args.of_column = args.taps, args.of_depth = args.columns * args.taps, args.of_group = args.depth * args.of_depth;
-  args.dtype = static_cast<int>(dtype_of(grad)), args.pairs = pairs;
+  args.dtype = static_cast<int>(dtype_of(grad)), args.pairs = pairs, args.amx = amx;
   run_forward(args);
   return out;
 }
@@ -290,7 +295,8 @@ std::tuple<Tensor, Tensor> sparse_conv_block_grad_weight(const Tensor& grad_any,
     run_depthwise_weight(args);
     return {grad_weight, grad_bias};
   }
-  const Source source(x, cells, false);
+  const bool amx = in_amx(x, C / groups, true);
+  const Source source(x, cells, amx);
   const Rows rows(cells, axis_of(kernel[0], stride[0], padding[0], H / cells.h, false),
                   axis_of(kernel[1], stride[1], padding[1], W / cells.w, false), source.compact);
   BlockConvArgs args{};
@@ -298,12 +304,12 @@ std::tuple<Tensor, Tensor> sparse_conv_block_grad_weight(const Tensor& grad_any,
   args.grad = grad.const_data_ptr(), args.grad_weight = grad_weight.mutable_data_ptr(), args.grad_bias = grad_bias.mutable_data_ptr();
   args.M = rows.M, args.taps = rows.taps, args.row_stride = C, args.out_stride = O;
   args.depth = C / groups, args.columns = O / groups, args.groups = groups;
-  args.dtype = static_cast<int>(dtype_of(x));
+  args.dtype = static_cast<int>(dtype_of(x)), args.amx = amx;
   const BlockConvKernels& kernels = pick_BlockConvKernels();
   const Buffer partial(kernels.partial_bytes(args));
   args.partial = partial.get();
-  const int64_t items = args.chunks() * groups * kernels.panels(args), work = args.M * args.taps * args.depth * O / 8;
-  share_items(items, work / items, kernels.bytes(args), [&](int64_t item, void* buffer) { kernels.weight_chunk(args, item, buffer); });
+  const int64_t items = kernels.weight_items(args), work = args.M * args.taps * args.depth * O / 8;
+  share_items(items, work / std::max<int64_t>(1, items), kernels.bytes(args), [&](int64_t item, void* buffer) { kernels.weight_chunk(args, item, buffer); });
   parallel_for(O, args.depth * args.taps * args.chunks() * 4, [&](int64_t begin, int64_t end) { kernels.sum_chunks(args, begin, end); });
   return {grad_weight, grad_bias};
 }

@@ -10,7 +10,7 @@
 namespace maskops {
 
 struct BlockConvArgs {
-  const void* rows;         // of x, in the precision of sums or, as pairs, in bfloat16; row_stride apart
+  const void* rows;         // of x, in the precision of sums or, where pairs or amx, in bfloat16; row_stride apart
   const int32_t* source;    // [taps, M]
   const int32_t* target;    // [M]: rows of out, or of grad
   const void* weight;
@@ -26,6 +26,7 @@ struct BlockConvArgs {
   int64_t of_group, of_depth, of_column;           // strides of weight; that of taps is 1
   int dtype;
   bool pairs;  // of channels are multiplied at once, by vdpbf16ps; not for the gradient of the weight
+  bool amx;    // products of bfloat16 in AMX tiles
 
   // Fixed, as the order of sums depends on it.
   static constexpr int64_t kChunk = 1024, kMostChunks = 16;
@@ -45,7 +46,8 @@ struct BlockConvKernels {
   int64_t (*items)(const BlockConvArgs&);
   void (*forward)(const BlockConvArgs&, int64_t item, void* buffer);
   int64_t (*partial_bytes)(const BlockConvArgs&);
-  void (*weight_chunk)(const BlockConvArgs&, int64_t item, void* buffer);  // chunk, group, panel
+  int64_t (*weight_items)(const BlockConvArgs&);
+  void (*weight_chunk)(const BlockConvArgs&, int64_t item, void* buffer);  // a chunk of rows, and a part of the weight
   void (*sum_chunks)(const BlockConvArgs&, int64_t begin, int64_t end);    // columns of all groups
   bool has_pairs;
   int64_t few_channels;  // fewer than these are gathered, and not taken as pairs

@@ -6,6 +6,7 @@
 #include "cpu/sparse_conv/block.h"
 
 #include "common/pieces.h"
+#include "cpu/sparse_conv/block_amx.h"
 #include "cpu/sparse_conv/block_tile.h"
 #include "cpu/sparse_conv/types.h"
 
@@ -304,31 +305,53 @@ auto with_panels(const BlockConvArgs& args, const F& f) {
 #endif
   return by_dtype(args.dtype, [&](auto of) { return f(Panels<decltype(of)>(args)); });
 }
+
+// amx(block) where products run in AMX tiles, else other().
+template <class Amx, class Other>
+auto choose(const BlockConvArgs& args, [[maybe_unused]] const Amx& amx, const Other& other) {
+#if MASKOPS_ISA_LEVEL == 2
+  if (args.amx) return amx(AmxBlock(args));
+#endif
+  return other();
+}
+
 int64_t panels(const BlockConvArgs& args) {
-  return with_panels(args, [](auto p) { return p.panels; });
+  return choose(args, [](auto block) { return block.panels; }, [&] { return with_panels(args, [](auto p) { return p.panels; }); });
 }
 int64_t packed_bytes(const BlockConvArgs& args) {
-  return with_panels(args, [&](auto p) {
-    return args.groups * p.panels * p.panel_size() * int64_t(sizeof(typename decltype(p)::P));
-  });
+  const auto other = [&] {
+    return with_panels(args, [&](auto p) { return args.groups * p.panels * p.panel_size() * int64_t(sizeof(typename decltype(p)::P)); });
+  };
+  return choose(args, [](auto block) { return block.packed_bytes(); }, other);
 }
 void pack(const BlockConvArgs& args, int64_t begin, int64_t end) {
-  with_panels(args, [&](auto p) { pack_typed(p, args, begin, end); });
+  const auto amx = [&](auto block) {
+    for (int64_t i = begin; i < end; ++i) block.pack(i);
+  };
+  choose(args, amx, [&] { with_panels(args, [&](auto p) { pack_typed(p, args, begin, end); }); });
 }
 int64_t bytes(const BlockConvArgs& args) {
-  return with_panels(args, [](auto p) {
-    int64_t result = 0;
-    Buffers<decltype(p)>(p, nullptr, &result);
-    return result;
-  });
+  const auto other = [&] {
+    return with_panels(args, [](auto p) {
+      int64_t result = 0;
+      Buffers<decltype(p)>(p, nullptr, &result);
+      return result;
+    });
+  };
+  return choose(args, [](auto block) { return block.bytes(); }, other);
 }
 int64_t items(const BlockConvArgs& args) {
-  return with_panels(args, [&](auto p) {
-    return (args.M + kTile - 1) / kTile * args.groups * (p.gathered ? 1 : p.panels);
-  });
+  const auto other = [&] {
+    return with_panels(args, [&](auto p) { return (args.M + kTile - 1) / kTile * args.groups * (p.gathered ? 1 : p.panels); });
+  };
+  return choose(args, [](auto block) { return block.items(); }, other);
 }
 void forward(const BlockConvArgs& args, int64_t item, void* buffer) {
-  with_panels(args, [&](auto p) { forward_typed(p, args, item, buffer); });
+  const auto amx = [&](auto block) {
+    [[maybe_unused]] const typename decltype(block)::Scope scope;
+    block.forward(item, buffer);
+  };
+  choose(args, amx, [&] { with_panels(args, [&](auto p) { forward_typed(p, args, item, buffer); }); });
 }
 int64_t partial_bytes(const BlockConvArgs& args) {
   return by_dtype(args.dtype, [&](auto of) {
@@ -337,8 +360,17 @@ int64_t partial_bytes(const BlockConvArgs& args) {
     return args.chunks() * each * int64_t(sizeof(typename Panels<T>::A));
   });
 }
+int64_t weight_items(const BlockConvArgs& args) {
+  const auto other = [&] { return by_dtype(args.dtype, [&](auto of) { return args.chunks() * args.groups * Panels<decltype(of)>(args).panels; }); };
+  return choose(args, [](auto block) { return block.weight_items(); }, other);
+}
 void weight_chunk(const BlockConvArgs& args, int64_t item, void* buffer) {
-  by_dtype(args.dtype, [&](auto of) { weight_chunk_typed<decltype(of)>(args, item, buffer); });
+  const auto amx = [&](auto block) {
+    [[maybe_unused]] const typename decltype(block)::Scope scope;
+    static_assert(decltype(block)::kPartial == Panels<bf16>::kWidth);
+    block.weight_chunk(item, static_cast<float*>(args.partial), bias_sums<bf16>(args, Panels<bf16>(args)), buffer);
+  };
+  choose(args, amx, [&] { by_dtype(args.dtype, [&](auto of) { weight_chunk_typed<decltype(of)>(args, item, buffer); }); });
 }
 void sum_chunks(const BlockConvArgs& args, int64_t begin, int64_t end) {
   by_dtype(args.dtype, [&](auto of) { sum_chunks_typed<decltype(of)>(args, begin, end); });
@@ -347,7 +379,7 @@ void sum_chunks(const BlockConvArgs& args, int64_t begin, int64_t end) {
 }  // namespace
 
 extern const BlockConvKernels BlockConvKernels_table{&widen_rows, &panels,  &packed_bytes,  &pack,         &bytes,
-                                                     &items,      &forward, &partial_bytes, &weight_chunk, &sum_chunks,
+                                                     &items,      &forward, &partial_bytes, &weight_items, &weight_chunk, &sum_chunks,
                                                      MASKOPS_ISA_LEVEL == 2, kFewChannels};
 
 }  // namespace MASKOPS_ISA_NS

@@ -257,21 +257,26 @@ void sum_chunks_typed(const BlockConvArgs& args, int64_t begin, int64_t end) {
   const P p(args);
   const int64_t chunks = args.chunks(), each = args.groups * p.panels * partial_size<T>(args), wide = args.groups * args.columns;
   const A* bias = bias_sums<T>(args, p);
-  alignas(64) A block[V::width];
+  constexpr int64_t kDepth = 8;  // channels at a time, all kernel places of which are put next to each other here
+  alignas(64) T block[V::width], staged[V::width * kDepth * kMostTaps];
   for (int64_t o = begin; o < end;) {
     const int64_t group = o / args.columns, j = o % args.columns, panel = j / P::kWidth;
     // Columns side by side, as far as they are in one panel.
     const int64_t count = min_of<int64_t>(min_of<int64_t>(V::width, end - o), min_of(args.columns - j, P::kWidth - j % P::kWidth));
     const A* from = static_cast<const A*>(args.partial) + (group * p.panels + panel) * partial_size<T>(args) + j % P::kWidth;
     T* to = static_cast<T*>(args.grad_weight) + o * args.depth * args.taps;
-    for (int64_t d = 0; d < args.depth; ++d) {
+    for (int64_t d0 = 0; d0 < args.depth; d0 += kDepth) {
+      const int64_t some = min_of(kDepth, args.depth - d0), values = some * args.taps;
       for (int64_t t = 0; t < args.taps; ++t) {
-        const A* at = from + (t * args.depth + d) * P::kWidth;
-        V sum = V::load_n(at, count);
-        for (int64_t chunk = 1; chunk < chunks; ++chunk) sum = sum + V::load_n(at + chunk * each, count);
-        sum.store(block);
-        for (int64_t i = 0; i < count; ++i) from_float(block[i], to + (i * args.depth + d) * args.taps + t);
+        for (int64_t d = 0; d < some; ++d) {
+          const A* at = from + (t * args.depth + d0 + d) * P::kWidth;
+          V sum = V::load_n(at, count);
+          for (int64_t chunk = 1; chunk < chunks; ++chunk) sum = sum + V::load_n(at + chunk * each, count);
+          sum.store(block);
+          for (int64_t i = 0; i < count; ++i) staged[i * values + d * args.taps + t] = block[i];
+        }
       }
+      for (int64_t i = 0; i < count; ++i) copy_values(staged + i * values, values, to + (i * args.depth + d0) * args.taps);
     }
     for (int64_t i = o; i < o + count; ++i) {
       A sum = 0;

@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <tuple>
 
@@ -75,7 +76,33 @@ void multiply_few(const NmProduct& product) {
                });
 }
 
+// Whether AMX may multiply the rows: a zero of the weight would carry what is not finite to other results.
+bool fits_amx(const NmProduct& product) {
+  if (product.dtype != static_cast<int>(Dtype::kBFloat16) || !use_amx()) return false;
+  std::atomic<bool> finite{true};
+  parallel_for(product.a.rows, product.a.columns * 2, [&](int64_t begin, int64_t end) {
+    if (!pick_NmAmxKernels().all_finite(product.a, {begin, end})) finite = false;
+  });
+  return finite;
+}
+
+void multiply_amx(const NmProduct& product) {
+  const NmAmxKernels& kernels = pick_NmAmxKernels();
+  const Buffer packed(kernels.packed_bytes(product));
+  const int64_t strips = kernels.strips(product), columns = product.weight.layout.K;
+  parallel_for(strips, columns * 64, [&](int64_t begin, int64_t end) {
+    const Buffer buffer(kernels.pack_bytes(product));
+    kernels.pack(product, {begin, end}, packed.get(), buffer.get());
+  });
+  const int64_t items = kernels.items(product), flops = product.a.rows * product.weight.outputs * columns / 8;
+  parallel_for(items, flops / std::max<int64_t>(1, items), [&](int64_t begin, int64_t end) {
+    const Buffer buffer(kernels.bytes(product));
+    kernels.multiply(product, {begin, end}, packed.get(), buffer.get());
+  });
+}
+
 void multiply_many(NmProduct product, int64_t bytes) {
+  if (fits_amx(product)) return multiply_amx(product);
   const NmMatrix all = product.a;
   char* out = static_cast<char*>(product.out);
   const Blocks blocks = packed_blocks(all.rows);
@@ -119,11 +146,13 @@ struct Backward {
     const Blocks blocks = packed_blocks(all.rows);
     const Buffer packed(packed_bytes(product.dtype, blocks, all.columns));
     const Buffer packed_x(need_values ? packed_bytes(product.dtype, blocks, inputs) : 0);
-    for (int64_t block = 0; block < blocks.number(); ++block) {
+    const bool amx = need_x && fits_amx(product);
+    if (amx) multiply_amx(product);
+    for (int64_t block = 0; block < blocks.number() && (need_values || !amx); ++block) {
       const Range rows = blocks.at(block);
       product.a = rows_of(all, rows, bytes);
       const NmPanels panels = pack(product.dtype, product.a, packed.get());
-      if (need_x) {
+      if (need_x && !amx) {
         product.out = out + rows.begin * inputs * bytes;
         multiply_block(product, panels, packed.get());
       }

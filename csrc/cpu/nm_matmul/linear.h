@@ -2,7 +2,8 @@
 //
 // Many rows of x: x is packed transposed, so that the vectors run along its rows ("panels"), and the weight becomes lists of
 // its kept values with the places of their columns in the packed block ("lists"): one broadcast and a few multiply-adds per
-// kept weight, nothing for the others. Few rows of x: the weight is read once, as it lies, and x is picked by shuffles.
+// kept weight, nothing for the others. Few rows of x: the weight is read once, as it lies, and x is picked by shuffles. Many rows of
+// bfloat16 where the CPU has AMX: the weight is decompressed for its tiles.
 #pragma once
 
 #include <cstdint>
@@ -86,6 +87,19 @@ struct NmFewKernels {
   void (*multiply)(const NmProduct&, Range items, const void* x, void* buffer);  // items of kNmFewOutputs outputs
 };
 MASKOPS_DECLARE_KERNELS(NmFewKernels)
+
+// The product of bfloat16 in AMX tiles, for rows of a that are finite.
+struct NmAmxKernels {
+  int64_t (*strips)(const NmProduct&);  // of 32 outputs, for pack
+  int64_t (*packed_bytes)(const NmProduct&);
+  int64_t (*pack_bytes)(const NmProduct&);  // of buffer
+  void (*pack)(const NmProduct&, Range strips, void* packed, void* buffer);
+  int64_t (*items)(const NmProduct&);
+  int64_t (*bytes)(const NmProduct&);  // of buffer
+  void (*multiply)(const NmProduct&, Range items, const void* packed, void* buffer);
+  bool (*all_finite)(const NmMatrix&, Range rows);
+};
+MASKOPS_DECLARE_KERNELS(NmAmxKernels)
 
 // Steps of the work in which threads share it.
 constexpr int64_t kNmPackColumns = 256;   // of a panel, per item of packing

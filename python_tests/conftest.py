@@ -9,8 +9,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from maskops.testing import emulator
+from maskops.testing import emulator, interpreter
 
+interpreter.quicken()
 EMULATOR_REASON = emulator.reason_unavailable()
 if not EMULATOR_REASON:
     emulator.load()

@@ -33,6 +33,16 @@ def run(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess]:
     return run
 
 
+def test_each_system_is_offered_and_knows_what_it_trains_on() -> None:
+    from maskops.cli import System
+    from maskops.pretrained import SYSTEMS, model_class, takes_text
+
+    assert {system.value for system in System} == {*SYSTEMS, "maskgit"}
+    on_text = {name for name in SYSTEMS if takes_text(model_class(name).Config)}
+    assert on_text == {name for name in SYSTEMS if "context" in model_class(name).Config.__dataclass_fields__}
+    assert on_text == {"cm3", "electra", "dupmae", "ernie_gram"}
+
+
 def test_help_lists_the_commands() -> None:
     done = fresh("--help")
     assert done.returncode == 0

@@ -269,6 +269,7 @@ def test_a_run_is_neither_overwritten_nor_mixed(images: Path, tmp_path: Path) ->
     config = MAEConfig.of_size("tiny", image_size=32, patch_size=16, mask_ratio=0.5, depth=1, decoder_depth=1)
     settings = dict(data=images, out=tmp_path / "run", epochs=1, batch_size=4, workers=0)
     result = pretrain(config, Settings(**settings))
+    assert result.samples_per_second > 0
     assert load_pretrained(tmp_path / "run").config == config
     with pytest.raises(CheckpointError, match="holds a run already"):
         pretrain(config, Settings(**settings))

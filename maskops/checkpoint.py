@@ -4,6 +4,7 @@ OUT/checkpoints/step-00000200/{model.safetensors, optimizer.safetensors, state.j
 """
 
 import json
+import math
 import os
 import shutil
 from pathlib import Path
@@ -123,3 +124,36 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def check_same_run(folder: Path, saved: dict[str, Any], now: dict[str, Any]) -> None:
+    """CheckpointError, which names what differs, unless a run goes on with what its checkpoint in folder was made with."""
+    saved, now = _flat(saved), _flat(now)
+    names = dict.fromkeys([*now, *(name for name in saved if name.startswith("model."))])
+    different = [
+        f"{name} was {saved.get(name)}, now {now.get(name)}" for name in names if saved.get(name) != now.get(name)
+    ]
+    if different:
+        raise CheckpointError(f"{folder} is of a run with other settings: {'; '.join(different)}")
+
+
+def _flat(fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields with those of the model beside them, as model.<name>."""
+    model = fields.get("model") or {}
+    return {k: v for k, v in fields.items() if k != "model"} | {f"model.{k}": v for k, v in model.items()}
+
+
+def truncate_losses(path: Path, step: int) -> float:
+    """Drop the lines of steps after the checkpoint, and a last line that a kill cut off. Returns the last loss that stays."""
+    kept, loss = [], math.nan
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            break
+        if row["step"] <= step:
+            kept.append(line + "\n")
+            loss = row["loss"]
+    if path.exists():
+        write_atomic(path, "".join(kept))
+    return loss

@@ -36,9 +36,6 @@ class System(str, Enum):
     ernie_gram = "ernie_gram"
 
 
-TEXT_SYSTEMS = (System.cm3, System.electra, System.dupmae, System.ernie_gram)
-
-
 class Data(str, Enum):
     """Names in maskops.models.maskgit.DATA."""
 
@@ -121,7 +118,10 @@ def pretrain(
         return _pretrain_maskgit(
             refused, out, data.value, size, epochs, batch_size, lr, seed, resume, save_every or 500
         )
-    on_text = system in TEXT_SYSTEMS
+    _need("accelerate", "safetensors", "PIL", "rich")
+    from maskops.pretrained import model_class, takes_text
+
+    on_text = takes_text(model_class(system.value).Config)
     refused = images or patch_size or image_size != 224 if on_text else text or context != 128
     if refused:
         other = "--images, --image-size and --patch-size" if on_text else "--text and --context"
@@ -141,7 +141,6 @@ def _pretrain_samples(
     system: str, size: str, changes: dict[str, Any], option: str, *, data: Path | None, out: Path, **settings: Any
 ) -> None:
     """The systems of maskops.train.  changes: of the config; option: that gives data; settings: of maskops.train.Settings."""
-    _need("accelerate", "safetensors", "PIL", "rich")
     from maskops.checkpoint import CheckpointError
     from maskops.data import EmptyFolderError
     from maskops.train import Settings, TrainingError, model_class
@@ -163,7 +162,7 @@ def _pretrain_samples(
         raise typer.Exit(130) from None
     unit = option.removeprefix("--").removesuffix("s") + "s"
     print(
-        f"{result.step} steps, loss {result.loss:.4f}, {result.images_per_second:.0f} {unit}/s: {result.model_folder}"
+        f"{result.step} steps, loss {result.loss:.4f}, {result.samples_per_second:.0f} {unit}/s: {result.model_folder}"
     )
     if result.unreadable:
         print(f"{len(result.unreadable)} unreadable {'images' if unit == 'images' else 'text files'} were skipped")
@@ -193,7 +192,7 @@ def _pretrain_maskgit(
         print(f"maskops: interrupted; add --resume to go on from the last checkpoint in {out}", file=sys.stderr)
         raise typer.Exit(130) from None
     print(
-        f"{result.step} steps, loss {result.loss:.4f}, {result.images_per_second:.0f} images/s: {result.model_folder}"
+        f"{result.step} steps, loss {result.loss:.4f}, {result.samples_per_second:.0f} images/s: {result.model_folder}"
     )
 
 

@@ -48,7 +48,7 @@ class Settings:
 class Result:
     step: int
     loss: float
-    images_per_second: float
+    samples_per_second: float
     model_folder: Path
 
 
@@ -92,7 +92,7 @@ def pretrain(settings: Settings) -> Result:
                 checkpoint.save(settings.out / "checkpoints", step + 1, model, optimizer, {"step": step + 1, **same}, 2)
     folder = settings.out / "model"
     checkpoint.save_model(folder, model, {"system": "maskgit", "data": settings.data, **dataclasses.asdict(config)})
-    return Result(total, loss, progress.images_per_second, folder)
+    return Result(total, loss, progress.samples_per_second, folder)
 
 
 def _resume(settings: Settings, model: MaskGIT, optimizer: torch.optim.Optimizer, same: dict) -> int:

@@ -54,12 +54,12 @@ class TrainingProgress:
             self.console.print(f"{self.title} {text}", soft_wrap=True)
 
     @property
-    def images_per_second(self) -> float:
+    def samples_per_second(self) -> float:
         return self._images / max(time.monotonic() - self._began, 1e-9)
 
     def _text(self, step: int, loss: float, seconds: float) -> str:
         left = seconds / max(step - self.start, 1) * (self.total - step)
-        return f"step {step}/{self.total}  loss {loss:.4f}  {self.images_per_second:.0f} {self.unit}/s  {_clock(left)} left"
+        return f"step {step}/{self.total}  loss {loss:.4f}  {self.samples_per_second:.0f} {self.unit}/s  {_clock(left)} left"
 
 
 def _clock(seconds: float) -> str:

@@ -10,7 +10,6 @@ masks for their own rows: with another number of processes, the same text gets o
 """
 
 import dataclasses
-import importlib
 import json
 import math
 import time
@@ -28,20 +27,13 @@ from torch.utils.data import DataLoader
 from maskops import checkpoint
 from maskops.checkpoint import CheckpointError
 from maskops.data import Crop, GlobalBatches, ImageFolder
+from maskops.pretrained import SYSTEMS, jsonable, load_pretrained, model_class, takes_text
 from maskops.progress import TrainingProgress
 from maskops.texts import TextFolder
 
-SYSTEMS = {  # what can be pre-trained: name -> module and class of its model
-    "mae": "maskops.models.mae:MAE",
-    "cm3": "maskops.models.cm3:CM3",
-    "colormae": "maskops.models.colormae:ColorMAE",
-    "dmjd": "maskops.models.dmjd:DMJD",
-    "hpm": "maskops.models.hpm:HPM",
-    "spark": "maskops.models.spark:SparK",
-    "electra": "maskops.models.electra:ELECTRA",
-    "dupmae": "maskops.models.dupmae:DupMAE",
-    "ernie_gram": "maskops.models.ernie_gram:ERNIEGram",
-}
+__all__ = [
+    "Result", "Settings", "Step", "TrainingError", "make_optimizer", "pretrain", "SYSTEMS", "load_pretrained", "model_class",
+]  # fmt: skip
 
 _LOG_EVERY = 10  # steps between two looks at the losses, each of which waits for the device
 
@@ -79,7 +71,7 @@ class Result:
     step: int
     total_steps: int
     loss: float
-    images_per_second: float
+    samples_per_second: float
     model_folder: Path
     unreadable: dict[str, str]
 
@@ -117,14 +109,6 @@ class _Loss(nn.Module):
         return self.model.training_loss(samples, step)
 
 
-def model_class(system: str) -> type[nn.Module]:
-    """The class of a system's model.  ValueError for a system that is not in SYSTEMS."""
-    if system not in SYSTEMS:
-        raise ValueError(f"pretrain: system must be one of {list(SYSTEMS)}, got {system!r}")
-    module, name = SYSTEMS[system].split(":")
-    return getattr(importlib.import_module(module), name)
-
-
 def pretrain(config: Any, settings: Settings) -> Result:
     """Train the system of `config` on settings.data; writes losses.jsonl, checkpoints/ and model/ below settings.out.
 
@@ -134,7 +118,7 @@ def pretrain(config: Any, settings: Settings) -> Result:
         TrainingError: the loss is not finite.
         ValueError: config masks nothing, so that there is nothing to learn from.
     """
-    all_kept = not hasattr(config, "window") and config.num_keep == config.num_patches
+    all_kept = not takes_text(type(config)) and config.num_keep == config.num_patches
     if not 0 < getattr(config, "mask_ratio", 0.5) < 1 or all_kept:
         raise ValueError(f"pretrain: mask_ratio must be in (0, 1), got {config.mask_ratio}, which masks nothing")
     accelerator = Accelerator(mixed_precision="bf16" if settings.bf16 else None)
@@ -144,7 +128,7 @@ def pretrain(config: Any, settings: Settings) -> Result:
     shown = accelerator.is_main_process
     with TrainingProgress(run.total_steps, run.step, title=config.system, shown=shown, unit=run.data.unit) as progress:
         run.train(progress)
-    return run.finish(progress.images_per_second)
+    return run.finish(progress.samples_per_second)
 
 
 class _Run:
@@ -152,7 +136,7 @@ class _Run:
 
     def __init__(self, accelerator: Accelerator, config: Any, settings: Settings) -> None:
         self.accelerator, self.config, self.settings = accelerator, config, settings
-        if hasattr(config, "window"):
+        if takes_text(type(config)):
             self.data = TextFolder(settings.data, config.window, settings.seed)
         else:
             self.data = ImageFolder(settings.data, Crop(config.image_hw, settings.crop_scale), settings.seed)
@@ -289,7 +273,7 @@ class _Run:
         """What a resumed run must have in common with the run that it continues."""
         same = ("epochs", "lr", "weight_decay", "warmup_epochs", "seed")
         return {
-            "system": self.config.system, "model": _jsonable(dataclasses.asdict(self.config)), "total_steps": self.total_steps,
+            "system": self.config.system, "model": jsonable(dataclasses.asdict(self.config)), "total_steps": self.total_steps,
             "global_batch": self.global_batch, "mixed_precision": self.accelerator.mixed_precision, **self.data.identity(),
             **{name: getattr(self.settings, name) for name in same},
         }  # fmt: skip
@@ -302,20 +286,20 @@ class _Run:
         step = 0
         if done:
             state = checkpoint.load_state(done[-1])
-            _check_same_run(done[-1], state, self._identity())
+            checkpoint.check_same_run(done[-1], state, self._identity())
             checkpoint.load_model(done[-1], self.plain_model)
             checkpoint.load_optimizer(done[-1], self.plain_model, optimizer)
             step = state["step"]
         if self.accelerator.is_main_process:
             self.settings.out.mkdir(parents=True, exist_ok=True)
             checkpoint.remove_partial(self.checkpoints)
-            self.loss = _truncate_losses(self._losses, step)
+            self.loss = checkpoint.truncate_losses(self._losses, step)
         self.accelerator.wait_for_everyone()
         return step
 
     # ------------------------------------------------------------ the end
 
-    def finish(self, images_per_second: float) -> Result:
+    def finish(self, samples_per_second: float) -> Result:
         """Save, report the files that could not be read, and write the model alone to out/model."""
         if self._saved_step != self.step:
             self._save()
@@ -324,12 +308,12 @@ class _Run:
         self._report(late)
         folder = self.settings.out / "model"
         if self.accelerator.is_main_process:
-            fields = {"system": self.config.system, **_jsonable(dataclasses.asdict(self.config))}
+            fields = {"system": self.config.system, **jsonable(dataclasses.asdict(self.config))}
             checkpoint.save_model(folder, self.plain_model, fields)
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
         unreadable = {str(path): reason for path, reason in {**self.data.unreadable, **late}.items()}
-        return Result(self.step, self.total_steps, self.loss, images_per_second, folder, unreadable)
+        return Result(self.step, self.total_steps, self.loss, samples_per_second, folder, unreadable)
 
     def _report(self, unreadable: dict[Path, str]) -> None:
         if unreadable:
@@ -347,54 +331,3 @@ def make_optimizer(model: nn.Module, weight_decay: float) -> torch.optim.AdamW:
         {"params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95))
-
-
-def load_pretrained(folder: str | Path) -> nn.Module:
-    """The model of a run, in eval mode: its out/model folder, or out itself."""
-    folder = Path(folder)
-    folder = folder if (folder / "config.json").exists() else folder / "model"
-    try:
-        fields = json.loads((folder / "config.json").read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{folder} holds no trained model: {error}") from error
-    made = model_class(fields.pop("system", "mae"))
-    # JSON has no tuples.
-    model = made(made.Config(**{name: tuple(v) if isinstance(v, list) else v for name, v in fields.items()}))
-    checkpoint.load_model(folder, model)
-    return model.eval()
-
-
-def _jsonable(fields: dict[str, Any]) -> dict[str, Any]:
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
-
-
-def _check_same_run(folder: Path, saved: dict[str, Any], now: dict[str, Any]) -> None:
-    saved, now = _flat(saved), _flat(now)
-    names = dict.fromkeys([*now, *(name for name in saved if name.startswith("model."))])
-    different = [
-        f"{name} was {saved.get(name)}, now {now.get(name)}" for name in names if saved.get(name) != now.get(name)
-    ]
-    if different:
-        raise CheckpointError(f"{folder} is of a run with other settings: {'; '.join(different)}")
-
-
-def _flat(fields: dict[str, Any]) -> dict[str, Any]:
-    """The fields with those of the model beside them, as model.<name>."""
-    model = fields.get("model") or {}
-    return {k: v for k, v in fields.items() if k != "model"} | {f"model.{k}": v for k, v in model.items()}
-
-
-def _truncate_losses(path: Path, step: int) -> float:
-    """Drop the lines of steps after the checkpoint, and a last line that a kill cut off. Returns the last loss that stays."""
-    kept, loss = [], math.nan
-    for line in path.read_text().splitlines() if path.exists() else ():
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            break
-        if row["step"] <= step:
-            kept.append(line + "\n")
-            loss = row["loss"]
-    if path.exists():
-        checkpoint.write_atomic(path, "".join(kept))
-    return loss

@@ -9,8 +9,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from maskops.testing import emulator
+from maskops.testing import emulator, interpreter
 
+interpreter.quicken()
 EMULATOR_REASON = emulator.reason_unavailable()
 if not EMULATOR_REASON:
     emulator.load()
@@ -29,7 +30,7 @@ def poisoned_memory() -> Iterator[None]:
 
 
 # What takes longest starts first, so that no process is left alone with it at the end (make test keeps this order).
-FIRST = ("test_sanitizers.py", "test_contract.py")
+FIRST = ("test_sanitizers.py", "test_contract.py", "test_triton_aot.py", "test_contract_compile.py", "test_train.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

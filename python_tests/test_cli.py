@@ -3,44 +3,61 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 import maskops
+from maskops.testing.forks import Forked
 
 pytest.importorskip("accelerate")
 
 
-def run(*args: object, cwd: Path | None = None) -> subprocess.CompletedProcess:
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0", "COLUMNS": "200"}
+
+
+def fresh(*args: object) -> subprocess.CompletedProcess:
+    """In a process of its own from the start."""
     # Not from the repository root: there `python -m` puts our kernels/ folder in front of Hugging Face's package.
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0", "COLUMNS": "200"}
-    return subprocess.run(
-        [sys.executable, "-P", "-m", "maskops", *map(str, args)],
-        capture_output=True,
-        text=True,
-        env=env,
-        cwd=cwd,
-        timeout=100,
-    )
+    command = [sys.executable, "-P", "-m", "maskops", *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **ENVIRONMENT}, timeout=100)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess]:
+    def run(*args: object, cwd: Path | None = None) -> subprocess.CompletedProcess:
+        return Forked("maskops", list(map(str, args)), ENVIRONMENT, tmp_path / "output", cwd).wait(timeout=100)
+
+    return run
+
+
+def test_each_system_is_offered_and_knows_what_it_trains_on() -> None:
+    from maskops.cli import System
+    from maskops.pretrained import SYSTEMS, model_class, takes_text
+
+    assert {system.value for system in System} == {*SYSTEMS, "maskgit"}
+    on_text = {name for name in SYSTEMS if takes_text(model_class(name).Config)}
+    assert on_text == {name for name in SYSTEMS if "context" in model_class(name).Config.__dataclass_fields__}
+    assert on_text == {"cm3", "electra", "dupmae", "ernie_gram"}
 
 
 def test_help_lists_the_commands() -> None:
-    done = run("--help")
+    done = fresh("--help")
     assert done.returncode == 0
     assert all(name in done.stdout for name in ("pretrain", "generate", "info", "bench", "demo"))
 
 
 def test_info() -> None:
-    done = run("info")
+    done = fresh("info")
     assert done.returncode == 0, done.stderr
     facts = dict(line.split(maxsplit=1) for line in done.stdout.splitlines())
     assert facts["maskops"] == maskops.__version__
     assert {"torch", "_C", "_C_cuda", "cuda", "triton"} <= set(facts)
 
 
-def test_pretrain_resume_and_refusal(tmp_path: Path) -> None:
+def test_pretrain_resume_and_refusal(run: Callable, tmp_path: Path) -> None:
     images, out = tmp_path / "images", tmp_path / "out"
     images.mkdir()
     for i in range(3):
@@ -49,7 +66,7 @@ def test_pretrain_resume_and_refusal(tmp_path: Path) -> None:
         "pretrain", "--system", "mae", "--images", images, "--out", out, "--size", "tiny", "--image-size", 32, "--patch-size", 8,
         "--batch-size", 3, "--epochs", 2, "--workers", 0,
     ]  # fmt: skip
-    done = run(*command)
+    done = fresh(*command)
     assert done.returncode == 0, done.stderr
     assert "2 steps, loss" in done.stdout and (out / "model" / "model.safetensors").exists()
     assert "images/s" in done.stderr and "left" in done.stderr
@@ -61,7 +78,7 @@ def test_pretrain_resume_and_refusal(tmp_path: Path) -> None:
     assert other.stderr.strip().endswith("other settings: lr was 0.00015, now 0.001; model.patch_size was 8, now 16")
 
 
-def test_pretrain_spark(tmp_path: Path) -> None:
+def test_pretrain_spark(run: Callable, tmp_path: Path) -> None:
     from maskops.train import load_pretrained
 
     images, out = tmp_path / "images", tmp_path / "out"
@@ -78,7 +95,7 @@ def test_pretrain_spark(tmp_path: Path) -> None:
     assert type(model).__name__ == "SparK" and model.config.num_keep == 2
 
 
-def test_pretrain_on_text(tmp_path: Path) -> None:
+def test_pretrain_on_text(run: Callable, tmp_path: Path) -> None:
     import torch
 
     from maskops.train import load_pretrained
@@ -120,7 +137,9 @@ def test_pretrain_on_text(tmp_path: Path) -> None:
         (("--text", ".", "--size", "huge"), "size must be one of ['tiny', 'small', 'base', 'large'], got 'huge'"),
     ],
 )
-def test_wrong_use_of_text_is_exit_code_2_and_one_message(tmp_path: Path, args: tuple, message: str) -> None:
+def test_wrong_use_of_text_is_exit_code_2_and_one_message(
+    run: Callable, tmp_path: Path, args: tuple, message: str
+) -> None:
     done = run("pretrain", "--system", "electra", "--out", tmp_path / "out", "--size", "tiny", *args, cwd=tmp_path)
     assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
 
@@ -137,13 +156,13 @@ def test_wrong_use_of_text_is_exit_code_2_and_one_message(tmp_path: Path, args: 
         (("--size", "huge"), "huge"),
     ],
 )
-def test_wrong_use_is_exit_code_2_and_one_message(tmp_path: Path, args: tuple, message: str) -> None:
+def test_wrong_use_is_exit_code_2_and_one_message(run: Callable, tmp_path: Path, args: tuple, message: str) -> None:
     (tmp_path / "images").mkdir()
     done = run("pretrain", "--images", tmp_path / "images", "--out", tmp_path / "out", "--size", "tiny", *args)
     assert done.returncode == 2
     assert message in done.stderr and "Traceback" not in done.stderr
 
 
-def test_unknown_system_names_the_known_ones(tmp_path: Path) -> None:
+def test_unknown_system_names_the_known_ones(run: Callable, tmp_path: Path) -> None:
     done = run("pretrain", "--system", "nothing", "--images", tmp_path, "--out", tmp_path)
     assert done.returncode == 2 and "mae" in done.stderr

@@ -45,8 +45,12 @@ def value_cases() -> Iterator:
                 # The ways through AVX-512 differ in bfloat16 only.
                 if variant.endswith(tuple(testing.BF16_PRODUCTS)) and dtype != torch.bfloat16:
                     continue
-                if supported(variant.split("-")[0], sample.op, dtype):
+                backend = variant.split("-")[0]
+                if sample.runs_on(backend, dtype) and supported(backend, sample.op, dtype):
                     yield pytest.param(sample, variant, dtype, id=f"{sample}-{variant}-{str(dtype)[6:]}")
+
+
+VALUE_CASES = list(value_cases())
 
 
 def with_grad(op: str, args: tuple) -> tuple:
@@ -89,7 +93,7 @@ def has_gradient(backend: str, op: str) -> bool:
     return backend != "emulated" or OPS.get(f"_{op}_backward", OPS[op]).cuda
 
 
-@pytest.mark.parametrize("sample,variant,dtype", list(value_cases()))
+@pytest.mark.parametrize("sample,variant,dtype", VALUE_CASES)
 def test_value_and_gradient(sample: Sample, variant: str, dtype: torch.dtype) -> None:
     backend, _, isa = variant.partition("-")
     args = sample.arguments(dtype)
@@ -117,10 +121,11 @@ def test_kernel_is_registered(op: str, backend: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("op", sorted(OPS))
 def test_values_are_compared_on_every_backend(op: str, backend: str) -> None:
-    """A limit that is too narrow drops cases without a sound: at least float32 must be left."""
-    cases = [case.values for case in value_cases()]
-    found = any(s.op == op and v.split("-")[0] == backend and d == torch.float32 for s, v, d in cases)
-    assert found == (backend != "emulated" or OPS[op].cuda)
+    """A limit that is too narrow drops cases without a sound: at least float32 must be left, and each dtype that is supported."""
+    cases = [case.values for case in VALUE_CASES]
+    found = {d for s, v, d in cases if s.op == op and v.split("-")[0] == backend}
+    assert found == {d for d in dtypes_of(op) if supported(backend, op, d)}
+    assert (torch.float32 in found) == (backend != "emulated" or OPS[op].cuda)
 
 
 @pytest.mark.parametrize("op", sorted(OPS))

@@ -299,3 +299,24 @@ def test_a_mask_is_an_input_of_an_exported_program(tmp_path: Path) -> None:
     torch.export.save(torch.export.export(Attend(), (QUERY, mask)), tmp_path / "attend.pt2")
     again = torch.export.load(tmp_path / "attend.pt2").module()
     assert torch.equal(again(QUERY, mask), Attend()(QUERY, mask))
+
+
+LOGITS, ALONE = torch.zeros(1, 3, 4), torch.zeros(1, 3, dtype=torch.bool)
+DRAWN = {
+    "random_masking": lambda **seeds: maskops.random_masking(2, 16, 0.5, **seeds),
+    "block_masking": lambda **seeds: maskops.block_masking(2, (4, 4), 8, **seeds),
+    "draw_spans": lambda **seeds: maskops.draw_spans(torch.tensor([40]), **seeds),
+    "confidence_select": lambda **seeds: maskops.confidence_select(LOGITS, ALONE, 1, **seeds),
+    "linear_sample": lambda **seeds: maskops.linear_sample(
+        torch.zeros(3, 2), torch.zeros(4, 2), torch.zeros(3, dtype=torch.int64), **seeds
+    ),
+}
+
+
+@pytest.mark.parametrize("function", DRAWN)
+def test_a_generator_beside_a_seed_is_refused(function: str) -> None:
+    """It was ignored: the caller believes that one draws, and the other does."""
+    DRAWN[function](seed=1)
+    DRAWN[function](generator=torch.Generator())
+    with pytest.raises(ValueError, match=f"^{function}: seed and generator must not both be given"):
+        DRAWN[function](seed=0, generator=torch.Generator())

@@ -75,9 +75,13 @@ def test_errors_name_function_and_argument(
 
 @pytest.mark.parametrize(
     ("options", "error"),
-    [({"kind": ["cosine"]}, ValueError), ({"at_least_one": 1}, TypeError)],
-)
-def test_schedule_refuses_what_is_no_word(options: dict, error: type) -> None:
+    [
+        ({"kind": ["cosine"]}, ValueError), ({"at_least_one": 1}, TypeError), ({"steps": 2**20 + 1}, ValueError),
+        ({"steps": 10**15, "at_least_one": True}, ValueError), ({"num_tokens": 2**31}, ValueError),
+        ({"steps": 17, "at_least_one": True}, ValueError),
+    ],
+)  # fmt: skip
+def test_schedule_refuses_what_is_no_word_and_what_is_too_large(options: dict, error: type) -> None:
     with pytest.raises(error, match=f"mask_schedule: {next(iter(options))} must be"):
         maskops.mask_schedule(**{"kind": "cosine", "steps": 4, "num_tokens": 16, **options})
 

@@ -110,6 +110,17 @@ def test_hidden_nan_reaches_nothing(by_ids: bool, cosine: bool) -> None:
     assert loss.isfinite() and all(g.isfinite().all() for g in grads) and grads[0][:, 1:].abs().sum() == 0
 
 
+def test_sign_of_a_denominator() -> None:
+    """A number is checked where it is given; a tensor is on the device, and what the page says of it holds."""
+    given = torch.randn(4, 3), torch.randn(5, 3), torch.tensor([0, 1, 4, 2])
+    for wrong in (0, -1.0, math.nan):
+        with pytest.raises(ValueError, match="linear_cross_entropy: denominator must be"):
+            maskops.linear_cross_entropy(*given, denominator=wrong)
+    loss = maskops.linear_cross_entropy(*given, denominator=torch.tensor(2.0))
+    assert maskops.linear_cross_entropy(*given, denominator=torch.tensor(0.0)) == 0
+    assert maskops.linear_cross_entropy(*given, denominator=torch.tensor(-2.0)) == -loss
+
+
 @pytest.mark.parametrize("denominator", ["count", "weight", "all"])
 def test_nothing_that_counts_is_zero(denominator: str) -> None:
     hidden, weight, bias, target = inputs()

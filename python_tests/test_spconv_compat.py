@@ -130,3 +130,13 @@ def test_arguments_and_keys_of_pools_are_those_of_spconv(kind: str, axes: int) -
         made(torch.ones(2, 4))
     with pytest.raises(ValueError, match="stride must be"):
         pool(3, 0)
+
+
+@pytest.mark.parametrize("kind", ["SubMConv3d", "SubMConv2d", "SparseConv2d"])
+def test_wrong_groups_name_the_layer_and_the_argument(kind: str) -> None:
+    layer = getattr(spconv, kind)
+    for groups in (0, 3):
+        with pytest.raises(ValueError, match=f"^{kind}: groups must divide 4 and 8 channels, got {groups}"):
+            layer(4, 8, 3, groups=groups)
+    with pytest.raises(TypeError, match=f"^{kind}: groups must be"):
+        layer(4, 8, 3, groups=1.5)

@@ -5,7 +5,6 @@ import json
 import os
 import random
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -21,6 +20,7 @@ pytest.importorskip("accelerate")
 from maskops import checkpoint
 from maskops.checkpoint import CheckpointError
 from maskops.data import Crop, EmptyFolderError, GlobalBatches, ImageFolder, Key, load_rgb
+from maskops.testing.forks import Forked
 
 PROGRAM = """
 import sys
@@ -64,26 +64,21 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def command(
-    data: Path,
-    out: Path,
-    *,
-    batch: int = 4,
-    epochs: float = 12,
-    resume: str = "new",
-    workers: int = 0,
-    system: str = "mae",
-) -> list[str]:
-    return [sys.executable, "-P", "-c", PROGRAM, *map(str, (data, out, batch, epochs, resume, workers, system))]
+def started(
+    data: Path, out: Path, *, batch: int = 4, epochs: float = 12, resume: str = "new", workers: int = 0, system: str = "mae",
+    **env: str,
+) -> Forked:  # fmt: skip
+    arguments = list(map(str, (data, out, batch, epochs, resume, workers, system)))
+    output = out.with_name(f"{out.name}_output") / env.get("RANK", "0")
+    return Forked(PROGRAM, arguments, {**ENVIRONMENT, **env}, output)
 
 
-def environment(**extra: str) -> dict[str, str]:
-    # One thread: the machine may be busy, and two processes must not fight for the cores.
-    return {**os.environ, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0", **extra}
+# One thread: the machine may be busy, and two processes must not fight for the cores.
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"}
 
 
 def train(*args: object, **kwargs: object) -> str:
-    done = subprocess.run(command(*args, **kwargs), env=environment(), capture_output=True, text=True, timeout=110)
+    done = started(*args, **kwargs).wait(timeout=110)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -96,8 +91,10 @@ def losses(out: Path) -> list[float]:
 
 @pytest.fixture(scope="module")
 def unbroken(images: Path, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    """In a fresh process."""
     out = tmp_path_factory.mktemp("unbroken") / "run"
-    train(images, out)
+    command = [sys.executable, "-P", "-c", PROGRAM, *map(str, (images, out, 4, 12, "new", 0, "mae"))]
+    subprocess.run(command, env={**os.environ, **ENVIRONMENT}, check=True, timeout=110)
     found = losses(out)
     assert len(found) == 21 and found[-1] < found[0]
     return found
@@ -122,21 +119,15 @@ def killed_and_resumed(data: Path, out: Path, **options: object) -> list[float]:
     rng = random.Random(1)
     for kill_at in (2, 8, 14):
         # Killed once a step has been logged, a random moment later: in a step, in a save, between two files of a checkpoint.
-        process = subprocess.Popen(
-            command(data, out, resume="resume", **options),
-            env=environment(),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-        )
+        process = started(data, out, resume="resume", **options)
         log = out / "losses.jsonl"
         deadline = time.monotonic() + 60
-        while process.poll() is None and (not log.exists() or log.read_text().count("\n") < kill_at):
+        while process.returncode is None and (not log.exists() or log.read_text().count("\n") < kill_at):
             assert time.monotonic() < deadline, "the run is stuck"
             time.sleep(0.001)
-        assert process.poll() is None or process.returncode == 0, process.stderr.read()
+        assert process.returncode in (None, 0), process.stderr.read_text()
         time.sleep(rng.random() * 0.02)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.kill()
     (out / "checkpoints").mkdir(parents=True, exist_ok=True)
     (out / "checkpoints" / ".partial-00000099-1").mkdir()
     with open(out / "losses.jsonl", "a") as file:
@@ -184,19 +175,16 @@ def train_on_two_processes(data: Path, out: Path, **options: object) -> list[flo
         port = str(free.getsockname()[1])
     shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "1"}
     processes = [
-        subprocess.Popen(
-            command(data, out, batch=2, **options),
-            env=environment(**shared, RANK=str(rank), LOCAL_RANK=str(rank)), stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE, text=True,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
+        started(data, out, batch=2, **options, **shared, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(2)
+    ]
     try:
-        outputs = [process.communicate(timeout=100) for process in processes]
+        outputs = [process.wait(timeout=100) for process in processes]
+    except TimeoutError as error:  # perhaps the other one failed and is waited for
+        raise AssertionError([(p.returncode, p.stderr.read_text()) for p in processes]) from error
     finally:
         for process in processes:
             process.kill()
-    assert [process.returncode for process in processes] == [0, 0], outputs
+    assert [done.returncode for done in outputs] == [0, 0], outputs
     return losses(out)
 
 
@@ -281,6 +269,7 @@ def test_a_run_is_neither_overwritten_nor_mixed(images: Path, tmp_path: Path) ->
     config = MAEConfig.of_size("tiny", image_size=32, patch_size=16, mask_ratio=0.5, depth=1, decoder_depth=1)
     settings = dict(data=images, out=tmp_path / "run", epochs=1, batch_size=4, workers=0)
     result = pretrain(config, Settings(**settings))
+    assert result.samples_per_second > 0
     assert load_pretrained(tmp_path / "run").config == config
     with pytest.raises(CheckpointError, match="holds a run already"):
         pretrain(config, Settings(**settings))

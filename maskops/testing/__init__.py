@@ -15,6 +15,7 @@ from maskops import _extension
 from maskops._registry import NAMESPACES, OPS
 
 FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+ONE_OF_EACH_SIZE = (torch.float32, torch.bfloat16)
 ISA_LEVELS = {"portable": 0, "avx2": 1, "avx512": 2, "avx512_bf16": 2, "amx_bf16": 2}
 # How AVX-512 multiplies bfloat16: as floats, through vdpbf16ps, in AMX tiles; whether or not that is the fast way on this CPU.
 BF16_PRODUCTS = {"avx512_bf16": 1, "amx_bf16": 2}
@@ -27,11 +28,20 @@ RMS = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.fl
 
 @dataclass(frozen=True)
 class Sample:
-    """Arguments of one op.  make(dtype, generator) -> all arguments in the schema's order, on the CPU."""
+    """Arguments of one op.  make(dtype, generator) -> all arguments in the schema's order, on the CPU.
+
+    slow_on: backends that simulate a GPU, and take a tenth of a second for a tile, on which this sample has one dtype of each size,
+    ONE_OF_EACH_SIZE. For samples that show a walk over several tiles or passes: the choice of tiles knows sizes only, and every
+    dtype has other samples of the op (test_contract checks it). Native kernels run every sample at every dtype.
+    """
 
     op: str
     name: str
     make: Callable[[torch.dtype, torch.Generator], tuple]
+    slow_on: tuple[str, ...] = ()
+
+    def runs_on(self, backend: str, dtype: torch.dtype) -> bool:
+        return backend not in self.slow_on or dtype in ONE_OF_EACH_SIZE
 
     def arguments(self, dtype: torch.dtype = torch.float32, seed: int = 0) -> tuple:
         return self.make(dtype, torch.Generator().manual_seed(seed))

@@ -145,7 +145,8 @@ def _flags(sanitize: bool, defines: Sequence[str], stable_abi: bool, csrc: Path)
         "-x",
         "c++",
         "-std=c++20",
-        "-O1",
+        # Where nothing is optimised away, sanitized kernels compile in half the time, and the sanitizers see more.
+        "-O0" if sanitize else "-O1",
         "-fPIC",
         "-fvisibility=hidden",
         "-ffp-contract=off",

@@ -181,17 +181,18 @@ def _layer_backward(name: str, *, affine: bool = True) -> Callable:
     return make
 
 
+SLOW = dict.fromkeys(("wide", "stem", "pixels"), ("triton",))
 DEPTHWISE = {"groups": 21, "channels": (21, 21)}
 SAMPLES = [
-    *(Sample(CONV, name, _conv(name)) for name in SIZES if name != "no_rows"),
+    *(Sample(CONV, name, _conv(name), SLOW.get(name, ())) for name in SIZES if name != "no_rows"),
     # Of tensors without elements finite differences know nothing.
     Sample(CONV, "no_rows_hard", _conv("no_rows")),
     Sample(CONV, "groups", _conv("3x3", groups=2, channels=(12, 20))),
     Sample(CONV, "depthwise", _conv("3x3", **DEPTHWISE)),
     Sample(CONV, "depthwise_wide", _conv("wide", groups=40, channels=(40, 40), bias=False)),
     Sample(CONV, "depthwise_stride", _conv("stride", **DEPTHWISE)),
-    Sample(CONV, "depthwise_7", _conv("stem", groups=18, channels=(18, 18))),
-    Sample(CONV, "depthwise_pixels", _conv("pixels", **DEPTHWISE)),
+    Sample(CONV, "depthwise_7", _conv("stem", groups=18, channels=(18, 18)), ("triton",)),
+    Sample(CONV, "depthwise_pixels", _conv("pixels", **DEPTHWISE), ("triton",)),
     Sample(CONV, "first", _conv("3x3", layout="first", bias=False)),
     Sample(CONV, "cut", _conv("1x1", layout="cut")),
     Sample(CONV, "none", _conv("3x3", kind="none")),

@@ -120,17 +120,17 @@ SAMPLES = [
     Sample(MAX, "empty", _over_map(MAX, 8, rows=0)),
     Sample(MAX_BACKWARD, "any", _max_backward),
     Sample(SEGMENT_SUM, "any", _segments(SEGMENT_SUM, 21, "strided", scaled=True)),
-    Sample(SEGMENT_SUM, "long", _segments(SEGMENT_SUM, 3, rows=4500, segments=2)),
+    Sample(SEGMENT_SUM, "long", _segments(SEGMENT_SUM, 3, rows=4500, segments=2), ("triton",)),
     Sample(SEGMENT_SUM, "empty", _segments(SEGMENT_SUM, 5, rows=0, segments=2)),
     Sample(SEGMENT_SUM, "none", _segments(SEGMENT_SUM, 5, rows=4, segments=0)),
     Sample(SEGMENT_MAX, "any", _segments(SEGMENT_MAX, 21, "strided")),
-    Sample(SEGMENT_MAX, "long_ties_hard", _segments(SEGMENT_MAX, 3, "ties", rows=4500, segments=2)),
+    Sample(SEGMENT_MAX, "long_ties_hard", _segments(SEGMENT_MAX, 3, "ties", rows=4500, segments=2), ("triton",)),
     Sample(SEGMENT_MAX, "poison_hard", _segments(SEGMENT_MAX, 5, "poison")),
     Sample(SEGMENT_MAX, "empty", _segments(SEGMENT_MAX, 5, rows=0, segments=2)),
     Sample(SPREAD, "any", _segments(SPREAD, 21, "strided", scaled=True)),
-    *(Sample(VOXELIZE, kind, _voxelize(kind)) for kind in (
-        "some", "one_cell", "line", "corners", "far", "strided", "plane", "empty"
-    )),
+    *(Sample(VOXELIZE, kind, _voxelize(kind)) for kind in ("some", "one_cell", "line", "strided", "plane", "empty")),
+    # Keys of 62 bits: eight passes of the sort, which knows no dtype.
+    *(Sample(VOXELIZE, kind, _voxelize(kind), ("emulated",)) for kind in ("corners", "far")),
 ]  # fmt: skip
 
 

@@ -2,12 +2,12 @@
 
 Real documents, digits as 16 squares and their class; 500 steps each; new documents, over a left-only causal model of the same size.
 
-    claim, mean of 3 seeds                              measured (each), one thread   broken
-    NLL of hidden spans, left and right known, < 0.98   0.958 (0.975, 0.935, 0.964)   1.17: right side of another document, which
+    claim, mean of 2 seeds                              measured (each), one thread   broken
+    NLL of hidden spans, left and right known, < 0.98   0.955 (0.975, 0.935)          1.17: right side of another document, which
       of left-only's, which knows the left alone                                        the test asks for, too (> 1.05)
-    NLL of whole documents < 1.06 of left-only's        1.024 (1.027, 1.013, 1.031)   3.20, seed 0: only moved tokens counted
+    NLL of whole documents < 1.06 of left-only's        1.020 (1.027, 1.013)          3.20, seed 0: only moved tokens counted
 
-In trials with seed 0 left-only was no better after 300 or 800 steps than after 500.
+Seed 2 had 0.964 and 1.031. In trials with seed 0 left-only was no better after 300 or 800 steps than after 500.
 
 Not shown: the same on text. In trials with seed 0 hidden spans had 1.29 of left-only's NLL on letters of pydoc (windows of 10, 3000
 steps), 1.05 on its words (windows of 16, 800 steps), and 1.22 on these digits when a token did not tell its square (800 steps). It
@@ -24,7 +24,7 @@ import maskops
 from maskops.models.cm3 import CM3, CM3Config
 from maskops.testing.works import train
 
-SEEDS = (0, 1, 2)
+SEEDS = (0, 1)
 LEVELS, SQUARES, STEPS, SPANS = 9, 16, 500, 1
 N = SQUARES + 1
 

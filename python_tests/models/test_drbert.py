@@ -3,8 +3,8 @@
 Text is the topics of pydoc, small letters and spaces, a byte a token. First weights, batches and masks are the same with and
 without the decoder.
 
-    claim, each of 3 seeds                                 measured, one thread       broken, seed 0
-    held-out MLM loss with 2 decoder layers < 0.99 of      0.980, 0.978, 0.974        1.000: head trained on the encoder
+    claim, each of 2 seeds                                 measured, one thread       broken, seed 0
+    held-out MLM loss with 2 decoder layers < 0.99 of      0.980, 0.978               1.000: head trained on the encoder
       the plain head's, at equal steps                                                  only (mix = 1)
     weight of hidden keys: 0 in layer 1, > 0 in layer 2    exact                      no key hidden; hidden in both layers
 
@@ -26,7 +26,7 @@ from maskops.models.drbert import DrBERT, DrBERTConfig
 from maskops.ops.masked_attention import masked_attention
 from maskops.testing.works import train
 
-SEEDS = (0, 1, 2)
+SEEDS = (0, 1)
 CONTEXT, STEPS = 16, 600
 
 

@@ -235,7 +235,6 @@ def test_learns_to_paint_masked_patches(seed: int) -> None:
     assert train_error(MAE, seed) < LEARNED
 
 
-@pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("broken", [VisibleLoss, Blind, Placeless])
-def test_the_works_check_goes_red_when_broken(broken: type[MAE], seed: int) -> None:
-    assert train_error(broken, seed, STEPS // 2) > UNLEARNED
+def test_the_works_check_goes_red_when_broken(broken: type[MAE]) -> None:
+    assert train_error(broken, SEEDS[0], STEPS // 2) > UNLEARNED

@@ -1,5 +1,7 @@
 """MaskUNet (the Works check): on a frozen diffusion network, masks chosen for each sample and timestep predict noise better."""
 
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -89,9 +91,12 @@ class Run:
         return 1 - error(lambda x, t: model(x, t)[0], self.x) / self.base_error
 
 
-@pytest.fixture(scope="module", params=[0, 1])
+made = functools.cache(Run)
+
+
+@pytest.fixture(params=[0, 1])
 def run(request: pytest.FixtureRequest) -> Run:
-    return Run(request.param)
+    return made(request.param)
 
 
 def test_trained_masks_beat_the_base_and_random_masks_do_not(run: Run) -> None:
@@ -175,7 +180,8 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_the_works_check_goes_red_when_broken(run: Run, fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_works_check_goes_red_when_broken(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = made(0)
     with_masks(monkeypatch, FAULTS[fault])
     assert run.gain(trained_masks(run.base)) < GAIN
 

@@ -1,11 +1,11 @@
 """MTO (the Works check): mask tokens do not touch visible outputs, are unlike visible patches, and fewer steps do.
 
-    claim, against the SimMIM host, seeds 3, 4, 5         measured, one thread         broken, seed 3
+    claim, against the SimMIM host, seeds 3, 4            measured, one thread         broken, seed 3
     visible outputs change by 0.0 with the mask token     exact                        recalibration "none", "soft"
-    cosine(mask token, visible patches) < host's - 0.2    -0.69, -0.70, -0.69          +0.01: singularity 0
-                                                            host -0.04, -0.13, -0.39
-    error of new crops < the host's                       0.7443, 0.7418, 0.7366       the host: 0.7454, 0.7438, 0.7387
-    the host's last error is reached in < 0.8 of its      0.693 (0.68, 0.68, 0.72)     0.907 (0.72, 1, 1): the host itself
+    cosine(mask token, visible patches) < host's - 0.2    -0.69, -0.70                 +0.01: singularity 0
+                                                            host -0.04, -0.13
+    error of new crops < the host's                       0.7443, 0.7418               the host: 0.7454, 0.7438
+    the host's last error is reached in < 0.8 of its      0.68 (0.68, 0.68)            0.86 (0.72, 1): the host itself
       steps, mean
     an entropy weight of 0.05 lowers the gap by 0.5       -2.56 from 0.49              0: not added to the loss
 
@@ -27,7 +27,7 @@ from maskops.testing.works import train
 
 data = pytest.importorskip("skimage.data")
 
-SEEDS, STEPS, EVERY = (3, 4, 5), 250, 10
+SEEDS, STEPS, EVERY = (3, 4), 250, 10
 TINY = dict(image_size=24, patch_size=4, channels=1, dim=48, depth=3, heads=4)
 OURS = MTOConfig(**TINY, norm_pix=True)
 HOST = replace(OURS, recalibration="none", singularity=0, entropy=0)

@@ -42,7 +42,11 @@ class _Convolution(SparseModule):
             size % 2 == 0 for size in sizes_of(name, "kernel_size", kernel_size, self.axes, 1)
         ):
             raise ValueError(f"{name}: kernel_size must be odd, got {kernel_size}")
-        own = OF_AXES[self.axes](in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias)
+        base = OF_AXES[self.axes]
+        try:
+            own = base(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias)
+        except (TypeError, ValueError) as error:  # in the name of this class
+            raise type(error)(str(error).replace(base.__name__, name, 1)) from None
         self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
         self.kernel_size, self.stride, self.padding, self.dilation = (
             own.kernel_size,

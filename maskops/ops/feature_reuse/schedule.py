@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from maskops._checks import boolean, fail, integer, number, one_of
 
+MOST_STEPS = 2**20  # what is returned has an entry for each
 FUNCTION = "mask_schedule"
 # kind -> gamma(r, N, exponent), the share that stays masked after the share r of the steps
 KINDS: dict[str, Callable[[float, int, float], float]] = {
@@ -28,8 +29,8 @@ def mask_schedule(
 
     Args:
         kind: "cosine", "linear", "pow", "log", "exp" or "arccos".
-        steps: T, at least 1.
-        num_tokens: N, the tokens to decode.
+        steps: T, from 1 to 2^20; more than N decode nothing in some steps.
+        num_tokens: N, the tokens to decode, below 2^31.
         exponent: p of "pow".
         at_least_one: instead of the rule above the one of MaskGIT-r: differences of floor(N (1 - gamma)), a 0 raised to 1, and
             what that decodes too much taken from the last steps. Needs steps <= num_tokens.
@@ -56,10 +57,12 @@ def mask_schedule(
     one_of(FUNCTION, "kind", kind, KINDS)
     boolean(FUNCTION, "at_least_one", at_least_one)
     exponent = number(FUNCTION, "exponent", exponent)
-    if steps < 1:
-        fail(FUNCTION, "steps", "be at least 1", steps)
-    if N < 0:
-        fail(FUNCTION, "num_tokens", "be at least 0", N)
+    if not 1 <= steps <= MOST_STEPS:
+        fail(FUNCTION, "steps", f"be in [1, {MOST_STEPS}]", steps)
+    if not 0 <= N < 2**31:
+        fail(FUNCTION, "num_tokens", "be in [0, 2^31)", N)
+    if at_least_one and steps > N:
+        fail(FUNCTION, "steps", f"be at most num_tokens = {N} with at_least_one", steps)
     if not 0 < exponent < math.inf:
         fail(FUNCTION, "exponent", "be positive and finite", exponent)
     shares = [min(max(KINDS[kind]((t + 1) / steps, N, exponent), 1e-6), 1.0) for t in range(steps)]
@@ -74,8 +77,6 @@ def mask_schedule(
 
 
 def _differences(shares: list[float], steps: int, N: int) -> list[int]:
-    if steps > N:
-        fail(FUNCTION, "steps", f"be at most num_tokens = {N} with at_least_one", steps)
     done = [0, *(math.floor(N * (1 - share)) for share in shares[:-1]), N]
     counts = [max(1, b - a) for a, b in itertools.pairwise(done)]
     surplus = sum(counts) - N

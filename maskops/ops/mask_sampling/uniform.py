@@ -119,6 +119,8 @@ def seed_tensor(
 ) -> Tensor:
     """int64 [2] = (seed, offset) on the device.  function: the public function that errors name."""
     check_generator(function, generator)
+    if seed is not None and generator is not None:
+        raise ValueError(f"{function}: seed and generator must not both be given: one of them would be ignored")
     if isinstance(seed, Tensor):
         if seed.dtype != torch.int64 or tuple(seed.shape) not in ((), (2,)):
             fail(function, "seed", "be int, or int64 [] or [2]", f"{seed.dtype} {list(seed.shape)}")

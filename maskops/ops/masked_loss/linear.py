@@ -58,7 +58,8 @@ def linear_cross_entropy(
         z_loss: factor of logsumexp^2, >= 0.
         reduction: "mean" (sum / denominator), "sum", or "none".
         denominator: "count" = the losses that count, "weight" = the sum of their weights, "all" = target's elements, or the
-            number itself. Nothing to divide by gives 0.
+            number itself, above 0, or a tensor [] of it. Nothing to divide by gives 0, as does a tensor that is 0; one below 0 is
+            taken as it is and turns the loss's sign, since to check it would wait for the device.
         backend: "auto", "native", "triton", "reference".
 
     Returns:

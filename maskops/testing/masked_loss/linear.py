@@ -52,7 +52,7 @@ def _drawn(*args: object, temperature: float = 1.0, **options: object) -> Callab
 
 SAMPLES = [
     Sample(LOSS, "plain", _loss(21, 24, 37)),
-    Sample(LOSS, "tiles", _loss(70, 70, 210, counted=0.95, bias=False)),
+    Sample(LOSS, "tiles", _loss(70, 70, 210, counted=0.95, bias=False), ("triton",)),
     Sample(LOSS, "books", _loss(19, 8, 11, books=3, smoothing=0.1, z_loss=0.01, scale=2.0)),
     Sample(LOSS, "strided", _loss(17, 20, 40, strided=True, smoothing=1.0)),
     Sample(LOSS, "all", _loss(5, 16, 32, counted=1.0)),

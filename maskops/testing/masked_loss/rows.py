@@ -147,7 +147,7 @@ SAMPLES = [
     Sample(CONTRAST_BACKWARD, "plain", _contrast_backward(15, 9, 6, 20)),
     Sample(CONTRAST_BACKWARD, "wide", _contrast_backward(6, 20, 40, 70, collide=False)),
     Sample(POOL, "plain", _seen_pool(3, 21, 24, 37)),
-    Sample(POOL, "ragged_without_keys", _pool(4, 19, 20, 103, bias=False)),
+    Sample(POOL, "ragged_without_keys", _pool(4, 19, 20, 103, bias=False), ("triton",)),
     Sample(POOL, "none_without_keys", _pool(2, 5, 8, 9, empty=True)),
     Sample(POOL, "empty", _pool(0, 5, 8, 9)),
     Sample(POOL_BACKWARD, "plain", _pool_backward(3, 21, 24, 37)),

@@ -63,6 +63,10 @@ def _mask_ties(n: int, m: int) -> Callable:
     return make
 
 
+def slow_on(name: str) -> tuple[str, ...]:
+    return ("triton",) if "large" in name else ()
+
+
 def _compress(N: int, K: int, n: int, m: int, change: Callable = same) -> Callable:
     return lambda dtype, g: (change(nm_weight(g, dtype, N, K, n, m)), n, m)
 
@@ -166,7 +170,7 @@ def _linear_backward(forward: Callable, need_x: bool = True, need_values: bool =
 
 
 LINEAR_SAMPLES = [
-    *(Sample(LINEAR, name, _linear(*size)) for name, size in LINEARS.items()),
+    *(Sample(LINEAR, name, _linear(*size), slow_on(name)) for name, size in LINEARS.items()),
     Sample(LINEAR, "no_bias", _linear(3, 5, 16, 2, 4, bias=False)),
     Sample(LINEAR, "transposed", _linear(6, 7, 40, 2, 4, change=transposed)),
     Sample(LINEAR, "wide_rows", _linear(6, 7, 40, 3, 5, change=wide_rows)),
@@ -254,7 +258,7 @@ BITMASKS = {
     "straight_through_no_samples": _bitmask(0, 4, 5, 9, scores=2),
 }
 BITMASK_SAMPLES = [
-    *(Sample(BITMASK, name, make) for name, make in BITMASKS.items()),
+    *(Sample(BITMASK, name, make, slow_on(name)) for name, make in BITMASKS.items()),
     *(
         Sample(BITMASK_BACKWARD, name, _bitmask_backward(BITMASKS[name]))
         for name in ("per_sample", "shared", "no_rows", *(name for name in BITMASKS if "straight" in name))
@@ -323,7 +327,7 @@ SOFTS = {
     "linear_hard_7:32": _soft(1, 4, 64, 7, 32, exact=False, hard=True, tau=1.5),
 }
 SOFT_SAMPLES = [
-    *(Sample(SOFT, name, make) for name, make in SOFTS.items()),
+    *(Sample(SOFT, name, make, slow_on(name)) for name, make in SOFTS.items()),
     *(
         Sample(SOFT_BACKWARD, name, _soft_backward(SOFTS[name]))
         for name in ("exact_2:4", "exact_hard_3:5", "exact_no_rows", "linear_3:5", "linear_hard_7:32")

@@ -126,7 +126,10 @@ def instruction_set(name: str) -> Iterator[None]:
     """Run the CPU kernels at a level of ISA_LEVELS; RuntimeError where this CPU lacks it."""
     library = cpu_library()
     before = library.maskops_isa_in_use(), library.maskops_bf16_products()
-    if library.maskops_set_isa(ISA_LEVELS[name]) != 0 or library.maskops_set_bf16_products(BF16_PRODUCTS.get(name, 0)) != 0:
+    if (
+        library.maskops_set_isa(ISA_LEVELS[name]) != 0
+        or library.maskops_set_bf16_products(BF16_PRODUCTS.get(name, 0)) != 0
+    ):
         raise RuntimeError(f"this CPU has no {name}")
     try:
         yield

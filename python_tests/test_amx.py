@@ -1,0 +1,117 @@
+"""Products of bfloat16 in AMX tiles: sizes that no tile register fits, and what must not leak through its zeros."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import maskops
+from maskops import testing
+
+pytestmark = pytest.mark.skipif("amx_bf16" not in testing.instruction_sets(), reason="this CPU has no AMX")
+
+
+@pytest.fixture(autouse=True)
+def amx() -> Iterator[None]:
+    with testing.instruction_set("amx_bf16"):
+        yield
+
+
+def rand(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
+
+
+def close(actual: Tensor, expected: Tensor, limit: float = 4e-3) -> None:
+    error = (actual.double() - expected).square().mean().sqrt() / expected.square().mean().sqrt()
+    assert error < limit, error
+
+
+@pytest.mark.parametrize(("rows", "inputs", "outputs"), [(33, 32, 32), (100, 70, 45), (300, 256, 130), (48, 0, 5)])
+@pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 4), (3, 7), (5, 32)])
+def test_nm_linear(rows: int, inputs: int, outputs: int, n: int, m: int) -> None:
+    x, weight, bias = rand(rows, inputs), rand(outputs, inputs, seed=1), rand(outputs, seed=2)
+    weight = weight * maskops.nm_mask(weight.float().abs(), n, m)
+    x.requires_grad_()
+    y = maskops.nm_linear(x, maskops.nm_compress(weight, n, m), bias)
+    close(y.detach(), F.linear(x.detach().double(), weight.double(), bias.double()))
+    grad = rand(rows, outputs, seed=3)
+    y.backward(grad)
+    if inputs:
+        close(x.grad, grad.double() @ weight.double())
+
+
+def test_pruned_weights_do_not_carry_nan() -> None:
+    x, weight = rand(64, 64), rand(40, 64, seed=1)
+    mask = maskops.nm_mask(weight.float().abs(), 2, 4)
+    x[3, 5] = float("nan")
+    y = maskops.nm_linear(x, maskops.nm_compress(weight * mask, 2, 4))
+    assert torch.equal(y[3].isnan(), mask[:, 5]) and y[:3].isfinite().all()
+
+
+@pytest.mark.parametrize(("queries", "keys", "channels"), [(70, 130, 40), (9, 65, 8), (128, 64, 96), (64, 300, 64)])
+def test_attention(queries: int, keys: int, channels: int) -> None:
+    """A bias, a scale of either sign and hidden values that are not finite."""
+    q, k, v = rand(2, 3, queries, channels), rand(2, 3, keys, channels, seed=1), rand(2, 3, keys, channels, seed=2)
+    bias = rand(1, 3, queries, keys, seed=3)
+    lengths = torch.tensor([keys, keys // 2])
+    seen = torch.arange(keys) < lengths[:, None, None, None]
+    k[1, :, keys // 2 :], v[1, :, keys // 2 :] = float("nan"), float("inf")
+    for scale, added in ((0.2, None), (-0.1, bias), (0.0, None)):
+        inputs = [x.detach().clone().requires_grad_() for x in (q, k, v)]
+        out = maskops.masked_attention(*inputs, maskops.AttentionMask.key_padding(lengths), scale=scale, bias=added)
+        exact = [x.detach().double().nan_to_num(0, 0, 0).requires_grad_() for x in inputs]
+        score = exact[0] @ exact[1].transpose(-1, -2) * scale + (0 if added is None else added.double())
+        expected = score.masked_fill(~seen, -torch.inf).softmax(-1) @ exact[2]
+        close(out.detach(), expected.detach())
+        grad = rand(2, 3, queries, channels, seed=4)
+        out.backward(grad)
+        expected.backward(grad.double())
+        for ours, theirs in zip(inputs, exact, strict=True):
+            if theirs.grad.abs().max() > 0:
+                close(ours.grad, theirs.grad, 8e-3)
+            else:
+                assert not ours.grad.any()
+
+
+@pytest.mark.parametrize(("tokens", "width", "classes"), [(50, 40, 200), (130, 64, 97), (16, 96, 960), (3, 8, 5)])
+def test_linear_cross_entropy(tokens: int, width: int, classes: int) -> None:
+    hidden, weight, bias = rand(tokens, width), rand(classes, width, seed=1) * 0.2, rand(classes, seed=2)
+    target = torch.randint(classes, (tokens,), generator=torch.Generator().manual_seed(0))
+    target[0] = -100
+    ours = [x.detach().clone().requires_grad_() for x in (hidden, weight, bias)]
+    exact = [x.detach().double().requires_grad_() for x in ours]
+    loss = maskops.linear_cross_entropy(ours[0], ours[1], target, bias=ours[2], label_smoothing=0.1)
+    expected = F.cross_entropy(F.linear(*exact), target, label_smoothing=0.1)
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-3, atol=1e-3)
+    loss.backward()
+    expected.backward()
+    for mine, other in zip(ours, exact, strict=True):
+        close(mine.grad, other.grad, 8e-3)
+
+
+@pytest.mark.parametrize(
+    ("channels", "outputs", "kernel", "stride", "groups"),
+    [(48, 40, 3, 2, 1), (32, 96, 1, 1, 1), (36, 20, 5, 1, 1), (64, 32, 3, 1, 2)],
+)
+def test_block_masked_conv(channels: int, outputs: int, kernel: int, stride: int, groups: int) -> None:
+    x, weight, bias = (
+        rand(2, channels, 16, 16),
+        rand(outputs, channels // groups, kernel, kernel, seed=1),
+        rand(outputs, seed=2),
+    )
+    cells = torch.rand(2, 4, 4, generator=torch.Generator().manual_seed(0)) < 0.5
+    seen = cells.repeat_interleave(4, 1).repeat_interleave(4, 2)[:, None]
+    ours = [a.detach().clone().requires_grad_() for a in (x.masked_fill(~seen, float("nan")), weight, bias)]
+    exact = [a.detach().double().nan_to_num(0).requires_grad_() for a in ours]
+    options = {"stride": stride, "padding": kernel // 2, "groups": groups}
+    out = maskops.block_masked_conv(ours[0], ours[1], cells, ours[2], **options)
+    expected = F.conv2d(exact[0], exact[1], exact[2], **options) * seen[:, :, ::stride, ::stride]
+    close(out.detach(), expected.detach())
+    grad = rand(*out.shape, seed=3)
+    out.backward(grad)
+    expected.backward(grad.double())
+    close(ours[0].grad, exact[0].grad * seen, 8e-3)
+    for mine, other in zip(ours[1:], exact[1:], strict=True):
+        close(mine.grad, other.grad, 8e-3)

@@ -1,0 +1,166 @@
+// A row of up to 256 tokens sorted in vector registers by a bitonic network, on AVX-512.
+//
+// A lane holds the highest bits of a token's key, of which the row's lowest is taken away, above the token's index: 16 tokens a
+// register, a quarter of what whole keys with indices need. Tokens that agree in those bits are then put in order one by one.
+#include "cpu/mask_sampling/order.h"
+
+#include "common/split_row.h"
+
+namespace maskops {
+namespace MASKOPS_ISA_NS {
+namespace {
+
+#if MASKOPS_ISA_LEVEL == 2
+
+constexpr int kIndexBits = 8;
+constexpr uint32_t kIndex = (1u << kIndexBits) - 1u;
+constexpr int kLanes = 16;
+
+// Lane i meets lane i ^ kWith; the smaller one goes to the lane without the highest bit of kWith.
+template <int kWith>
+inline __m512i exchanged(__m512i x) {
+  __m512i other;
+  if constexpr (kWith == 1) other = _mm512_shuffle_epi32(x, _MM_PERM_CDAB);
+  else if constexpr (kWith == 2) other = _mm512_shuffle_epi32(x, _MM_PERM_BADC);
+  else if constexpr (kWith == 3) other = _mm512_shuffle_epi32(x, _MM_PERM_ABCD);
+  else if constexpr (kWith == 4) other = _mm512_shuffle_i32x4(x, x, 0xB1);
+  else if constexpr (kWith == 8) other = _mm512_shuffle_i32x4(x, x, 0x4E);
+  else {
+    static_assert(kWith == 7 || kWith == 15);
+    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    other = _mm512_permutexvar_epi32(_mm512_xor_si512(lane, _mm512_set1_epi32(kWith)), x);
+  }
+  constexpr __mmask16 upper = kWith == 1 ? 0xAAAA : kWith < 4 ? 0xCCCC : kWith < 8 ? 0xF0F0 : 0xFF00;
+  return _mm512_mask_max_epu32(_mm512_min_epu32(x, other), upper, x, other);
+}
+
+inline void exchange(__m512i& a, __m512i& b) {
+  const __m512i low = _mm512_min_epu32(a, b);
+  b = _mm512_max_epu32(a, b);
+  a = low;
+}
+
+template <int R>
+inline void sort(__m512i (&x)[R]) {
+  const __m512i backwards = _mm512_setr_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+#pragma GCC unroll 16
+  for (int i = 0; i < R; ++i) {
+    x[i] = exchanged<1>(x[i]);
+    x[i] = exchanged<1>(exchanged<3>(x[i]));
+    x[i] = exchanged<1>(exchanged<2>(exchanged<7>(x[i])));
+    x[i] = exchanged<1>(exchanged<2>(exchanged<4>(exchanged<15>(x[i]))));
+  }
+  // Runs of `run` registers, in order, are merged in pairs, the second one turned round.
+#pragma GCC unroll 4
+  for (int run = 1; run < R; run *= 2) {
+#pragma GCC unroll 16
+    for (int at = 0; at < R; at += 2 * run) {
+      __m512i turned[R];
+#pragma GCC unroll 16
+      for (int i = 0; i < run; ++i) turned[i] = _mm512_permutexvar_epi32(backwards, x[at + 2 * run - 1 - i]);
+#pragma GCC unroll 16
+      for (int i = 0; i < run; ++i) {
+        exchange(x[at + i], turned[i]);
+        x[at + run + i] = turned[i];
+      }
+    }
+#pragma GCC unroll 4
+    for (int apart = run / 2; apart > 0; apart /= 2) {
+#pragma GCC unroll 16
+      for (int i = 0; i < R; ++i) {
+        if (!(i & apart)) exchange(x[i], x[i + apart]);
+      }
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < R; ++i) x[i] = exchanged<1>(exchanged<2>(exchanged<4>(exchanged<8>(x[i]))));
+  }
+}
+
+// Whether some tokens agree in all bits that were sorted by.
+template <int R>
+bool sort_row(const uint32_t* keys, int64_t length, uint32_t* to) {
+  __m512i x[R];
+#pragma GCC unroll 16
+  for (int i = 0; i < R; ++i) x[i] = _mm512_loadu_si512(keys + kLanes * i);
+  sort(x);
+  __mmask16 alike = 0;
+#pragma GCC unroll 16
+  for (int i = 0; i < R; ++i) {
+    // The lane after each; after the last one of all, none.
+    const __m512i next = _mm512_alignr_epi32(i + 1 < R ? x[(i + 1) % R] : _mm512_setzero_si512(), x[i], 1);
+    const int64_t pairs = length - 1 - kLanes * i;
+    const __mmask16 real = pairs >= kLanes ? 0xFFFF : pairs <= 0 ? 0 : __mmask16((1u << pairs) - 1u);
+    alike |= _mm512_mask_cmple_epu32_mask(real, _mm512_xor_si512(x[i], next), _mm512_set1_epi32(kIndex));
+    _mm512_storeu_si512(to + kLanes * i, _mm512_and_si512(x[i], _mm512_set1_epi32(kIndex)));
+  }
+  return alike != 0;
+}
+
+// The tokens are in order but for those that agree in their highest bits. False where they are too many to be moved one by one.
+bool mend(const uint32_t* noise, const uint8_t* mask, int64_t length, uint32_t* order) {
+  auto key = [&](uint32_t n) { return uint64_t(mask && mask[n]) << 40 | uint64_t(noise[n]) << 8 | n; };
+  int64_t moves = 0;
+  for (int64_t i = 1; i < length; ++i) {
+    const uint32_t token = order[i];
+    const uint64_t own = key(token);
+    int64_t j = i;
+    for (; j > 0 && own < key(order[j - 1]); --j) order[j] = order[j - 1];
+    order[j] = token;
+    moves += i - j;
+    if (moves > 4 * length) return false;
+  }
+  return true;
+}
+
+bool order(const uint32_t* noise, const uint8_t* mask, int64_t length, uint32_t* to) {
+  if (length > kMaxOrdered) return false;
+  auto first = [&](int64_t i) { return length - i >= kLanes ? __mmask16(0xFFFF) : __mmask16((1u << (length - i)) - 1u); };
+  __m512i lowest = _mm512_set1_epi32(-1), highest = _mm512_setzero_si512();
+  for (int64_t i = 0; i < length; i += kLanes) {
+    const __m512i x = _mm512_maskz_loadu_epi32(first(i), noise + i);
+    lowest = _mm512_mask_min_epu32(lowest, first(i), lowest, x);
+    highest = _mm512_max_epu32(highest, x);
+  }
+  const uint32_t low = _mm512_reduce_min_epu32(lowest), range = _mm512_reduce_max_epu32(highest) - low;
+  const int shift = length == 0 || range == 0 ? 0 : __builtin_clz(range);
+  uint32_t keys[kMaxOrdered];
+  const int64_t wanted = length <= 16 ? 16 : length <= 32 ? 32 : length <= 64 ? 64 : length <= 128 ? 128 : 256;
+  __m512i index = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  for (int64_t i = 0; i < wanted; i += kLanes) {
+    const __mmask16 real = i < length ? first(i) : __mmask16(0);
+    __m512i x = _mm512_sub_epi32(_mm512_maskz_loadu_epi32(real, noise + i), _mm512_set1_epi32(int32_t(low)));
+    x = _mm512_slli_epi32(x, unsigned(shift));
+    if (mask) {
+      const __m128i masked = _mm_maskz_loadu_epi8(real, mask + i);
+      const __mmask16 last = _mm_test_epi8_mask(masked, masked);
+      x = _mm512_srli_epi32(x, 1);
+      x = _mm512_mask_or_epi32(x, last, x, _mm512_set1_epi32(INT32_MIN));
+    }
+    x = _mm512_ternarylogic_epi32(_mm512_set1_epi32(kIndex), index, x, 0xCA);  // the index below, the key above
+    _mm512_storeu_si512(keys + i, _mm512_mask_mov_epi32(_mm512_set1_epi32(-1), real, x));
+    index = _mm512_add_epi32(index, _mm512_set1_epi32(kLanes));
+  }
+  const bool alike = wanted == 16    ? sort_row<1>(keys, length, to)
+                     : wanted == 32  ? sort_row<2>(keys, length, to)
+                     : wanted == 64  ? sort_row<4>(keys, length, to)
+                     : wanted == 128 ? sort_row<8>(keys, length, to)
+                                     : sort_row<16>(keys, length, to);
+  return !alike || mend(noise, mask, length, to);
+}
+
+#else
+
+bool order(const uint32_t*, const uint8_t*, int64_t, uint32_t*) { return false; }
+
+#endif
+
+void row(const uint8_t* hidden, int64_t tokens, int64_t num_keep, int64_t* restore, int64_t* kept, int64_t* masked) {
+  split_row(hidden, tokens, num_keep, restore, kept, masked);
+}
+
+}  // namespace
+
+extern const OrderKernels OrderKernels_table{&order, &row};
+
+}  // namespace MASKOPS_ISA_NS
+}  // namespace maskops

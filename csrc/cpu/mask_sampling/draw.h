@@ -27,7 +27,10 @@ struct Filter {
 struct DrawKernels {
   // Words [4 counter, 4 counter + count) of the stream.
   void (*words)(const PhiloxKey& key, uint64_t counter, int64_t count, uint32_t* to);
-  void (*race)(const uint32_t* words, const float* weight, int64_t count, float* to);
+  // to[i] = words[i] < limit
+  void (*below_limit)(const uint32_t* words, uint32_t limit, int64_t count, uint8_t* to);
+  // Whether all weights are finite and at least 0.
+  bool (*race)(const uint32_t* words, const float* weight, int64_t count, float* to);
   void (*gates)(const uint32_t* words, const float* logits, int64_t count, bool gumbel, float* to);
   void (*colour)(const PhiloxKey& key, int64_t row, const Filter& filter, int32_t* buffer, float* to);
 };

@@ -1,10 +1,11 @@
-// Loops over whole numbers without branches, which the compiler turns into vectors of each instruction set.
+// What is drawn per element. Where there are no vectors by hand, loops over whole numbers without branches, which the compiler turns
+// into vectors of each instruction set.
 #include "cpu/mask_sampling/draw.h"
 
 #include <algorithm>
 
 #include "common/simd_philox.h"
-#include "math/mask_sampling_draw.h"
+#include "cpu/mask_sampling/draw_logs.h"
 
 namespace maskops {
 namespace MASKOPS_ISA_NS {
@@ -14,24 +15,77 @@ void words(const PhiloxKey& key, uint64_t counter, int64_t count, uint32_t* to) 
   for (int64_t i = 0; i < count; i += 4 * kPhiloxCounters) philox_words(key, counter + static_cast<uint64_t>(i / 4), to + i);
 }
 
-void race(const uint32_t* word, const float* weight, int64_t count, float* to) {
+void below_limit(const uint32_t* word, uint32_t limit, int64_t count, uint8_t* to) {
+  for (int64_t i = 0; i < count; ++i) to[i] = word[i] < limit;
+}
+
+bool race(const uint32_t* word, const float* weight, int64_t count, float* to) {
+  bool valid = true;
+  for (int64_t i = 0; i < count; ++i) valid &= (weight[i] >= 0.0f) & (weight[i] < __builtin_inff());
+#if MASKOPS_ISA_LEVEL == 2
+  for (int64_t i = 0; i < count; i += 8) {
+    const __mmask8 real = count - i >= 8 ? __mmask8(0xFF) : __mmask8((1u << (count - i)) - 1u);
+    const __m256i words = _mm256_maskz_loadu_epi32(real, word + i);
+    _mm256_mask_storeu_ps(to + i, real, race_key8(words, _mm256_maskz_loadu_ps(real, weight + i)));
+  }
+#else
   for (int64_t i = 0; i < count; ++i) to[i] = race_key(word[i], weight[i]);
+#endif
+  return valid;
+}
+
+// In runs of vectors: one in which any draw is near its threshold, one of a thousand, is drawn again in whole numbers.
+template <bool kGumbel>
+void gates_of(const uint32_t* word, const float* logits, int64_t count, float* to) {
+  constexpr int64_t run = 128;
+  for (int64_t first = 0; first < count; first += run) {
+    const int64_t end = min_of(count, first + run);
+    VecF near = VecF::zero();
+    int64_t i = first;
+    for (; i + VecF::width <= end; i += VecF::width) gate_open_or_near<kGumbel>(word + i, logits + i, near).store(to + i);
+    const int64_t again = near.highest() > 0 ? first : i;
+    for (i = again; i < end; ++i) to[i] = gate_open(word[i], logits[i], kGumbel);
+  }
 }
 
 void gates(const uint32_t* word, const float* logits, int64_t count, bool gumbel, float* to) {
-  if (gumbel) {
-    for (int64_t i = 0; i < count; ++i) to[i] = gate_open(word[i], logits[i], true);
-  } else {
-    for (int64_t i = 0; i < count; ++i) to[i] = gate_open(word[i], logits[i], false);
-  }
+  if (gumbel) gates_of<true>(word, logits, count, to);
+  else gates_of<false>(word, logits, count, to);
 }
 
-// to[x] += tap * from[x], whole vectors.
-inline void add_row(int32_t tap, const int32_t* from, int64_t padded, int32_t* to) {
-  for (int64_t x = 0; x < padded; x += 16) {
-    for (int64_t i = 0; i < 16; ++i) to[x + i] += tap * from[x + i];
+// sums[x] = sum over t of taps[t] from[t stride + x] for a vector of columns, from the first tap that is not zero to the last. Where the taps
+// read the same from both ends, numbers that share one are added first.
+struct Taps {
+  const int32_t* taps;
+  int64_t first, last;  // [first, last)
+  bool even;
+
+  Taps(const int32_t* given, int64_t width) : taps(given), first(0), last(width), even(true) {
+    while (first < last && taps[first] == 0) ++first;
+    while (first < last && taps[last - 1] == 0) --last;
+    for (int64_t t = 0; t < width / 2; ++t) even = even && taps[t] == taps[width - 1 - t];
   }
-}
+
+  typedef FloatFormat<VecF>::Int Lanes;
+  static constexpr int64_t columns = VecF::width;
+
+  inline void sum(const int32_t* from, int64_t stride, int32_t* sums) const {
+    auto at = [&](int64_t t) {
+      Lanes x;
+      memcpy(&x, from + t * stride, sizeof x);
+      return x;
+    };
+    Lanes total{};
+    if (even && last > first) {
+      int64_t t = first;
+      for (; t < last - 1 - (t - first); ++t) total += taps[t] * (at(t) + at(last - 1 - (t - first)));
+      total += taps[t] * at(t);
+    } else {
+      for (int64_t t = first; t < last; ++t) total += taps[t] * at(t);
+    }
+    memcpy(sums, &total, sizeof total);
+  }
+};
 
 void colour(const PhiloxKey& key, int64_t row, const Filter& filter, int32_t* buffer, float* to) {
   const int64_t fh = filter.field_h(), fw = filter.field_w(), stride = filter.stride(), padded = filter.padded_w();
@@ -40,24 +94,24 @@ void colour(const PhiloxKey& key, int64_t row, const Filter& filter, int32_t* bu
   int32_t* across = field + fh * stride;
   int32_t *sum = across + fh * padded, *totals = sum + padded;  // filters meet as whole numbers, rounded once
   words(key, row_counter(row), filter.words(), drawn);
+  int16_t* halves = reinterpret_cast<int16_t*>(drawn);  // noise_of, in place: a word's lower half comes first
+  static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__);
   for (int64_t y = 0; y < fh; ++y) {
-    for (int64_t x = 0; x < fw; ++x) field[y * stride + x] = noise_of(drawn[(y * fw + x) >> 1], y * fw + x);
+    for (int64_t x = 0; x < fw; ++x) field[y * stride + x] = static_cast<int32_t>(static_cast<uint16_t>(halves[y * fw + x])) - 32768;
     std::fill(field + y * stride + fw, field + (y + 1) * stride, 0);
   }
   for (int64_t s = 0; s < filter.filters; ++s) {
-    const int32_t* taps = filter.taps + s * filter.width;
+    const Taps taps(filter.taps + s * filter.width, filter.width);
     for (int64_t y = 0; y < fh; ++y) {
       int32_t* line = across + y * padded;
-      std::fill(line, line + padded, 0);
-      for (int64_t t = 0; t < filter.width; ++t) add_row(taps[t], field + y * stride + t, padded, line);
+      for (int64_t x = 0; x < padded; x += Taps::columns) taps.sum(field + y * stride + x, 1, line + x);
       for (int64_t x = 0; x < padded; ++x) line[x] >>= 6;
     }
     const int32_t sign = s % 2 ? -1 : 1;
     for (int64_t y = 0; y < filter.h; ++y) {
-      std::fill(sum, sum + padded, 0);
-      for (int64_t t = 0; t < filter.width; ++t) add_row(sign * taps[t], across + (y + t) * padded, padded, sum);
+      for (int64_t x = 0; x < padded; x += Taps::columns) taps.sum(across + y * padded + x, padded, sum + x);
       int32_t* line = totals + y * filter.w;
-      for (int64_t x = 0; x < filter.w; ++x) line[x] = s == 0 ? sum[x] : line[x] + sum[x];
+      for (int64_t x = 0; x < filter.w; ++x) line[x] = s == 0 ? sum[x] : line[x] + sign * sum[x];
     }
   }
   for (int64_t i = 0; i < filter.h * filter.w; ++i) to[i] = static_cast<float>(totals[i]);
@@ -65,7 +119,7 @@ void colour(const PhiloxKey& key, int64_t row, const Filter& filter, int32_t* bu
 
 }  // namespace
 
-extern const DrawKernels DrawKernels_table{&words, &race, &gates, &colour};
+extern const DrawKernels DrawKernels_table{&words, &below_limit, &race, &gates, &colour};
 
 }  // namespace MASKOPS_ISA_NS
 }  // namespace maskops

@@ -48,5 +48,19 @@ static inline void split_row(const uint8_t* hidden, int64_t tokens, int64_t num_
 }
 #endif
 
+// How many of these bytes are not zero.
+static inline int64_t count_hidden(const uint8_t* hidden, int64_t tokens) {
+  int64_t count = 0;
+#if MASKOPS_ISA_LEVEL == 2
+  for (int64_t n = 0; n < tokens; n += 64) {
+    const __m512i bytes = _mm512_maskz_loadu_epi8(tokens - n >= 64 ? ~uint64_t{0} : (uint64_t{1} << (tokens - n)) - 1, hidden + n);
+    count += __builtin_popcountll(_mm512_test_epi8_mask(bytes, bytes));
+  }
+#else
+  for (int64_t n = 0; n < tokens; ++n) count += hidden[n] != 0;
+#endif
+  return count;
+}
+
 }  // namespace MASKOPS_ISA_NS
 }  // namespace maskops

@@ -126,11 +126,10 @@ Tensor mask_sampling_corrupt(const Tensor& seed, const Tensor& ids_any, const Te
   const int64_t* from = read<int64_t>(ids);
   const uint8_t* masked = read<uint8_t>(mask);
   int64_t* to = write<int64_t>(out);
+  const Corruption law{mask_id, low, high, hide, swap};
+  const DrawKernels& kernels = pick_DrawKernels();
   for_words(seed, 2 * ids.numel(), 16, [&](int64_t first, int64_t count, const uint32_t* words) {
-    for (int64_t i = 0; i < count / 2; ++i) {
-      const int64_t at = first / 2 + i, id = from[at];
-      to[at] = masked[at] ? corrupted(words[2 * i], words[2 * i + 1], id, mask_id, low, high, hide, swap) : id;
-    }
+    kernels.corrupt(words, from + first / 2, masked + first / 2, count / 2, law, to + first / 2);
   });
   return out;
 }

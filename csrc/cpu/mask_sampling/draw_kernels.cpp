@@ -34,6 +34,28 @@ bool race(const uint32_t* word, const float* weight, int64_t count, float* to) {
   return valid;
 }
 
+void corrupt(const uint32_t* word, const int64_t* ids, const uint8_t* mask, int64_t count, const Corruption& law, int64_t* to) {
+#if MASKOPS_ISA_LEVEL == 2
+  const __m512i low = _mm512_set1_epi64(law.low), range = _mm512_set1_epi64(law.high - law.low), hidden = _mm512_set1_epi64(law.mask_id);
+  for (int64_t i = 0; i < count; i += 8) {
+    const __mmask8 real = count - i >= 8 ? __mmask8(0xFF) : __mmask8((1u << (count - i)) - 1u);
+    const __m512i words = _mm512_maskz_loadu_epi64(real, word + 2 * i);  // the action below, the other word above
+    const __m512i action = _mm512_and_si512(words, _mm512_set1_epi64(0xFFFFFFFF));
+    const __m128i bytes = _mm_maskz_loadu_epi8(real, mask + i);
+    const __mmask8 masked = __mmask8(_mm_test_epi8_mask(bytes, bytes));
+    const __mmask8 swap = _mm512_mask_cmplt_epi64_mask(masked, action, _mm512_set1_epi64(law.swap));
+    const __mmask8 hide = _mm512_mask_cmplt_epi64_mask(masked, action, _mm512_set1_epi64(law.hide));
+    const __m512i other = _mm512_srli_epi64(_mm512_mul_epu32(_mm512_srli_epi64(words, 32), range), 32);
+    const __m512i id = _mm512_mask_add_epi64(_mm512_maskz_loadu_epi64(real, ids + i), swap, other, low);
+    _mm512_mask_storeu_epi64(to + i, real, _mm512_mask_mov_epi64(id, hide, hidden));
+  }
+#else
+  for (int64_t i = 0; i < count; ++i) {
+    to[i] = mask[i] ? corrupted(word[2 * i], word[2 * i + 1], ids[i], law.mask_id, law.low, law.high, law.hide, law.swap) : ids[i];
+  }
+#endif
+}
+
 // In runs of vectors: one in which any draw is near its threshold, one of a thousand, is drawn again in whole numbers.
 template <bool kGumbel>
 void gates_of(const uint32_t* word, const float* logits, int64_t count, float* to) {
@@ -119,7 +141,7 @@ void colour(const PhiloxKey& key, int64_t row, const Filter& filter, int32_t* bu
 
 }  // namespace
 
-extern const DrawKernels DrawKernels_table{&words, &below_limit, &race, &gates, &colour};
+extern const DrawKernels DrawKernels_table{&words, &below_limit, &race, &corrupt, &gates, &colour};
 
 }  // namespace MASKOPS_ISA_NS
 }  // namespace maskops

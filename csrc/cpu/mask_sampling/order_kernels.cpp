@@ -112,8 +112,8 @@ bool mend(const uint32_t* noise, const uint8_t* mask, int64_t length, uint32_t* 
   return true;
 }
 
-bool order(const uint32_t* noise, const uint8_t* mask, int64_t length, uint32_t* to) {
-  if (length > kMaxOrdered) return false;
+// What is sorted instead of a row, in whole registers: lanes past the row's end are the largest number. Returns the registers' lanes.
+int64_t pack(const uint32_t* noise, const uint8_t* mask, int64_t length, uint32_t* keys) {
   auto first = [&](int64_t i) { return length - i >= kLanes ? __mmask16(0xFFFF) : __mmask16((1u << (length - i)) - 1u); };
   __m512i lowest = _mm512_set1_epi32(-1), highest = _mm512_setzero_si512();
   for (int64_t i = 0; i < length; i += kLanes) {
@@ -123,7 +123,6 @@ bool order(const uint32_t* noise, const uint8_t* mask, int64_t length, uint32_t*
   }
   const uint32_t low = _mm512_reduce_min_epu32(lowest), range = _mm512_reduce_max_epu32(highest) - low;
   const int shift = length == 0 || range == 0 ? 0 : __builtin_clz(range);
-  uint32_t keys[kMaxOrdered];
   const int64_t wanted = length <= 16 ? 16 : length <= 32 ? 32 : length <= 64 ? 64 : length <= 128 ? 128 : 256;
   __m512i index = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
   for (int64_t i = 0; i < wanted; i += kLanes) {
@@ -140,6 +139,13 @@ bool order(const uint32_t* noise, const uint8_t* mask, int64_t length, uint32_t*
     _mm512_storeu_si512(keys + i, _mm512_mask_mov_epi32(_mm512_set1_epi32(-1), real, x));
     index = _mm512_add_epi32(index, _mm512_set1_epi32(kLanes));
   }
+  return wanted;
+}
+
+bool order(const uint32_t* noise, const uint8_t* mask, int64_t length, uint32_t* to) {
+  if (length > kMaxOrdered) return false;
+  uint32_t keys[kMaxOrdered];
+  const int64_t wanted = pack(noise, mask, length, keys);
   const bool alike = wanted == 16    ? sort_row<1>(keys, length, to)
                      : wanted == 32  ? sort_row<2>(keys, length, to)
                      : wanted == 64  ? sort_row<4>(keys, length, to)
@@ -148,7 +154,72 @@ bool order(const uint32_t* noise, const uint8_t* mask, int64_t length, uint32_t*
   return !alike || mend(noise, mask, length, to);
 }
 
+// How many of the keys are at most this.
+template <int R>
+inline int64_t count_to(const __m512i (&x)[R], uint32_t limit) {
+  const __m512i most = _mm512_set1_epi32(int32_t(limit));
+  int64_t count = 0;
+#pragma GCC unroll 16
+  for (int i = 0; i < R; ++i) count += __builtin_popcount(_mm512_cmple_epu32_mask(x[i], most));
+  return count;
+}
+
+// Looks for a limit that `keep` of the keys do not exceed, 0 < keep < length: by turns where a straight line between the counts at
+// both ends of the interval puts it, and in its middle. False where tokens that agree in all bits of their keys are on both sides.
+template <int R>
+bool mark_row(const uint32_t* keys, int64_t length, int64_t keep, uint8_t* hidden) {
+  __m512i x[R];
+#pragma GCC unroll 16
+  for (int i = 0; i < R; ++i) x[i] = _mm512_loadu_si512(keys + kLanes * i);
+  uint32_t low = 0, high = UINT32_MAX;  // at `high` the count is keep or more, below `low` it is less
+  int64_t below = 0, above = length;
+  uint32_t limit = 0;
+  for (int turn = 0;; ++turn) {
+    const uint32_t range = high - low;
+    uint32_t step = range / 2;
+    if (turn % 4 != 3 && above > below) step = uint32_t(float(range) * 0.99999f * ((float(keep - below) + 0.5f) / float(above - below + 1)));
+    limit = low + min_of(step, range);
+    const int64_t count = count_to(x, limit);
+    if (count == keep) break;
+    if (count < keep) {
+      low = limit + 1;
+      below = count;
+    } else {
+      high = limit;
+      above = count;
+    }
+  }
+  const int64_t before = limit > kIndex ? count_to(x, (limit & ~kIndex) - 1) : 0;
+  if (before < keep && count_to(x, limit | kIndex) > keep) return false;
+#pragma GCC unroll 16
+  for (int i = 0; i < R; ++i) {
+    const int64_t left = length - kLanes * i;
+    if (left <= 0) break;
+    const __mmask16 real = left >= kLanes ? 0xFFFF : __mmask16((1u << left) - 1u);
+    const __mmask16 away = _mm512_cmpgt_epu32_mask(x[i], _mm512_set1_epi32(int32_t(limit)));
+    _mm_mask_storeu_epi8(hidden + kLanes * i, real, _mm_maskz_set1_epi8(away, 1));
+  }
+  return true;
+}
+
+bool mark(const uint32_t* noise, const uint8_t* mask, int64_t length, int64_t keep, uint8_t* hidden) {
+  if (length > kMaxOrdered) return false;
+  if (keep == 0 || keep == length) {
+    memset(hidden, keep == 0, size_t(length));
+    return true;
+  }
+  uint32_t keys[kMaxOrdered];
+  const int64_t wanted = pack(noise, mask, length, keys);
+  return wanted == 16    ? mark_row<1>(keys, length, keep, hidden)
+         : wanted == 32  ? mark_row<2>(keys, length, keep, hidden)
+         : wanted == 64  ? mark_row<4>(keys, length, keep, hidden)
+         : wanted == 128 ? mark_row<8>(keys, length, keep, hidden)
+                         : mark_row<16>(keys, length, keep, hidden);
+}
+
 #else
+
+bool mark(const uint32_t*, const uint8_t*, int64_t, int64_t, uint8_t*) { return false; }
 
 bool order(const uint32_t*, const uint8_t*, int64_t, uint32_t*) { return false; }
 
@@ -160,7 +231,7 @@ void row(const uint8_t* hidden, int64_t tokens, int64_t num_keep, int64_t* resto
 
 }  // namespace
 
-extern const OrderKernels OrderKernels_table{&order, &row};
+extern const OrderKernels OrderKernels_table{&order, &mark, &row};
 
 }  // namespace MASKOPS_ISA_NS
 }  // namespace maskops

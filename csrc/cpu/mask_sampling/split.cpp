@@ -236,7 +236,9 @@ Split mask_sampling_uniform(const Tensor& seed_any, const Tensor& num_keep_any, 
     kernels.words(key, static_cast<uint64_t>(first / 4), skipped + tokens, scratch.noise.data());
     const uint32_t* noise = scratch.noise.data() + skipped;
     const bool* mask_row = masked ? masked + b * tokens : nullptr;
-    if (orders.order(noise, reinterpret_cast<const uint8_t*>(mask_row), length, scratch.order.data())) return false;
+    const uint8_t* mask_bytes = reinterpret_cast<const uint8_t*>(mask_row);
+    if (ascending && orders.mark(noise, mask_bytes, length, num_keep_of[b], scratch.hidden.data())) return true;
+    if (orders.order(noise, mask_bytes, length, scratch.order.data())) return false;
     if (ascending) mark_hidden(noise, mask_row, length, num_keep_of[b], scratch);
     else order_drawn_row(noise, mask_row, length, scratch);
     return ascending;
@@ -254,6 +256,7 @@ Split rank_floats(const Tensor& noise_any, const Tensor& num_keep_any, const std
   auto order_row = [&](int64_t b, int64_t length, Scratch& scratch) {
     uint32_t* keys = scratch.noise.data();
     for (int64_t n = 0; n < length; ++n) keys[n] = ordered_bits(values[b * tokens + n]);
+    if (ascending && orders.mark(keys, nullptr, length, num_keep_of[b], scratch.hidden.data())) return true;
     if (orders.order(keys, nullptr, length, scratch.order.data())) return false;
     if (ascending) mark_hidden(keys, nullptr, length, num_keep_of[b], scratch);
     else order_given_row(keys, length, scratch.order, scratch.other);

@@ -4,17 +4,20 @@
 namespace maskops {
 
 struct SplitKernels {
+  int64_t (*count_hidden)(const uint8_t* hidden, int64_t tokens);
   void (*split_row)(const uint8_t* hidden, int64_t tokens, int64_t num_keep, int64_t* restore, int64_t* kept, int64_t* masked);
 };
 MASKOPS_DECLARE_KERNELS(SplitKernels)
 
 namespace MASKOPS_ISA_NS {
 
+static int64_t count(const uint8_t* hidden, int64_t tokens) { return count_hidden(hidden, tokens); }
+
 static void row(const uint8_t* hidden, int64_t tokens, int64_t num_keep, int64_t* restore, int64_t* kept, int64_t* masked) {
   split_row(hidden, tokens, num_keep, restore, kept, masked);
 }
 
-extern const SplitKernels SplitKernels_table{&row};
+extern const SplitKernels SplitKernels_table{&count, &row};
 
 }  // namespace MASKOPS_ISA_NS
 }  // namespace maskops
@@ -34,12 +37,10 @@ namespace {
 
 std::vector<int64_t> count_kept(const bool* mask, int64_t batch, int64_t tokens) {
   std::vector<int64_t> kept(batch);
-  parallel_for(batch, tokens / 8 + 1, [&](int64_t begin, int64_t end) {
+  const SplitKernels& kernels = pick_SplitKernels();
+  parallel_for(batch, tokens / 16 + 1, [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) {
-      const uint8_t* row = reinterpret_cast<const uint8_t*>(mask + b * tokens);
-      int64_t masked = 0;
-      for (int64_t n = 0; n < tokens; ++n) masked += row[n] != 0;
-      kept[b] = tokens - masked;
+      kept[b] = tokens - kernels.count_hidden(reinterpret_cast<const uint8_t*>(mask + b * tokens), tokens);
     }
   });
   return kept;

@@ -20,8 +20,8 @@ struct Filter {
   int64_t words() const { return (field_h() * field_w() + 1) / 2; }
   int64_t padded_w() const { return (w + 15) / 16 * 16; }
   int64_t stride() const { return padded_w() + width - 1; }  // of a row of the field
-  // int32 numbers of a thread's buffer: words, field, one filtered field, the sum of a row, the result.
-  int64_t buffer() const { return words() + kWordsSlack + field_h() * (stride() + padded_w()) + padded_w() + h * w; }
+  // int32 numbers of a thread's buffer: words, field, one filtered field, the result.
+  int64_t buffer() const { return words() + kWordsSlack + field_h() * (stride() + padded_w()) + h * padded_w(); }
 };
 
 struct Corruption {

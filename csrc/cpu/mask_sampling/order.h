@@ -10,6 +10,8 @@ namespace maskops {
 constexpr int64_t kMaxOrdered = 256;  // tokens of a row that are sorted in registers
 
 struct OrderKernels {
+  // ordered_bits() of math/mask_sampling.h
+  void (*keys)(const float* noise, int64_t length, uint32_t* to);
   // to [kMaxOrdered]: the tokens of a row in the order of (mask, noise, index); mask may be null. False, and nothing promised of `to`,
   // where this instruction set does not sort in registers or the row is too long or too uneven for it.
   bool (*order)(const uint32_t* noise, const uint8_t* mask, int64_t length, uint32_t* to);

@@ -76,37 +76,40 @@ inline void sort(__m512i (&x)[R]) {
   }
 }
 
-// Whether some tokens agree in all bits that were sorted by.
+// Bit i of alike[]: the tokens in places i and i + 1 agree in all bits that were sorted by. Whether there are any.
 template <int R>
-bool sort_row(const uint32_t* keys, int64_t length, uint32_t* to) {
+bool sort_row(const uint32_t* keys, int64_t length, uint32_t* to, uint16_t* alike) {
   __m512i x[R];
 #pragma GCC unroll 16
   for (int i = 0; i < R; ++i) x[i] = _mm512_loadu_si512(keys + kLanes * i);
   sort(x);
-  __mmask16 alike = 0;
+  unsigned any = 0;
 #pragma GCC unroll 16
   for (int i = 0; i < R; ++i) {
     // The lane after each; after the last one of all, none.
     const __m512i next = _mm512_alignr_epi32(i + 1 < R ? x[(i + 1) % R] : _mm512_setzero_si512(), x[i], 1);
     const int64_t pairs = length - 1 - kLanes * i;
     const __mmask16 real = pairs >= kLanes ? 0xFFFF : pairs <= 0 ? 0 : __mmask16((1u << pairs) - 1u);
-    alike |= _mm512_mask_cmple_epu32_mask(real, _mm512_xor_si512(x[i], next), _mm512_set1_epi32(kIndex));
+    any |= alike[i] = _mm512_mask_cmple_epu32_mask(real, _mm512_xor_si512(x[i], next), _mm512_set1_epi32(kIndex));
     _mm512_storeu_si512(to + kLanes * i, _mm512_and_si512(x[i], _mm512_set1_epi32(kIndex)));
   }
-  return alike != 0;
+  return any != 0;
 }
 
 // The tokens are in order but for those that agree in their highest bits. False where they are too many to be moved one by one.
-bool mend(const uint32_t* noise, const uint8_t* mask, int64_t length, uint32_t* order) {
+bool mend(const uint32_t* noise, const uint8_t* mask, int64_t length, const uint16_t* alike, uint32_t* order) {
   auto key = [&](uint32_t n) { return uint64_t(mask && mask[n]) << 40 | uint64_t(noise[n]) << 8 | n; };
   int64_t moves = 0;
-  for (int64_t i = 1; i < length; ++i) {
-    const uint32_t token = order[i];
-    const uint64_t own = key(token);
-    int64_t j = i;
-    for (; j > 0 && own < key(order[j - 1]); --j) order[j] = order[j - 1];
-    order[j] = token;
-    moves += i - j;
+  for (int64_t at = 0; at < length; at += kLanes) {
+    for (unsigned rest = alike[at / kLanes]; rest; rest &= rest - 1) {
+      const int64_t i = at + __builtin_ctz(rest) + 1;
+      const uint32_t token = order[i];
+      const uint64_t own = key(token);
+      int64_t j = i;
+      for (; j > 0 && own < key(order[j - 1]); --j) order[j] = order[j - 1];
+      order[j] = token;
+      moves += i - j;
+    }
     if (moves > 4 * length) return false;
   }
   return true;
@@ -146,12 +149,13 @@ bool order(const uint32_t* noise, const uint8_t* mask, int64_t length, uint32_t*
   if (length > kMaxOrdered) return false;
   uint32_t keys[kMaxOrdered];
   const int64_t wanted = pack(noise, mask, length, keys);
-  const bool alike = wanted == 16    ? sort_row<1>(keys, length, to)
-                     : wanted == 32  ? sort_row<2>(keys, length, to)
-                     : wanted == 64  ? sort_row<4>(keys, length, to)
-                     : wanted == 128 ? sort_row<8>(keys, length, to)
-                                     : sort_row<16>(keys, length, to);
-  return !alike || mend(noise, mask, length, to);
+  uint16_t alike[kMaxOrdered / kLanes];
+  const bool any = wanted == 16    ? sort_row<1>(keys, length, to, alike)
+                   : wanted == 32  ? sort_row<2>(keys, length, to, alike)
+                   : wanted == 64  ? sort_row<4>(keys, length, to, alike)
+                   : wanted == 128 ? sort_row<8>(keys, length, to, alike)
+                                   : sort_row<16>(keys, length, to, alike);
+  return !any || mend(noise, mask, length, alike, to);
 }
 
 // How many of the keys are at most this.
@@ -225,13 +229,24 @@ bool order(const uint32_t*, const uint8_t*, int64_t, uint32_t*) { return false; 
 
 #endif
 
+// In whole numbers, without branches, so that it becomes vectors.
+void keys(const float* noise, int64_t length, uint32_t* to) {
+  for (int64_t i = 0; i < length; ++i) {
+    uint32_t bits;
+    memcpy(&bits, noise + i, sizeof bits);
+    const uint32_t negative = bits >> 31, size = bits & 0x7FFFFFFFu;
+    const uint32_t key = size == 0 ? 0x80000000u : negative ? ~bits : bits | 0x80000000u;
+    to[i] = size > 0x7F800000u ? 0xFFFFFFFFu : key;
+  }
+}
+
 void row(const uint8_t* hidden, int64_t tokens, int64_t num_keep, int64_t* restore, int64_t* kept, int64_t* masked) {
   split_row(hidden, tokens, num_keep, restore, kept, masked);
 }
 
 }  // namespace
 
-extern const OrderKernels OrderKernels_table{&order, &mark, &row};
+extern const OrderKernels OrderKernels_table{&keys, &order, &mark, &row};
 
 }  // namespace MASKOPS_ISA_NS
 }  // namespace maskops

@@ -255,7 +255,7 @@ Split rank_floats(const Tensor& noise_any, const Tensor& num_keep_any, const std
   const OrderKernels& orders = pick_OrderKernels();
   auto order_row = [&](int64_t b, int64_t length, Scratch& scratch) {
     uint32_t* keys = scratch.noise.data();
-    for (int64_t n = 0; n < length; ++n) keys[n] = ordered_bits(values[b * tokens + n]);
+    orders.keys(values + b * tokens, length, keys);
     if (ascending && orders.mark(keys, nullptr, length, num_keep_of[b], scratch.hidden.data())) return true;
     if (orders.order(keys, nullptr, length, scratch.order.data())) return false;
     if (ascending) mark_hidden(keys, nullptr, length, num_keep_of[b], scratch);

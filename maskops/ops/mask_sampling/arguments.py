@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -25,13 +24,19 @@ def fixed(value: float) -> float:
 
 def table(function: Callable) -> Callable:
     """Cache a tensor that depends on numbers alone; compiled programs take it for a constant, as assume_constant_result says."""
-    cached = lru_cache(maxsize=64)(function)
+    made: dict[tuple, Tensor] = {}
 
     def look_up(*numbers: object) -> Tensor:
+        found = made.get(numbers)
+        if found is not None:
+            return found
         # Also where the first call is traced or in inference mode: what is kept is a plain tensor.
         with unset_fake_temporarily(), torch.inference_mode(False):
-            found = cached(*numbers)
+            found = function(*numbers)
         found._dynamo_static_indices = set(range(found.dim()))  # type: ignore[attr-defined]  # what mark_static notes
+        if len(made) >= 64:
+            made.clear()
+        made[numbers] = found
         return found
 
     look_up._dynamo_marked_constant = True  # type: ignore[attr-defined]  # the function of that name imports all of dynamo

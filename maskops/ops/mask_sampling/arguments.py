@@ -27,6 +27,9 @@ def table(function: Callable) -> Callable:
     made: dict[tuple, Tensor] = {}
 
     def look_up(*numbers: object) -> Tensor:
+        fake = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
+        if fake is not None and not fake.allow_non_fake_inputs and not torch._guards.TracingContext.try_get():
+            return function(*numbers)  # in a FakeTensorMode of the caller's, which takes no plain tensors
         found = made.get(numbers)
         if found is not None:
             return found

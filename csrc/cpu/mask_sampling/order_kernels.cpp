@@ -168,30 +168,19 @@ inline int64_t count_to(const __m512i (&x)[R], uint32_t limit) {
   return count;
 }
 
-// Looks for a limit that `keep` of the keys do not exceed, 0 < keep < length: by turns where a straight line between the counts at
-// both ends of the interval puts it, and in its middle. False where tokens that agree in all bits of their keys are on both sides.
+// Halves an interval until it finds a limit that `keep` of the keys do not exceed, 0 < keep < length. False where tokens that agree in
+// all bits of their keys are on both sides. Steps that guess from the counts are fewer but take longer.
 template <int R>
 bool mark_row(const uint32_t* keys, int64_t length, int64_t keep, uint8_t* hidden) {
   __m512i x[R];
 #pragma GCC unroll 16
   for (int i = 0; i < R; ++i) x[i] = _mm512_loadu_si512(keys + kLanes * i);
-  uint32_t low = 0, high = UINT32_MAX;  // at `high` the count is keep or more, below `low` it is less
-  int64_t below = 0, above = length;
-  uint32_t limit = 0;
-  for (int turn = 0;; ++turn) {
-    const uint32_t range = high - low;
-    uint32_t step = range / 2;
-    if (turn % 4 != 3 && above > below) step = uint32_t(float(range) * 0.99999f * ((float(keep - below) + 0.5f) / float(above - below + 1)));
-    limit = low + min_of(step, range);
-    const int64_t count = count_to(x, limit);
-    if (count == keep) break;
-    if (count < keep) {
-      low = limit + 1;
-      below = count;
-    } else {
-      high = limit;
-      above = count;
-    }
+  uint32_t low = 0, high = UINT32_MAX, limit = 0;  // up to `high` are `keep` or more, below `low` fewer
+  for (int64_t count = -1; count != keep;) {
+    limit = low + (high - low) / 2;
+    count = count_to(x, limit);
+    if (count < keep) low = limit + 1;
+    else high = limit;
   }
   const int64_t before = limit > kIndex ? count_to(x, (limit & ~kIndex) - 1) : 0;
   if (before < keep && count_to(x, limit | kIndex) > keep) return false;
@@ -209,7 +198,7 @@ bool mark_row(const uint32_t* keys, int64_t length, int64_t keep, uint8_t* hidde
 bool mark(const uint32_t* noise, const uint8_t* mask, int64_t length, int64_t keep, uint8_t* hidden) {
   if (length > kMaxOrdered) return false;
   if (keep == 0 || keep == length) {
-    memset(hidden, keep == 0, size_t(length));
+    for (int64_t n = 0; n < length; ++n) hidden[n] = keep == 0;
     return true;
   }
   uint32_t keys[kMaxOrdered];

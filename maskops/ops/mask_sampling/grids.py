@@ -278,7 +278,10 @@ def tube_masking(
     keep = given.kept_of(name, N, mask_ratio, num_keep, rounding)
     where = given.where(name, device, seed, generator)
     split = given.shuffled(given.seed_of(name, seed, generator, where), B, N, keep, "ascending", backend, name)
-    return given.rows_split((split.ids_restore >= keep).repeat(1, frames), frames * keep, backend)
+    hidden = split.ids_restore >= keep
+    few = isinstance(frames, int) and 0 < frames <= 64  # cat takes half of the time of repeat
+    hidden = torch.cat([hidden] * frames, 1) if few else hidden.repeat(1, frames)
+    return given.rows_split(hidden, frames * keep, backend)
 
 
 def frequency_masking(

@@ -253,7 +253,7 @@ def sample_gates(
     given.choice(name, "noise", noise, ("logistic", "gumbel"))
     op = find_op("mask_sampling_gate", logits.device.type, backend, name)
     seed = given.seed_of(name, seed, generator, logits.device)
-    return op(seed, logits.flatten().float(), noise == "gumbel").view(logits.shape).to(logits.dtype)
+    return op(seed, logits.reshape(-1).float(), noise == "gumbel").view(logits.shape).to(logits.dtype)
 
 
 class MaskCollator:

@@ -75,7 +75,7 @@ void gates(const uint32_t* word, const float* logits, int64_t count, bool gumbel
   else gates_of<false>(word, logits, count, to);
 }
 
-// sums[x] = sum over t of taps[t] from[t stride + x] for a vector of columns, from the first tap that is not zero to the last. Where the taps
+// sum(): that over t of taps[t] from[t stride + x] for a vector of columns x, from the first tap that is not zero to the last. Where the taps
 // read the same from both ends, numbers that share one are added first.
 struct Taps {
   const int32_t* taps;
@@ -91,7 +91,7 @@ struct Taps {
   typedef FloatFormat<VecF>::Int Lanes;
   static constexpr int64_t columns = VecF::width;
 
-  inline void sum(const int32_t* from, int64_t stride, int32_t* sums) const {
+  inline Lanes sum(const int32_t* from, int64_t stride) const {
     auto at = [&](int64_t t) {
       Lanes x;
       memcpy(&x, from + t * stride, sizeof x);
@@ -105,38 +105,53 @@ struct Taps {
     } else {
       for (int64_t t = first; t < last; ++t) total += taps[t] * at(t);
     }
-    memcpy(sums, &total, sizeof total);
+    return total;
   }
 };
 
+// Rows of the field and of what is filtered have room for whole vectors; what is past their ends is noise that no result reads.
 void colour(const PhiloxKey& key, int64_t row, const Filter& filter, int32_t* buffer, float* to) {
+  using Lanes = Taps::Lanes;
+  constexpr int64_t step = Taps::columns;
   const int64_t fh = filter.field_h(), fw = filter.field_w(), stride = filter.stride(), padded = filter.padded_w();
   uint32_t* drawn = reinterpret_cast<uint32_t*>(buffer);
   int32_t* field = buffer + filter.words() + kWordsSlack;
-  int32_t* across = field + fh * stride;
-  int32_t *sum = across + fh * padded, *totals = sum + padded;  // filters meet as whole numbers, rounded once
+  int32_t *across = field + fh * stride, *totals = across + fh * padded;  // filters meet as whole numbers, rounded once
   words(key, row_counter(row), filter.words(), drawn);
-  int16_t* halves = reinterpret_cast<int16_t*>(drawn);  // noise_of, in place: a word's lower half comes first
-  static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__);
   for (int64_t y = 0; y < fh; ++y) {
-    for (int64_t x = 0; x < fw; ++x) field[y * stride + x] = static_cast<int32_t>(static_cast<uint16_t>(halves[y * fw + x])) - 32768;
-    std::fill(field + y * stride + fw, field + (y + 1) * stride, 0);
+    for (int64_t x = 0; x < fw; x += step) {
+      uint16_t halves[step];  // noise_of: a word's lower half comes first
+      static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__);
+      memcpy(halves, reinterpret_cast<const char*>(drawn) + 2 * (y * fw + x), sizeof halves);
+      for (int64_t i = 0; i < step; ++i) field[y * stride + x + i] = static_cast<int32_t>(halves[i]) - 32768;
+    }
   }
   for (int64_t s = 0; s < filter.filters; ++s) {
     const Taps taps(filter.taps + s * filter.width, filter.width);
     for (int64_t y = 0; y < fh; ++y) {
-      int32_t* line = across + y * padded;
-      for (int64_t x = 0; x < padded; x += Taps::columns) taps.sum(field + y * stride + x, 1, line + x);
-      for (int64_t x = 0; x < padded; ++x) line[x] >>= 6;
+      for (int64_t x = 0; x < padded; x += step) {
+        const Lanes line = taps.sum(field + y * stride + x, 1) >> 6;
+        memcpy(across + y * padded + x, &line, sizeof line);
+      }
     }
-    const int32_t sign = s % 2 ? -1 : 1;
     for (int64_t y = 0; y < filter.h; ++y) {
-      for (int64_t x = 0; x < padded; x += Taps::columns) taps.sum(across + y * padded + x, padded, sum + x);
-      int32_t* line = totals + y * filter.w;
-      for (int64_t x = 0; x < filter.w; ++x) line[x] = s == 0 ? sum[x] : line[x] + sign * sum[x];
+      for (int64_t x = 0; x < padded; x += step) {
+        Lanes line = taps.sum(across + y * padded + x, padded), before{};
+        if (s > 0) memcpy(&before, totals + y * padded + x, sizeof before);
+        line = s % 2 ? before - line : before + line;
+        memcpy(totals + y * padded + x, &line, sizeof line);
+      }
     }
   }
-  for (int64_t i = 0; i < filter.h * filter.w; ++i) to[i] = static_cast<float>(totals[i]);
+  for (int64_t y = 0; y < filter.h; ++y) {
+    for (int64_t x = 0; x < filter.w; x += step) {
+      Lanes line;
+      memcpy(&line, totals + y * padded + x, sizeof line);
+      VecF value;
+      value.v = decltype(value.v)(__builtin_convertvector(line, typename FloatFormat<VecF>::Raw));
+      value.store_n(to + y * filter.w + x, min_of(step, filter.w - x));
+    }
+  }
 }
 
 }  // namespace

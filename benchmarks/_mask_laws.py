@@ -129,6 +129,65 @@ def two_sorts(noise: Tensor, keep: int) -> tuple[Tensor]:
     return (mask.gather(1, restore).bool(),)
 
 
+def stored_colour(noise: Tensor, **_: Any) -> tuple[Tensor]:
+    """ColorMasking of ColorMAE: a crop of stored noise at one place for all images, flipped, over its maximum; two sorts.
+
+    One stored pattern an image: the published code crops all that are stored and leaves what is too many.
+    """
+    y, x = (int(torch.randint(0, noise.shape[1] - 13, (1,))) for _ in range(2))
+    window = noise[:, y : y + 14, x : x + 14]
+    for axis in (1, 2):
+        window = window.flip(axis) if torch.rand(1) < 0.5 else window
+    window = window / window.max(-1).values.max(-1).values[:, None, None]
+    restore = window.reshape(BATCH, -1).argsort(1, descending=True).argsort(1)
+    mask = torch.ones(BATCH, TOKENS)
+    mask[:, :49] = 0
+    return (mask.gather(1, restore).bool(),)
+
+
+def prefix_loop(**_: Any) -> tuple[Tensor]:
+    mask = np.ones((BATCH, TOKENS), dtype=bool)
+    for row in mask:
+        row[: np.random.randint(1, TOKENS)] = False
+    return (torch.from_numpy(mask),)
+
+
+def frequency_loop(**_: Any) -> tuple[Tensor]:
+    """FreqMaskGenerator of MFM: the circle is made once, here outside of the timing; a draw and a copy per image, collated."""
+    drawn = (torch.bernoulli(torch.tensor(0.5, dtype=torch.float)).item() for _ in range(BATCH))
+    masks = [LOW if low else 1 - LOW for low in drawn]
+    return (torch.stack([torch.as_tensor(mask) for mask in masks]).bool().logical_not().view(BATCH, -1),)
+
+
+LOW = (((np.arange(14) - 7) ** 2)[:, None] + (np.arange(14) - 7) ** 2 < 16).astype(int)
+
+
+def ngram_loop(ngrams: Tensor, **_: Any) -> tuple[Tensor]:
+    """Lists of n-grams, of which 15 of a hundred are taken, in Python."""
+    out = np.zeros(ngrams.shape, dtype=bool)
+    for b, row in enumerate(ngrams.tolist()):
+        grams: dict[int, list[int]] = {}
+        for i, g in enumerate(row):
+            grams.setdefault(g, []).append(i)
+        order = list(grams.values())
+        np.random.shuffle(order)  # type: ignore[arg-type]
+        for gram in order[: max(1, round(0.15 * len(order)))]:
+            out[b, gram] = True
+    return (torch.from_numpy(out),)
+
+
+def sector_loop(points: Tensor, **_: Any) -> tuple[Tensor]:
+    """R-MAE's angular mask: per scan the angles of its points, of whose sectors some are drawn and hidden."""
+    out = np.zeros(points.shape[:2], dtype=bool)
+    for b, scan in enumerate(points.numpy()):
+        angle = np.degrees(np.arctan2(scan[:, 1], scan[:, 0])) % 360
+        sector = np.minimum((angle / 10).astype(int), 35)
+        seen = np.unique(sector)
+        hidden = np.random.choice(seen, round(0.8 * len(seen)), replace=False)
+        out[b] = np.isin(sector, hidden)
+    return (torch.from_numpy(out),)
+
+
 def bert_corruption(ids: Tensor, masked: Tensor, **_: Any) -> tuple[Tensor]:
     """torch_mask_tokens of transformers."""
     out = ids.clone()
@@ -179,7 +238,7 @@ LAWS: dict[str, tuple[Callable, str, Callable, float]] = {
     "guided (HPM)": (lambda score, **kw: maskops.guided_masking(score, num_keep=49, num_hard=73, **_only(kw)),
                      "numpy loop", hpm_loop, 0),
     "green noise": (lambda **kw: maskops.colour_masking(BATCH, GRID, num_keep=49, **_only(kw)),
-                    "stored noise, argsort x2 (no noise drawn)", lambda score, **_: two_sorts(score, 49), 0),
+                    "crop of stored noise, argsort x2 (no noise drawn)", stored_colour, 0),
     "blocks (CAE)": (lambda **kw: maskops.block_masking(BATCH, GRID, 98, **_only(kw)), "Python loop", beit_rectangles, 0),
     "multi-block (I-JEPA)": (lambda **kw: ~maskops.multiblock_masking(BATCH, GRID, **_only(kw)).split.mask, "loop over images",
                              jepa_loop, 60),
@@ -194,6 +253,14 @@ LAWS: dict[str, tuple[Callable, str, Callable, float]] = {
                               "Dirichlet + 5 argsorts", multimae_sorts, 0),
     "Bernoulli": (lambda **kw: maskops.bernoulli_masking(BATCH, TOKENS, 0.15, **_only(kw)), "numpy rand < p",
                   lambda **_: (torch.from_numpy(np.random.rand(BATCH, TOKENS) < 0.15),), 3),
+    "prefix": (lambda **kw: maskops.prefix_masking(BATCH, TOKENS, **_only(kw)), "numpy loop", prefix_loop, 25),
+    "frequency (MFM)": (lambda **kw: maskops.frequency_masking(BATCH, GRID, 4.0, **_only(kw)).flatten(1), "loop over images",
+                        frequency_loop, 30),
+    "nested views": (lambda **kw: maskops.nested_masking(BATCH, TOKENS, (49, 98), **_only(kw))[0], "rand + argsort x2",
+                     lambda **_: two_sorts(torch.rand(BATCH, TOKENS), 49), 0),
+    "n-grams": (lambda ngrams, **kw: maskops.group_masking(ngrams, 0.15, unit="group", **_only(kw)), "Python loop", ngram_loop, 3),
+    "sectors (R-MAE)": (lambda points, **kw: maskops.group_masking(maskops.sector_groups(points, 36), 0.8, num_groups=36,
+                                                                   unit="group", **_only(kw)), "numpy loop", sector_loop, 5),
     "80/10/10": (lambda ids, masked, **kw: maskops.corrupt_tokens(ids, masked, 103, 30000, **_only(kw)), "bernoulli x2 + randint",
                  bert_corruption, math.inf),
     "gates": (lambda logits, **kw: maskops.sample_gates(logits, **_only(kw)), "Gumbel-sigmoid", gumbel_sigmoid, 4),
@@ -208,7 +275,10 @@ def _only(given: dict[str, Any]) -> dict[str, Any]:
 def make(device: torch.device, seed: int) -> Inputs:
     g = torch.Generator().manual_seed(seed)
     groups = (torch.rand(BATCH, TOKENS, generator=g) < 0.7).int().cumsum(1).long() - 1
+    starts = torch.rand(BATCH, TOKENS, generator=g) < 0.5
     inputs = {
+        "ngrams": starts.index_fill(1, torch.tensor(0), True).long().cumsum(1) - 1,
+        "points": torch.randn(BATCH, TOKENS, 2, generator=g), "noise": torch.randn(BATCH, 64, 64, generator=g),
         "weight": torch.rand(BATCH, TOKENS, generator=g), "score": torch.randn(BATCH, TOKENS, generator=g),
         "logits": torch.randn(BATCH, TOKENS, generator=g), "groups": groups, "lengths": torch.full((BATCH,), TOKENS),
         "ids": torch.randint(30000, (BATCH, TOKENS), generator=g), "masked": torch.rand(BATCH, TOKENS, generator=g) < 0.15,

@@ -74,7 +74,13 @@ Tensor mask_sampling_bernoulli(const Tensor& seed, const Tensor& threshold_any, 
   const int64_t* limits = read<int64_t>(threshold);
   uint8_t* to = write<uint8_t>(out);
   const int64_t down = threshold.size(0) == 1 ? 0 : threshold.size(1), across = threshold.size(1) == 1 ? 0 : 1;
-  for_words(seed, batch * tokens, 16, [&](int64_t first, int64_t count, const uint32_t* words) {
+  const DrawKernels& kernels = pick_DrawKernels();
+  for_words(seed, batch * tokens, 4, [&](int64_t first, int64_t count, const uint32_t* words) {
+    if (!down && !across) {
+      if (*limits <= 0 || *limits > UINT32_MAX) std::fill(to + first, to + first + count, static_cast<uint8_t>(*limits > 0));
+      else kernels.below_limit(words, static_cast<uint32_t>(*limits), count, to + first);
+      return;
+    }
     // Row by row, so that a row's own threshold is one number.
     for (int64_t i = 0; i < count;) {
       const int64_t b = (first + i) / tokens, n = (first + i) % tokens, stop = std::min(count, i + tokens - n);
@@ -99,10 +105,10 @@ Tensor mask_sampling_race(const Tensor& seed, const Tensor& weight_any) {
   float* to = write<float>(out);
   const DrawKernels& kernels = pick_DrawKernels();
   for_words(seed, weight.numel(), 64, [&](int64_t first, int64_t count, const uint32_t* words) {
+    if (kernels.race(words, weights + first, count, to + first)) return;
     for (int64_t i = first; i < first + count; ++i) {
       if (!(weights[i] >= 0.0f && weights[i] < INFINITY)) fault.note(i);
     }
-    kernels.race(words, weights + first, count, to + first);
   });
   if (fault.any()) {
     const int64_t b = fault.position() / weight.size(1), n = fault.position() % weight.size(1);
@@ -120,11 +126,10 @@ Tensor mask_sampling_corrupt(const Tensor& seed, const Tensor& ids_any, const Te
   const int64_t* from = read<int64_t>(ids);
   const uint8_t* masked = read<uint8_t>(mask);
   int64_t* to = write<int64_t>(out);
+  const Corruption law{mask_id, low, high, hide, swap};
+  const DrawKernels& kernels = pick_DrawKernels();
   for_words(seed, 2 * ids.numel(), 16, [&](int64_t first, int64_t count, const uint32_t* words) {
-    for (int64_t i = 0; i < count / 2; ++i) {
-      const int64_t at = first / 2 + i, id = from[at];
-      to[at] = masked[at] ? corrupted(words[2 * i], words[2 * i + 1], id, mask_id, low, high, hide, swap) : id;
-    }
+    kernels.corrupt(words, from + first / 2, masked + first / 2, count / 2, law, to + first / 2);
   });
   return out;
 }

@@ -1,10 +1,11 @@
-// Loops over whole numbers without branches, which the compiler turns into vectors of each instruction set.
+// What is drawn per element. Where there are no vectors by hand, loops over whole numbers without branches, which the compiler turns
+// into vectors of each instruction set.
 #include "cpu/mask_sampling/draw.h"
 
 #include <algorithm>
 
 #include "common/simd_philox.h"
-#include "math/mask_sampling_draw.h"
+#include "cpu/mask_sampling/draw_logs.h"
 
 namespace maskops {
 namespace MASKOPS_ISA_NS {
@@ -14,58 +15,148 @@ void words(const PhiloxKey& key, uint64_t counter, int64_t count, uint32_t* to) 
   for (int64_t i = 0; i < count; i += 4 * kPhiloxCounters) philox_words(key, counter + static_cast<uint64_t>(i / 4), to + i);
 }
 
-void race(const uint32_t* word, const float* weight, int64_t count, float* to) {
+void below_limit(const uint32_t* word, uint32_t limit, int64_t count, uint8_t* to) {
+  for (int64_t i = 0; i < count; ++i) to[i] = word[i] < limit;
+}
+
+bool race(const uint32_t* word, const float* weight, int64_t count, float* to) {
+  bool valid = true;
+  for (int64_t i = 0; i < count; ++i) valid &= (weight[i] >= 0.0f) & (weight[i] < __builtin_inff());
+#if MASKOPS_ISA_LEVEL == 2
+  for (int64_t i = 0; i < count; i += 8) {
+    const __mmask8 real = count - i >= 8 ? __mmask8(0xFF) : __mmask8((1u << (count - i)) - 1u);
+    const __m256i words = _mm256_maskz_loadu_epi32(real, word + i);
+    _mm256_mask_storeu_ps(to + i, real, race_key8(words, _mm256_maskz_loadu_ps(real, weight + i)));
+  }
+#else
   for (int64_t i = 0; i < count; ++i) to[i] = race_key(word[i], weight[i]);
+#endif
+  return valid;
+}
+
+void corrupt(const uint32_t* word, const int64_t* ids, const uint8_t* mask, int64_t count, const Corruption& law, int64_t* to) {
+#if MASKOPS_ISA_LEVEL == 2
+  const __m512i low = _mm512_set1_epi64(law.low), range = _mm512_set1_epi64(law.high - law.low), hidden = _mm512_set1_epi64(law.mask_id);
+  for (int64_t i = 0; i < count; i += 8) {
+    const __mmask8 real = count - i >= 8 ? __mmask8(0xFF) : __mmask8((1u << (count - i)) - 1u);
+    const __m512i words = _mm512_maskz_loadu_epi64(real, word + 2 * i);  // the action below, the other word above
+    const __m512i action = _mm512_and_si512(words, _mm512_set1_epi64(0xFFFFFFFF));
+    const __m128i bytes = _mm_maskz_loadu_epi8(real, mask + i);
+    const __mmask8 masked = __mmask8(_mm_test_epi8_mask(bytes, bytes));
+    const __mmask8 swap = _mm512_mask_cmplt_epi64_mask(masked, action, _mm512_set1_epi64(law.swap));
+    const __mmask8 hide = _mm512_mask_cmplt_epi64_mask(masked, action, _mm512_set1_epi64(law.hide));
+    const __m512i other = _mm512_srli_epi64(_mm512_mul_epu32(_mm512_srli_epi64(words, 32), range), 32);
+    const __m512i id = _mm512_mask_add_epi64(_mm512_maskz_loadu_epi64(real, ids + i), swap, other, low);
+    _mm512_mask_storeu_epi64(to + i, real, _mm512_mask_mov_epi64(id, hide, hidden));
+  }
+#else
+  for (int64_t i = 0; i < count; ++i) {
+    to[i] = mask[i] ? corrupted(word[2 * i], word[2 * i + 1], ids[i], law.mask_id, law.low, law.high, law.hide, law.swap) : ids[i];
+  }
+#endif
+}
+
+// In runs of vectors: one in which any draw is near its threshold, one of a thousand, is drawn again in whole numbers.
+template <bool kGumbel>
+void gates_of(const uint32_t* word, const float* logits, int64_t count, float* to) {
+  constexpr int64_t run = 128;
+  for (int64_t first = 0; first < count; first += run) {
+    const int64_t end = min_of(count, first + run);
+    VecF near = VecF::zero();
+    int64_t i = first;
+    for (; i + VecF::width <= end; i += VecF::width) gate_open_or_near<kGumbel>(word + i, logits + i, near).store(to + i);
+    const int64_t again = near.highest() > 0 ? first : i;
+    for (i = again; i < end; ++i) to[i] = gate_open(word[i], logits[i], kGumbel);
+  }
 }
 
 void gates(const uint32_t* word, const float* logits, int64_t count, bool gumbel, float* to) {
-  if (gumbel) {
-    for (int64_t i = 0; i < count; ++i) to[i] = gate_open(word[i], logits[i], true);
-  } else {
-    for (int64_t i = 0; i < count; ++i) to[i] = gate_open(word[i], logits[i], false);
-  }
+  if (gumbel) gates_of<true>(word, logits, count, to);
+  else gates_of<false>(word, logits, count, to);
 }
 
-// to[x] += tap * from[x], whole vectors.
-inline void add_row(int32_t tap, const int32_t* from, int64_t padded, int32_t* to) {
-  for (int64_t x = 0; x < padded; x += 16) {
-    for (int64_t i = 0; i < 16; ++i) to[x + i] += tap * from[x + i];
-  }
-}
+// sum(): that over t of taps[t] from[t stride + x] for a vector of columns x, from the first tap that is not zero to the last. Where the taps
+// read the same from both ends, numbers that share one are added first.
+struct Taps {
+  const int32_t* taps;
+  int64_t first, last;  // [first, last)
+  bool even;
 
+  Taps(const int32_t* given, int64_t width) : taps(given), first(0), last(width), even(true) {
+    while (first < last && taps[first] == 0) ++first;
+    while (first < last && taps[last - 1] == 0) --last;
+    for (int64_t t = 0; t < width / 2; ++t) even = even && taps[t] == taps[width - 1 - t];
+  }
+
+  typedef FloatFormat<VecF>::Int Lanes;
+  static constexpr int64_t columns = VecF::width;
+
+  inline Lanes sum(const int32_t* from, int64_t stride) const {
+    auto at = [&](int64_t t) {
+      Lanes x;
+      memcpy(&x, from + t * stride, sizeof x);
+      return x;
+    };
+    Lanes total{};
+    if (even && last > first) {
+      int64_t t = first;
+      for (; t < last - 1 - (t - first); ++t) total += taps[t] * (at(t) + at(last - 1 - (t - first)));
+      total += taps[t] * at(t);
+    } else {
+      for (int64_t t = first; t < last; ++t) total += taps[t] * at(t);
+    }
+    return total;
+  }
+};
+
+// Rows of the field and of what is filtered have room for whole vectors; what is past their ends is noise that no result reads.
 void colour(const PhiloxKey& key, int64_t row, const Filter& filter, int32_t* buffer, float* to) {
+  using Lanes = Taps::Lanes;
+  constexpr int64_t step = Taps::columns;
   const int64_t fh = filter.field_h(), fw = filter.field_w(), stride = filter.stride(), padded = filter.padded_w();
   uint32_t* drawn = reinterpret_cast<uint32_t*>(buffer);
   int32_t* field = buffer + filter.words() + kWordsSlack;
-  int32_t* across = field + fh * stride;
-  int32_t *sum = across + fh * padded, *totals = sum + padded;  // filters meet as whole numbers, rounded once
+  int32_t *across = field + fh * stride, *totals = across + fh * padded;  // filters meet as whole numbers, rounded once
   words(key, row_counter(row), filter.words(), drawn);
   for (int64_t y = 0; y < fh; ++y) {
-    for (int64_t x = 0; x < fw; ++x) field[y * stride + x] = noise_of(drawn[(y * fw + x) >> 1], y * fw + x);
-    std::fill(field + y * stride + fw, field + (y + 1) * stride, 0);
+    for (int64_t x = 0; x < fw; x += step) {
+      uint16_t halves[step];  // noise_of: a word's lower half comes first
+      static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__);
+      memcpy(halves, reinterpret_cast<const char*>(drawn) + 2 * (y * fw + x), sizeof halves);
+      for (int64_t i = 0; i < step; ++i) field[y * stride + x + i] = static_cast<int32_t>(halves[i]) - 32768;
+    }
   }
   for (int64_t s = 0; s < filter.filters; ++s) {
-    const int32_t* taps = filter.taps + s * filter.width;
+    const Taps taps(filter.taps + s * filter.width, filter.width);
     for (int64_t y = 0; y < fh; ++y) {
-      int32_t* line = across + y * padded;
-      std::fill(line, line + padded, 0);
-      for (int64_t t = 0; t < filter.width; ++t) add_row(taps[t], field + y * stride + t, padded, line);
-      for (int64_t x = 0; x < padded; ++x) line[x] >>= 6;
+      for (int64_t x = 0; x < padded; x += step) {
+        const Lanes line = taps.sum(field + y * stride + x, 1) >> 6;
+        memcpy(across + y * padded + x, &line, sizeof line);
+      }
     }
-    const int32_t sign = s % 2 ? -1 : 1;
     for (int64_t y = 0; y < filter.h; ++y) {
-      std::fill(sum, sum + padded, 0);
-      for (int64_t t = 0; t < filter.width; ++t) add_row(sign * taps[t], across + (y + t) * padded, padded, sum);
-      int32_t* line = totals + y * filter.w;
-      for (int64_t x = 0; x < filter.w; ++x) line[x] = s == 0 ? sum[x] : line[x] + sum[x];
+      for (int64_t x = 0; x < padded; x += step) {
+        Lanes line = taps.sum(across + y * padded + x, padded), before{};
+        if (s > 0) memcpy(&before, totals + y * padded + x, sizeof before);
+        line = s % 2 ? before - line : before + line;
+        memcpy(totals + y * padded + x, &line, sizeof line);
+      }
     }
   }
-  for (int64_t i = 0; i < filter.h * filter.w; ++i) to[i] = static_cast<float>(totals[i]);
+  for (int64_t y = 0; y < filter.h; ++y) {
+    for (int64_t x = 0; x < filter.w; x += step) {
+      Lanes line;
+      memcpy(&line, totals + y * padded + x, sizeof line);
+      VecF value;
+      value.v = decltype(value.v)(__builtin_convertvector(line, typename FloatFormat<VecF>::Raw));
+      value.store_n(to + y * filter.w + x, min_of(step, filter.w - x));
+    }
+  }
 }
 
 }  // namespace
 
-extern const DrawKernels DrawKernels_table{&words, &race, &gates, &colour};
+extern const DrawKernels DrawKernels_table{&words, &below_limit, &race, &corrupt, &gates, &colour};
 
 }  // namespace MASKOPS_ISA_NS
 }  // namespace maskops

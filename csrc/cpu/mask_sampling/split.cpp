@@ -1,7 +1,8 @@
 // mask_sampling on the CPU: draw or read one key per token, sort each row, write the split.
 //
-// Philox noise is uniform, so a row is sorted by distributing it over as many buckets as it has tokens and one insertion
-// pass over the almost sorted result: linear time. Given noise may be anything and is sorted by radix, stable.
+// Short rows are sorted in registers where the instruction set allows (order_kernels.cpp). Long ones: Philox noise is uniform, so it
+// is distributed over as many buckets as there are tokens, and one insertion pass ends it: linear time. Given noise may be anything
+// and is sorted by radix, stable. Where the result is in index order, only the last kept token is searched, and nothing is sorted.
 #include "common/isa.h"
 
 #if MASKOPS_ISA_LEVEL == 0
@@ -14,6 +15,7 @@
 
 #include "common/parallel.h"
 #include "cpu/mask_sampling/draw.h"
+#include "cpu/mask_sampling/order.h"
 #include "math/mask_sampling_check.h"
 
 namespace maskops {
@@ -32,9 +34,12 @@ struct Entry {
 struct Scratch {
   std::vector<Entry> from, to;
   std::vector<uint32_t> starts;
+  std::vector<uint32_t> noise, other;
   std::vector<uint32_t> order;  // the row's tokens in key order
+  std::vector<uint8_t> hidden;  // or, where the result is in index order, which of them are not kept
 
-  explicit Scratch(int64_t tokens) : from(tokens), to(tokens), order(tokens) {}
+  explicit Scratch(int64_t tokens)
+      : from(tokens), to(tokens), noise(tokens + kWordsSlack + 4), other(std::max(tokens, kMaxOrdered)), order(other.size()), hidden(tokens) {}
 };
 
 // Sort entries of equally distributed noise into scratch.to; entries are in index order, so equal noise stays in that order.
@@ -87,6 +92,41 @@ void order_given_row(const Key* keys, int64_t length, std::vector<uint32_t>& ord
   }
 }
 
+// Marks all tokens but the `keep` that have the smallest (mask, noise, index). One pass finds the bucket of the last of them.
+void mark_hidden(const uint32_t* noise, const bool* mask, int64_t length, int64_t keep, Scratch& scratch) {
+  constexpr int kBuckets = 1024;
+  int64_t first_class = length, count = 0;
+  for (int64_t n = 0; mask && n < length; ++n) first_class -= mask[n];
+  const bool second = keep > first_class;  // the first class is kept whole, and the rest is from the second
+  uint32_t low = UINT32_MAX, high = 0;
+  for (int64_t n = 0; n < length; ++n) {
+    const bool candidate = !mask || mask[n] == second;
+    scratch.hidden[n] = candidate || !second;
+    scratch.from[count] = {noise[n], static_cast<uint32_t>(n)};
+    count += candidate;
+  }
+  const int64_t need = second ? keep - first_class : keep;
+  if (need == 0) return;
+  for (int64_t i = 0; i < count; ++i) low = std::min(low, scratch.from[i].noise), high = std::max(high, scratch.from[i].noise);
+  int shift = 0;
+  while ((high - low) >> shift >= kBuckets) ++shift;
+  std::array<uint32_t, kBuckets> sizes{};
+  for (int64_t i = 0; i < count; ++i) ++sizes[(scratch.from[i].noise - low) >> shift];
+  int64_t bucket = 0, below = 0;
+  while (below + sizes[bucket] < need) below += sizes[bucket++];
+  int64_t rest = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const Entry entry = scratch.from[i];
+    const int64_t own = (entry.noise - low) >> shift;
+    if (own < bucket) scratch.hidden[entry.index] = 0;
+    scratch.to[rest] = entry;
+    rest += own == bucket;
+  }
+  Entry* last = scratch.to.data();
+  std::nth_element(last, last + (need - below - 1), last + rest);
+  for (int64_t i = 0; i < need - below; ++i) scratch.hidden[last[i].index] = 0;
+}
+
 struct Rows {
   int64_t batch, tokens, max_keep, max_mask;
   bool ascending;
@@ -96,28 +136,34 @@ struct Rows {
   int64_t length(int64_t b) const { return lengths ? lengths[b] : tokens; }
 };
 
-// Write one row from its order. Ascending: the same sets, each in index order.
-void write_row(const Rows& rows, int64_t b, std::vector<uint32_t>& order) {
+// Writes a row in key order, from scratch.order.
+void write_ordered(const Rows& rows, int64_t b, const std::vector<uint32_t>& order) {
   const int64_t length = rows.length(b), keep = rows.num_keep[b];
-  int64_t *restore = rows.ids_restore + b * rows.tokens, *kept = rows.ids_keep + b * rows.max_keep;
-  int64_t* masked = rows.ids_mask + b * rows.max_mask;
+  int64_t* restore = rows.ids_restore + b * rows.tokens;
   for (int64_t slot = 0; slot < length; ++slot) restore[order[slot]] = slot;
-  if (rows.ascending) {
-    int64_t next_keep = 0, next_mask = keep;
-    for (int64_t n = 0; n < length; ++n) {
-      const int64_t hidden = restore[n] >= keep;
-      const int64_t slot = hidden ? next_mask : next_keep;
-      next_mask += hidden;
-      next_keep += 1 - hidden;
-      restore[n] = slot;
-      order[slot] = static_cast<uint32_t>(n);
-    }
-  }
-  for (int64_t n = length; n < rows.tokens; ++n) restore[n] = n;
-  std::copy(order.begin(), order.begin() + keep, kept);
+  std::copy(order.begin(), order.begin() + keep, rows.ids_keep + b * rows.max_keep);
+  std::copy(order.begin() + keep, order.begin() + length, rows.ids_mask + b * rows.max_mask);
+}
+
+// What is behind the tokens of a row: padding has its own slots, and unused slots hold -1.
+void fill_row(const Rows& rows, int64_t b) {
+  const int64_t length = rows.length(b), keep = rows.num_keep[b];
+  int64_t *kept = rows.ids_keep + b * rows.max_keep, *masked = rows.ids_mask + b * rows.max_mask;
+  for (int64_t n = length; n < rows.tokens; ++n) rows.ids_restore[b * rows.tokens + n] = n;
   std::fill(kept + keep, kept + rows.max_keep, int64_t{-1});
-  std::copy(order.begin() + keep, order.begin() + length, masked);
   std::fill(masked + (length - keep), masked + rows.max_mask, int64_t{-1});
+}
+
+// Writes a row in index order: the tokens of the last slots of an order, or those that are marked, are hidden.
+void write_ascending(const Rows& rows, int64_t b, Scratch& scratch, bool marked) {
+  const int64_t length = rows.length(b), keep = rows.num_keep[b];
+  uint8_t* hidden = scratch.hidden.data();
+  if (!marked) {
+    std::fill(hidden, hidden + length, uint8_t{1});
+    for (int64_t slot = 0; slot < keep; ++slot) hidden[scratch.order[slot]] = 0;
+  }
+  pick_OrderKernels().split_row(hidden, length, keep, rows.ids_restore + b * rows.tokens, rows.ids_keep + b * rows.max_keep,
+                                rows.ids_mask + b * rows.max_mask);
 }
 
 void check_counts_data(const Rows& rows) {
@@ -139,7 +185,8 @@ void check_counts_data(const Rows& rows) {
   }
 }
 
-// Allocate, check the counts and let `order_row(b, scratch)` put each row's real tokens in key order into scratch.order.
+// Allocate, check the counts and let `order_row(b, length, scratch)` put each row's real tokens in key order into scratch.order, or
+// return true and mark them in scratch.hidden.
 template <class OrderRow>
 Split split_rows(const Tensor& num_keep_any, const std::optional<Tensor>& lengths_any, int64_t tokens, int64_t max_keep,
                  int64_t max_mask, bool ascending, const OrderRow& order_row) {
@@ -160,50 +207,75 @@ Split split_rows(const Tensor& num_keep_any, const std::optional<Tensor>& length
     data(num_mask)[b] = rows.length(b) - rows.num_keep[b];
     starts[b + 1] = starts[b] + static_cast<int32_t>(rows.num_keep[b]);
   }
-  parallel_for(batch, tokens * 128, [&](int64_t begin, int64_t end) {
+  parallel_for(batch, tokens * 32, [&](int64_t begin, int64_t end) {
     Scratch scratch(tokens);
     for (int64_t b = begin; b < end; ++b) {
-      order_row(b, rows.length(b), scratch);
-      write_row(rows, b, scratch.order);
+      const bool marked = order_row(b, rows.length(b), scratch);
+      if (ascending) write_ascending(rows, b, scratch, marked);
+      else write_ordered(rows, b, scratch.order);
+      fill_row(rows, b);
     }
   });
   return {ids_keep, ids_mask, ids_restore, num_mask, cu_seqlens};
 }
 
-Split mask_sampling_uniform(const Tensor& seed_any, const Tensor& num_keep, std::optional<Tensor> lengths,
+Split mask_sampling_uniform(const Tensor& seed_any, const Tensor& num_keep_any, std::optional<Tensor> lengths,
                             std::optional<Tensor> mask_any, int64_t tokens, int64_t max_keep, int64_t max_mask, bool ascending) {
-  check_sampling_uniform(seed_any, num_keep, lengths, mask_any, tokens, max_keep, max_mask);
-  const Tensor seed = contiguous_or_copy(seed_any);
+  check_sampling_uniform(seed_any, num_keep_any, lengths, mask_any, tokens, max_keep, max_mask);
+  const Tensor seed = contiguous_or_copy(seed_any), num_keep = contiguous_or_copy(num_keep_any);
+  const int64_t* num_keep_of = static_cast<const int64_t*>(num_keep.const_data_ptr());
   std::optional<Tensor> mask;
   if (mask_any) mask = contiguous_or_copy(*mask_any);
   const bool* masked = mask ? static_cast<const bool*>(mask->const_data_ptr()) : nullptr;
   const int64_t* words = static_cast<const int64_t*>(seed.const_data_ptr());
   const PhiloxKey key = PhiloxKey::of(words[0], words[1]);
   const DrawKernels& kernels = pick_DrawKernels();
+  const OrderKernels& orders = pick_OrderKernels();
   auto order_row = [&](int64_t b, int64_t length, Scratch& scratch) {
-    // The noise of the row may use `starts` of the sort only after it is read, so it has a buffer of its own.
-    thread_local std::vector<uint32_t> noise;
     const int64_t first = b * tokens, skipped = first % 4;
-    noise.resize(skipped + tokens + kWordsSlack);
-    kernels.words(key, static_cast<uint64_t>(first / 4), skipped + tokens, noise.data());
-    order_drawn_row(noise.data() + skipped, masked ? masked + b * tokens : nullptr, length, scratch);
+    kernels.words(key, static_cast<uint64_t>(first / 4), skipped + tokens, scratch.noise.data());
+    const uint32_t* noise = scratch.noise.data() + skipped;
+    const bool* mask_row = masked ? masked + b * tokens : nullptr;
+    const uint8_t* mask_bytes = reinterpret_cast<const uint8_t*>(mask_row);
+    if (ascending && orders.mark(noise, mask_bytes, length, num_keep_of[b], scratch.hidden.data())) return true;
+    if (orders.order(noise, mask_bytes, length, scratch.order.data())) return false;
+    if (ascending) mark_hidden(noise, mask_row, length, num_keep_of[b], scratch);
+    else order_drawn_row(noise, mask_row, length, scratch);
+    return ascending;
   };
   return split_rows(num_keep, lengths, tokens, max_keep, max_mask, ascending, order_row);
 }
 
-template <class Key, class Value>
-Split rank_rows(const Tensor& noise_any, const Tensor& num_keep, const std::optional<Tensor>& lengths, int64_t max_keep,
-                int64_t max_mask, bool ascending) {
+Split rank_floats(const Tensor& noise_any, const Tensor& num_keep_any, const std::optional<Tensor>& lengths, int64_t max_keep,
+                  int64_t max_mask, bool ascending) {
+  const Tensor noise = contiguous_or_copy(noise_any), num_keep = contiguous_or_copy(num_keep_any);
+  const int64_t tokens = noise.size(1);
+  const int64_t* num_keep_of = static_cast<const int64_t*>(num_keep.const_data_ptr());
+  const float* values = static_cast<const float*>(noise.const_data_ptr());
+  const OrderKernels& orders = pick_OrderKernels();
+  auto order_row = [&](int64_t b, int64_t length, Scratch& scratch) {
+    uint32_t* keys = scratch.noise.data();
+    orders.keys(values + b * tokens, length, keys);
+    if (ascending && orders.mark(keys, nullptr, length, num_keep_of[b], scratch.hidden.data())) return true;
+    if (orders.order(keys, nullptr, length, scratch.order.data())) return false;
+    if (ascending) mark_hidden(keys, nullptr, length, num_keep_of[b], scratch);
+    else order_given_row(keys, length, scratch.order, scratch.other);
+    return ascending;
+  };
+  return split_rows(num_keep, lengths, tokens, max_keep, max_mask, ascending, order_row);
+}
+
+Split rank_doubles(const Tensor& noise_any, const Tensor& num_keep, const std::optional<Tensor>& lengths, int64_t max_keep,
+                   int64_t max_mask, bool ascending) {
   const Tensor noise = contiguous_or_copy(noise_any);
   const int64_t tokens = noise.size(1);
-  const Value* values = static_cast<const Value*>(noise.const_data_ptr());
+  const double* values = static_cast<const double*>(noise.const_data_ptr());
   auto order_row = [&](int64_t b, int64_t length, Scratch& scratch) {
-    thread_local std::vector<Key> keys;
-    thread_local std::vector<uint32_t> other;
+    thread_local std::vector<uint64_t> keys;
     keys.resize(tokens);
-    other.resize(tokens);
     for (int64_t n = 0; n < length; ++n) keys[n] = ordered_bits(values[b * tokens + n]);
-    order_given_row(keys.data(), length, scratch.order, other);
+    order_given_row(keys.data(), length, scratch.order, scratch.other);
+    return false;
   };
   return split_rows(num_keep, lengths, tokens, max_keep, max_mask, ascending, order_row);
 }
@@ -211,9 +283,8 @@ Split rank_rows(const Tensor& noise_any, const Tensor& num_keep, const std::opti
 Split mask_sampling_rank(const Tensor& noise, const Tensor& num_keep, std::optional<Tensor> lengths, int64_t max_keep,
                          int64_t max_mask, bool ascending) {
   check_sampling_rank(noise, num_keep, lengths, max_keep, max_mask);
-  return noise.scalar_type() == ScalarType::Float
-             ? rank_rows<uint32_t, float>(noise, num_keep, lengths, max_keep, max_mask, ascending)
-             : rank_rows<uint64_t, double>(noise, num_keep, lengths, max_keep, max_mask, ascending);
+  return noise.scalar_type() == ScalarType::Float ? rank_floats(noise, num_keep, lengths, max_keep, max_mask, ascending)
+                                                  : rank_doubles(noise, num_keep, lengths, max_keep, max_mask, ascending);
 }
 
 }  // namespace

@@ -1,5 +1,26 @@
 // visible_tokens_split on the CPU: per row one counting pass and one placing pass, without branches on the mask.
-#include "common/isa.h"
+#include "common/split_row.h"
+
+namespace maskops {
+
+struct SplitKernels {
+  int64_t (*count_hidden)(const uint8_t* hidden, int64_t tokens);
+  void (*split_row)(const uint8_t* hidden, int64_t tokens, int64_t num_keep, int64_t* restore, int64_t* kept, int64_t* masked);
+};
+MASKOPS_DECLARE_KERNELS(SplitKernels)
+
+namespace MASKOPS_ISA_NS {
+
+static int64_t count(const uint8_t* hidden, int64_t tokens) { return count_hidden(hidden, tokens); }
+
+static void row(const uint8_t* hidden, int64_t tokens, int64_t num_keep, int64_t* restore, int64_t* kept, int64_t* masked) {
+  split_row(hidden, tokens, num_keep, restore, kept, masked);
+}
+
+extern const SplitKernels SplitKernels_table{&count, &row};
+
+}  // namespace MASKOPS_ISA_NS
+}  // namespace maskops
 
 #if MASKOPS_ISA_LEVEL == 0
 #include <torch/csrc/stable/library.h>
@@ -14,35 +35,12 @@
 namespace maskops {
 namespace {
 
-struct SplitOutputs {
-  int64_t *ids_keep, *ids_mask, *ids_restore;  // [B, K], [B, M], [B, N]
-};
-
-void split_row(const bool* mask, int64_t tokens, int64_t num_keep, int64_t* restore, std::vector<int64_t>& order) {
-  int64_t next_keep = 0, next_mask = num_keep;
-  for (int64_t n = 0; n < tokens; ++n) {
-    const int64_t masked = mask[n];
-    const int64_t slot = masked ? next_mask : next_keep;
-    restore[n] = slot;
-    order[slot] = n;
-    next_mask += masked;
-    next_keep += 1 - masked;
-  }
-}
-
-void copy_padded(const int64_t* from, int64_t count, int64_t* to, int64_t width) {
-  std::copy(from, from + count, to);
-  std::fill(to + count, to + width, int64_t{-1});
-}
-
 std::vector<int64_t> count_kept(const bool* mask, int64_t batch, int64_t tokens) {
   std::vector<int64_t> kept(batch);
-  parallel_for(batch, tokens, [&](int64_t begin, int64_t end) {
+  const SplitKernels& kernels = pick_SplitKernels();
+  parallel_for(batch, tokens / 16 + 1, [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) {
-      const uint8_t* row = reinterpret_cast<const uint8_t*>(mask + b * tokens);
-      int64_t masked = 0;
-      for (int64_t n = 0; n < tokens; ++n) masked += row[n] != 0;
-      kept[b] = tokens - masked;
+      kept[b] = tokens - kernels.count_hidden(reinterpret_cast<const uint8_t*>(mask + b * tokens), tokens);
     }
   });
   return kept;
@@ -74,19 +72,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> visible_tokens_split(const Te
   Tensor ids_restore = empty_like_device(mask, {batch, tokens}, ScalarType::Long);
   Tensor num_keep = empty_like_device(mask, {batch}, ScalarType::Long);
   Tensor cu_seqlens = empty_like_device(mask, {batch + 1}, ScalarType::Int);
-  const SplitOutputs out{static_cast<int64_t*>(ids_keep.mutable_data_ptr()), static_cast<int64_t*>(ids_mask.mutable_data_ptr()),
-                         static_cast<int64_t*>(ids_restore.mutable_data_ptr())};
-  std::copy(kept.begin(), kept.end(), static_cast<int64_t*>(num_keep.mutable_data_ptr()));
+  auto ids = [](const Tensor& x) { return static_cast<int64_t*>(x.mutable_data_ptr()); };
+  int64_t *to_keep = ids(ids_keep), *to_mask = ids(ids_mask), *restore = ids(ids_restore);
+  std::copy(kept.begin(), kept.end(), ids(num_keep));
   int32_t* starts = static_cast<int32_t*>(cu_seqlens.mutable_data_ptr());
   starts[0] = 0;
   for (int64_t b = 0; b < batch; ++b) starts[b + 1] = starts[b] + static_cast<int32_t>(kept[b]);
 
+  const SplitKernels& kernels = pick_SplitKernels();
   parallel_for(batch, tokens * 24, [&](int64_t begin, int64_t end) {
-    std::vector<int64_t> order(tokens);
     for (int64_t b = begin; b < end; ++b) {
-      split_row(data + b * tokens, tokens, kept[b], out.ids_restore + b * tokens, order);
-      copy_padded(order.data(), kept[b], out.ids_keep + b * max_keep, max_keep);
-      copy_padded(order.data() + kept[b], tokens - kept[b], out.ids_mask + b * max_mask, max_mask);
+      int64_t *keep = to_keep + b * max_keep, *mask_row = to_mask + b * max_mask;
+      kernels.split_row(reinterpret_cast<const uint8_t*>(data) + b * tokens, tokens, kept[b], restore + b * tokens, keep, mask_row);
+      std::fill(keep + kept[b], keep + max_keep, int64_t{-1});
+      std::fill(mask_row + (tokens - kept[b]), mask_row + max_mask, int64_t{-1});
     }
   });
   return {ids_keep, ids_mask, ids_restore, num_keep, cu_seqlens};

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -11,7 +10,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from maskops._backends import find_op
 from maskops._checks import check_is_dense, fail, integer, number
 from maskops.ops.mask_sampling.uniform import MAX_TOKENS, Seed, seed_tensor
-from maskops.ops.visible_tokens.split import TokenSplit
+from maskops.ops.visible_tokens.split import TokenSplit, split_tokens
 
 ORDERS = ("ascending", "random")
 # Draws that follow one another in one law read streams of their own: their offsets are so far apart.
@@ -25,13 +24,22 @@ def fixed(value: float) -> float:
 
 def table(function: Callable) -> Callable:
     """Cache a tensor that depends on numbers alone; compiled programs take it for a constant, as assume_constant_result says."""
-    cached = lru_cache(maxsize=64)(function)
+    made: dict[tuple, Tensor] = {}
 
     def look_up(*numbers: object) -> Tensor:
+        fake = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
+        if fake is not None and not fake.allow_non_fake_inputs and not torch._guards.TracingContext.try_get():
+            return function(*numbers)  # in a FakeTensorMode of the caller's, which takes no plain tensors
+        found = made.get(numbers)
+        if found is not None:
+            return found
         # Also where the first call is traced or in inference mode: what is kept is a plain tensor.
         with unset_fake_temporarily(), torch.inference_mode(False):
-            found = cached(*numbers)
+            found = function(*numbers)
         found._dynamo_static_indices = set(range(found.dim()))  # type: ignore[attr-defined]  # what mark_static notes
+        if len(made) >= 64:
+            made.clear()
+        made[numbers] = found
         return found
 
     look_up._dynamo_marked_constant = True  # type: ignore[attr-defined]  # the function of that name imports all of dynamo
@@ -109,13 +117,13 @@ def threshold_of(probability: float) -> int:
 
 
 def rows_split(mask: Tensor, num_keep: int | None, backend: str) -> TokenSplit:
-    """The split of a mask bool [B, N], ascending; num_keep where every row keeps as many."""
-    from maskops.ops.visible_tokens.split import split_tokens
-
+    """The split of a mask bool [B, N] that a law has made, ascending; num_keep where every row keeps as many."""
     if num_keep is None:
         return split_tokens(mask, backend=backend)
-    split = split_tokens(mask, max_seqlen=num_keep, max_masked=mask.shape[1] - num_keep, backend=backend)
-    return split._replace(total=mask.shape[0] * num_keep)
+    B, N = mask.shape
+    op = find_op("visible_tokens_split", mask.device.type, backend)
+    ids_keep, ids_mask, ids_restore, kept, cu_seqlens = op(mask, num_keep, N - num_keep)
+    return TokenSplit(ids_keep, ids_mask, ids_restore, kept, N - kept, cu_seqlens, num_keep, B * num_keep)
 
 
 def ranked(key: Tensor, keep: int, order: str, backend: str, function: str, mask: Tensor | None = None) -> TokenSplit:

@@ -106,7 +106,7 @@ def guided_masking(
     seed = given.seed_of(name, seed, generator, score.device)
     score = score.detach()
     key = -(score if score.dtype == torch.float64 else score.float())
-    rank = given.ranked(key, hard, "random", backend, name).ids_restore
+    rank = given.ranked(key, hard, "ascending", backend, name).ids_restore
     return given.shuffled(seed, B, N, keep, order, backend, name, rank < hard)
 
 

@@ -103,6 +103,12 @@ def bernoulli_masking(
     return op(given.seed_of(name, seed, generator, where), threshold, B, N)
 
 
+@given.table
+def _prefixes(N: int, device: torch.device) -> Tensor:
+    """bool [N + 1, N]: the mask of each length of a prefix."""
+    return torch.ones(N + 1, N, dtype=torch.bool, device=device).triu()
+
+
 def prefix_masking(
     B: int, N: int, *, low: int = 1, high: int | None = None, seed: Seed = None,
     generator: torch.Generator | None = None, device: torch.device | str | None = None, backend: str = "auto",
@@ -138,7 +144,9 @@ def prefix_masking(
     low = given.size(name, "low", low, 0, high)
     where = given.where(name, device, seed, generator)
     words = find_op("mask_sampling_words", where.type, backend, name)(given.seed_of(name, seed, generator, where), B)
-    keep = low + ((words * (high - low + 1)) >> 32)
+    keep = (words * (high - low + 1) >> 32) + low
+    if N <= 512 and not torch.compiler.is_compiling():  # copies of rows take a sixth of the time of comparisons
+        return _prefixes(N, where).index_select(0, keep)
     return torch.arange(N, device=where) >= keep[:, None]
 
 
@@ -245,7 +253,7 @@ def sample_gates(
     given.choice(name, "noise", noise, ("logistic", "gumbel"))
     op = find_op("mask_sampling_gate", logits.device.type, backend, name)
     seed = given.seed_of(name, seed, generator, logits.device)
-    return op(seed, logits.flatten().float(), noise == "gumbel").view(logits.shape).to(logits.dtype)
+    return op(seed, logits.reshape(-1).float(), noise == "gumbel").view(logits.shape).to(logits.dtype)
 
 
 class MaskCollator:

@@ -153,7 +153,7 @@ def modality_masking(
     limits = torch.tensor(sizes, device=where)
     counts = torch.minimum((keep * gaps + 2**31) >> 32, limits).flatten()
     op = find_op("mask_sampling_uniform", where.type, backend, name)
-    rank = op(given.later(seed, 1), counts, limits.repeat(B), None, widest, widest, widest, False)[2]
+    rank = op(given.later(seed, 1), counts, limits.repeat(B), None, widest, widest, widest, True)[2]
     hidden = (rank >= counts[:, None]).view(B, M, widest)
     hidden = torch.cat([hidden[:, m, :size] for m, size in enumerate(sizes)], 1)
     return given.shuffled(given.later(seed, 2), B, sum(sizes), keep, order, backend, name, hidden)

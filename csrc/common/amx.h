@@ -176,10 +176,15 @@ static inline void amx_transpose_rows(const bf16* from, int64_t stride, int64_t 
 }
 
 // The words of two rows of floats.
+struct AmxPairOrder {
+  alignas(64) uint16_t at[32] = {};
+  constexpr AmxPairOrder() {
+    for (int i = 0; i < 32; ++i) at[i] = uint16_t(i / 2 + i % 2 * 16);
+  }
+};
 static inline __m512i amx_pair(VecF even, VecF odd) {
-  const __m512i low = _mm512_cvtepu16_epi32(__m256i(_mm512_cvtneps_pbh(even.v)));
-  const __m512i high = _mm512_cvtepu16_epi32(__m256i(_mm512_cvtneps_pbh(odd.v)));
-  return _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+  static constexpr AmxPairOrder kOrder;
+  return _mm512_permutexvar_epi16(_mm512_load_si512(kOrder.at), __m512i(_mm512_cvtne2ps_pbh(odd.v, even.v)));
 }
 
 }  // namespace MASKOPS_ISA_NS

@@ -61,15 +61,18 @@ void raise_top(const TilePair& at, int64_t i, typename V::scalar* scores, V (&to
   }
 }
 
-// Scores, times `scale` where kScaled, of kTogether vectors of queries to weights 2^(score - top), with a new top where one is higher.
-template <class V, int kTogether, bool kMasked, bool kMore, bool kScaled>
-void soften_some(const TilePair& at, const Sums<V>& sums, int64_t first, typename V::scalar* scores, V scale) {
+// Scores of kTogether vectors of queries to weights 2^(score - top), with a new top where one is higher. Where products are kPacked they
+// take the weights, in pairs of keys, and scores are still to be multiplied by their scale(); else weights take the place of scores.
+template <class Products, class V, int kTogether, bool kMasked, bool kMore>
+void soften_some(const TilePair& at, const Products& products, const Sums<V>& sums, int64_t first, typename V::scalar* scores) {
+  constexpr bool kPacked = Products::kPacked;
   V top[kTogether], base[kTogether], total[kTogether], spread[kTogether];
-  for (int c = 0; c < kTogether; ++c) top[c] = kScaled ? V::all(-__builtin_inff()) : V::load(sums.top + first + c * V::width);
+  const V scale = V::all(products.scale());
+  for (int c = 0; c < kTogether; ++c) top[c] = kPacked ? V::all(-__builtin_inff()) : V::load(sums.top + first + c * V::width);
   raise_top<V, kTogether, kMasked>(at, first, scores, top);
   for (int c = 0; c < kTogether; ++c) {
     const int64_t i = first + c * V::width;
-    if constexpr (kScaled) top[c] = max(top[c] * scale, V::load(sums.top + i));
+    if constexpr (kPacked) top[c] = max(top[c] * scale, V::load(sums.top + i));
     base[c] = highest_base(top[c]);
     const V fall = V::load(sums.top + i) - base[c], decay = exp2_below_zero(fall), before = V::load(sums.total + i);
     top[c].store(sums.top + i);
@@ -77,19 +80,33 @@ void soften_some(const TilePair& at, const Sums<V>& sums, int64_t first, typenam
     total[c] = before * decay;
     if constexpr (kMore) spread[c] = (V::load(sums.spread + i) + before * max(fall, V::all(-1000))) * decay;
   }
-  for (int64_t j = 0; j < at.keys; ++j) {
+  const auto soften_key = [&](int64_t j, V(&weights)[kTogether]) __attribute__((always_inline)) {
 #pragma GCC unroll 4
     for (int c = 0; c < kTogether; ++c) {
-      typename V::scalar* score = scores + j * kTile + first + c * V::width;
-      const V x = kScaled ? fma(V::load(score), scale, V::zero() - base[c]) : V::load(score) - base[c];
-      V weight = exp2_below_zero(x);
+      const V score = V::load(scores + j * kTile + first + c * V::width);
+      const V x = kPacked ? fma(score, scale, V::zero() - base[c]) : score - base[c];
+      V weight = products.exp2(x);
       total[c] = total[c] + weight;
       if constexpr (kMore) {
         spread[c] = fma(weight, max(x, V::all(-1000)), spread[c]);
         if (at.kept != nullptr) weight = keep_bits(weight, uint32_t(at.kept[j] >> (first + c * V::width)));
       }
-      weight.store(score);
+      // Masked pairs may have to be multiplied one by one.
+      if constexpr (!kPacked || kMasked) weight.store(scores + j * kTile + first + c * V::width);
+      weights[c] = weight;
     }
+  };
+  V even[kTogether], odd[kTogether];
+  if constexpr (kPacked) {
+    for (int64_t j = 0; j < at.keys; j += 2) {
+      soften_key(j, even);
+      for (int c = 0; c < kTogether; ++c) odd[c] = V::zero();
+      if (j + 1 < at.keys) soften_key(j + 1, odd);
+#pragma GCC unroll 4
+      for (int c = 0; c < kTogether; ++c) products.take_weights(j, first + c * V::width, even[c], odd[c]);
+    }
+  } else {
+    for (int64_t j = 0; j < at.keys; ++j) soften_key(j, even);
   }
   for (int c = 0; c < kTogether; ++c) {
     const int64_t i = first + c * V::width;
@@ -98,21 +115,20 @@ void soften_some(const TilePair& at, const Sums<V>& sums, int64_t first, typenam
   }
 }
 
-template <class V, bool kMasked, bool kMore, bool kScaled>
-void soften_all(const TilePair& at, const Sums<V>& sums, typename V::scalar* scores, V scale) {
+template <bool kMasked, bool kMore, class Products, class V>
+void soften_all(const TilePair& at, const Products& products, const Sums<V>& sums, typename V::scalar* scores) {
   constexpr int kTogether = 4;
   int64_t i = 0;
   for (; i + (kTogether - 1) * V::width < at.rows; i += kTogether * V::width) {
-    soften_some<V, kTogether, kMasked, kMore, kScaled>(at, sums, i, scores, scale);
+    soften_some<Products, V, kTogether, kMasked, kMore>(at, products, sums, i, scores);
   }
-  for (; i < at.rows; i += V::width) soften_some<V, 1, kMasked, kMore, kScaled>(at, sums, i, scores, scale);
+  for (; i < at.rows; i += V::width) soften_some<Products, V, 1, kMasked, kMore>(at, products, sums, i, scores);
 }
 
 template <class Products, class V>
-void soften(const TilePair& at, const Sums<V>& sums, bool more, typename V::scalar* scores, V scale) {
-  constexpr bool kScaled = Products::kScaled;
-  if (at.seen != nullptr) more ? soften_all<V, true, true, kScaled>(at, sums, scores, scale) : soften_all<V, true, false, kScaled>(at, sums, scores, scale);
-  else more ? soften_all<V, false, true, kScaled>(at, sums, scores, scale) : soften_all<V, false, false, kScaled>(at, sums, scores, scale);
+void soften(const TilePair& at, const Products& products, const Sums<V>& sums, bool more, typename V::scalar* scores) {
+  if (at.seen != nullptr) more ? soften_all<true, true>(at, products, sums, scores) : soften_all<true, false>(at, products, sums, scores);
+  else more ? soften_all<false, true>(at, products, sums, scores) : soften_all<false, false>(at, products, sums, scores);
 }
 
 template <class V, class T>
@@ -166,7 +182,7 @@ void query_tile(const Attention& a, const AttentionItem& item, const ForwardBuff
     if (mask.empty) continue;
     const TilePair at(a, b, h, qt, kt, mask, use.bits);
     use.products.scores(at, kt, row_of<T>(a.k, b, group, at.k0), use.scores);
-    soften<Products>(at, sums, a.entropy != nullptr || at.kept != nullptr, use.scores, V::all(use.products.scale()));
+    soften(at, use.products, sums, a.entropy != nullptr || at.kept != nullptr, use.scores);
     use.products.add_values(at, kt, row_of<T>(a.v, b, group, at.k0), use.scores, sums.decay, some, sums.values);
     some = true;
   }

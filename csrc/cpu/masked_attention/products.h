@@ -5,6 +5,8 @@
 // values are transposed, once per head.
 #pragma once
 
+#include <initializer_list>
+
 #include "common/amx.h"
 #include "cpu/masked_attention/tiles.h"
 
@@ -15,7 +17,7 @@ template <class V, class T>
 struct FloatProducts {
   using S = typename V::scalar;
   struct Scope {};
-  static constexpr bool kScaled = false;  // what scores() gives is still to be multiplied by scale()
+  static constexpr bool kPacked = false;  // see soften_some in forward.cpp
   const Attention& a;
   TileCache<V> keys, values;
   S* queries;
@@ -25,6 +27,7 @@ struct FloatProducts {
         queries(pieces.take<S>(a.D * kTile)) {}
 
   S scale() const { return 1; }
+  static V exp2(V x) { return exp2_below_zero(x); }
   void start_head() const { keys.forget(a.key_tiles()), values.forget(a.key_tiles()); }
 
   void take_queries(const T* from, int64_t rows) const {
@@ -126,7 +129,7 @@ struct AmxTiles {
 
 struct AmxProducts {
   using Scope = AmxScope;
-  static constexpr bool kScaled = true;
+  static constexpr bool kPacked = true;
   AmxTiles tiles;
   KeptTiles<bf16> values;     // transposed: [width, 64]
   bf16* key_rows;             // where keys cannot be read where they are
@@ -148,6 +151,15 @@ struct AmxProducts {
     tiles.scores(at, tiles.left_rows(key, tiles.a.k.row, at.keys, key_rows), queries, to);
   }
 
+  // 2^x for x <= 0 with a relative error of 3e-6: the weight is rounded to 8 bits.
+  static VecF exp2(VecF x) {
+    const __m512 r = _mm512_reduce_ps(x.v, 0);
+    VecF sum = VecF::all(0.009582853f);
+    for (const float c : {0.055906426f, 0.24024099f, 0.6931242f, 1.0f}) sum = fma(sum, VecF{r}, VecF::all(c));
+    return {_mm512_scalef_ps(sum.v, rounded(x).v)};
+  }
+  void take_weights(int64_t j, int64_t i, VecF even, VecF odd) const { _mm512_storeu_si512(pairs + j / 2 * kTile + i, amx_pair(even, odd)); }
+
   void add_values(const TilePair& at, int64_t kt, const bf16* value, const float* weights, const float* decay, bool some, float*) const {
     const int64_t columns = round_up(at.rows, kAmxRows), width = tiles.width, stride = tiles.a.v.row;
     const bf16* by_channel = values.get(kt, [&](bf16* to) { amx_transpose_rows(value, stride, at.keys, tiles.a.D, kTile, width, to, kTile); });
@@ -156,7 +168,8 @@ struct AmxProducts {
       if (!some) memset(sums, 0, size_t(width * kTile) * sizeof(float));
       return tiles.add_seen_by_query(at, weights, value, stride, sums);
     }
-    tiles.pair_keys(at, weights, pairs);
+    const int64_t taken = (at.keys + 1) / 2 * kTile, all = round_up(at.keys, kAmxDepth) / 2 * kTile;
+    if (taken < all) memset(pairs + taken, 0, size_t(all - taken) * sizeof(uint32_t));
     amx_multiply(width, columns, round_up(at.keys, kAmxDepth), {by_channel, kTile}, {pairs, kTile}, {sums, kTile, some});
   }
   void finish(int64_t rows, float* to) const { tiles.transpose_sums(sums, rows, to); }

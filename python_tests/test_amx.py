@@ -75,6 +75,19 @@ def test_attention(queries: int, keys: int, channels: int) -> None:
                 assert not ours.grad.any()
 
 
+@pytest.mark.parametrize("size", [1e5, 3e9, 1e12])
+def test_attention_of_huge_scores(size: float) -> None:
+    """One key: its weight is 1, whatever its score."""
+    q = (
+        (size * (1 + torch.rand(1, 1, 64, 1, generator=torch.Generator().manual_seed(0))))
+        .bfloat16()
+        .expand(1, 1, 64, 8)
+    )
+    k, v = torch.ones(1, 1, 1, 8).bfloat16(), torch.ones(1, 1, 1, 8).bfloat16()
+    out, entropy = maskops.masked_attention(q, k, v, scale=0.7, return_entropy=True)
+    assert torch.equal(out, torch.ones_like(out)) and not entropy.any()
+
+
 @pytest.mark.parametrize(("tokens", "width", "classes"), [(50, 40, 200), (130, 64, 97), (16, 96, 960), (3, 8, 5)])
 def test_linear_cross_entropy(tokens: int, width: int, classes: int) -> None:
     hidden, weight, bias = rand(tokens, width), rand(classes, width, seed=1) * 0.2, rand(classes, seed=2)

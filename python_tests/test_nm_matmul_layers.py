@@ -325,6 +325,15 @@ def test_damaged_places_stay_in_memory_and_are_refused_where_they_are_loaded() -
         layer.load_state_dict(state)
 
 
+def test_the_dense_path_reads_nothing_between_rows() -> None:
+    apart = torch.full((300, 34), torch.nan).bfloat16()
+    apart[:, :33] = 1
+    dense = torch.ones(48, 33)
+    weight = maskops.nm_compress((dense * maskops.nm_mask(dense, 5, 6)).bfloat16(), 5, 6)
+    assert "dense" in maskops.explain("nm_linear", apart[:, :33], weight)
+    assert maskops.nm_linear(apart[:, :33], weight).isfinite().all()
+
+
 def test_the_dense_path_checks_as_the_sparse_one() -> None:
     weight = maskops.nm_compress(torch.ones(6, 8) * torch.tensor([0.0] + [1.0] * 7), 7, 8)
     with pytest.raises(ValueError, match="bias must have shape"):

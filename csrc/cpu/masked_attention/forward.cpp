@@ -84,7 +84,8 @@ void soften_some(const TilePair& at, const Products& products, const Sums<V>& su
 #pragma GCC unroll 4
     for (int c = 0; c < kTogether; ++c) {
       const V score = V::load(scores + j * kTile + first + c * V::width);
-      const V x = kPacked ? fma(score, scale, V::zero() - base[c]) : score - base[c];
+      // Rounded as the base was, not fused: of huge scores the rest would be no small power of two.
+      const V x = (kPacked ? loaded_once(score * scale) : score) - base[c];
       V weight = products.exp2(x);
       total[c] = total[c] + weight;
       if constexpr (kMore) {

@@ -53,7 +53,7 @@ def nm_linear(x: Tensor, weight: NMWeight, bias: Tensor | None = None, *, backen
     Notes:
         The gradient of values is taken at the kept places only, no dense [N, K] gradient is needed by the caller. On the sparse
         path NaN and inf of x reach only the outputs that keep a weight there. Under autocast x, values and bias are lowered.
-        Empty sizes work. Deterministic.
+        Empty sizes work. Deterministic; the dense product of "auto" is torch's, whose last bit may follow the number of threads.
 
     Raises:
         ValueError: wrong dtype, shape or device.  TypeError: weight is no NMWeight.
@@ -71,7 +71,8 @@ def nm_linear(x: Tensor, weight: NMWeight, bias: Tensor | None = None, *, backen
     if backend == "auto" and linear_path(weight.n, weight.m)[0] == "dense":
         if not torch.is_autocast_enabled(x.device.type):  # which casts before anything is checked
             _check(as_rows(x), weight.values, weight.indices, bias, weight.n, weight.m)
-        return F.linear(x, weight.to_dense(), bias)
+        # Torch 2.13 multiplies rows of bfloat16 that lie apart with what lies between them, where their length is odd.
+        return F.linear(x.contiguous(), weight.to_dense(), bias)
     op = find_op("nm_matmul_linear", x.device.type, backend)
     y = op(as_rows(x), weight.values, weight.indices, bias, weight.n, weight.m)
     return y.view(*x.shape[:-1], weight.shape[0])

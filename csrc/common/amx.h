@@ -112,7 +112,9 @@ static inline void amx_multiply(int64_t rows, int64_t columns, int64_t depth, co
 
 // ---- packing
 
-static inline __mmask32 first_lanes(int64_t count) { return count >= 32 ? ~__mmask32{0} : (__mmask32{1} << (count < 0 ? 0 : count)) - 1; }
+static inline __mmask32 first_lanes(int64_t count) {
+  return count >= 32 ? ~__mmask32{0} : (__mmask32{1} << (count < 0 ? 0 : count)) - 1;
+}
 
 // Rows of `channels` values of which the first `count` exist, as [rows, width], zeros elsewhere; width: of kAmxDepth.
 static inline void amx_copy_rows(const bf16* from, int64_t stride, int64_t count, int64_t channels, int64_t rows, int64_t width, bf16* to) {
@@ -150,7 +152,8 @@ static inline __m512i amx_pair(const bf16* row, int64_t stride, __mmask16 some, 
 }
 
 // Words of two consecutive rows: to[p * width + d] = channel d of rows 2p and 2p + 1; rows: even, width: of 16.
-static inline void amx_pair_rows(const bf16* from, int64_t stride, int64_t count, int64_t channels, int64_t rows, int64_t width, uint32_t* to) {
+static inline void amx_pair_rows(const bf16* from, int64_t stride, int64_t count, int64_t channels, int64_t rows, int64_t width,
+                                 uint32_t* to) {
   for (int64_t i = 0; i < rows; i += 2, to += width) {
     for (int64_t d = 0; d < width; d += 16) {
       const __mmask16 some = __mmask16(first_lanes(channels - d) & 0xffff);
@@ -160,14 +163,16 @@ static inline void amx_pair_rows(const bf16* from, int64_t stride, int64_t count
 }
 
 // Rows of channels, each with the values of all rows: to[d * to_stride + i]; rows: of 32, width: of 16.
-static inline void amx_transpose_rows(const bf16* from, int64_t stride, int64_t count, int64_t channels, int64_t rows, int64_t width, bf16* to,
-                                      int64_t to_stride) {
+static inline void amx_transpose_rows(const bf16* from, int64_t stride, int64_t count, int64_t channels, int64_t rows, int64_t width,
+                                      bf16* to, int64_t to_stride) {
   for (int64_t i = 0; i < rows; i += 32) {
     for (int64_t d = 0; d < width; d += 16) {
       VecF block[16];
       const __mmask16 some = __mmask16(first_lanes(channels - d) & 0xffff);
 #pragma GCC unroll 16
-      for (int p = 0; p < 16; ++p) block[p].v = _mm512_castsi512_ps(amx_pair(from + (i + 2 * p) * stride + d, stride, some, count - i - 2 * p));
+      for (int p = 0; p < 16; ++p) {
+        block[p].v = _mm512_castsi512_ps(amx_pair(from + (i + 2 * p) * stride + d, stride, some, count - i - 2 * p));
+      }
       transpose(block);
 #pragma GCC unroll 16
       for (int c = 0; c < 16; ++c) _mm512_storeu_ps(to + (d + c) * to_stride + i, block[c].v);

@@ -90,9 +90,10 @@ def _affordable_steps(seconds: float) -> int:
         optimizer.zero_grad()
         times.append(time.monotonic() - start)
     # The loader takes its share of the cores: 1.3 times the bare step was measured.
-    affordable = int(seconds / (1.3 * sorted(times)[len(times) // 2]))
+    step = 1.3 * sorted(times)[len(times) // 2]
+    affordable = int(seconds / step)
     if affordable < STEPS:
-        print(f"a step takes {1000 * times[-1]:.0f} ms here: {affordable} steps instead of {STEPS}", flush=True)
+        print(f"a step takes {1000 * step:.0f} ms here: {affordable} steps instead of {STEPS}", flush=True)
     return max(1, min(STEPS, affordable))
 
 

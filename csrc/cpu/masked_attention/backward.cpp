@@ -176,7 +176,8 @@ struct BiasWork {
   Products products;
   S* sums;  // [keys, queries] of a pair of tiles, or of all tiles of queries where those share the bias
 
-  BiasWork(const Attention& args, Pieces& pieces) : a(args), pair(args, 1, pieces), products(args, 1, pieces), sums(pieces.take<S>(kTile * kTile)) {}
+  BiasWork(const Attention& args, Pieces& pieces)
+      : a(args), pair(args, 1, pieces), products(args, 1, pieces), sums(pieces.take<S>(kTile * kTile)) {}
 
   void add_pair(int64_t b, int64_t h, int64_t qt, int64_t kt) const {
     const TileMask mask = mask_of(a, b, h, qt, kt);

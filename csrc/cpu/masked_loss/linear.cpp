@@ -221,7 +221,9 @@ std::tuple<Tensor, Tensor, Tensor> masked_loss_linear_backward(const Tensor& gra
       parallel_for(items, count * work / items, [&](int64_t begin, int64_t end) { run.kernels().add_hidden(args, first, count, begin, end); });
     }
   }
-  parallel_for((args.M + kRowUnit - 1) / kRowUnit, D * 8 * kRowUnit, [&](int64_t begin, int64_t end) { run.kernels().unpack(args, grad_hidden.mutable_data_ptr(), begin, end); });
+  parallel_for((args.M + kRowUnit - 1) / kRowUnit, D * 8 * kRowUnit, [&](int64_t begin, int64_t end) {
+    run.kernels().unpack(args, grad_hidden.mutable_data_ptr(), begin, end);
+  });
   return {grad_hidden, grad_weight, grad_bias};
 }
 

@@ -309,7 +309,8 @@ std::tuple<Tensor, Tensor> sparse_conv_block_grad_weight(const Tensor& grad_any,
   const Buffer partial(kernels.partial_bytes(args));
   args.partial = partial.get();
   const int64_t items = kernels.weight_items(args), work = args.M * args.taps * args.depth * O / 8;
-  share_items(items, work / std::max<int64_t>(1, items), kernels.bytes(args), [&](int64_t item, void* buffer) { kernels.weight_chunk(args, item, buffer); });
+  share_items(items, work / std::max<int64_t>(1, items), kernels.bytes(args),
+              [&](int64_t item, void* buffer) { kernels.weight_chunk(args, item, buffer); });
   parallel_for(O, args.depth * args.taps * args.chunks() * 4, [&](int64_t begin, int64_t end) { kernels.sum_chunks(args, begin, end); });
   return {grad_weight, grad_bias};
 }

@@ -366,7 +366,9 @@ int64_t partial_bytes(const BlockConvArgs& args) {
   });
 }
 int64_t weight_items(const BlockConvArgs& args) {
-  const auto other = [&] { return by_dtype(args.dtype, [&](auto of) { return args.chunks() * args.groups * Panels<decltype(of)>(args).panels; }); };
+  const auto other = [&] {
+    return by_dtype(args.dtype, [&](auto of) { return args.chunks() * args.groups * Panels<decltype(of)>(args).panels; });
+  };
   return choose(args, [](auto block) { return block.weight_items(); }, other);
 }
 void weight_chunk(const BlockConvArgs& args, int64_t item, void* buffer) {

@@ -131,8 +131,9 @@ class ELECTRA(nn.Module):
         hidden = tokens.masked_fill(mask & ~kept, self.config.mask_id)
         found = self.generator_head(self.generator(self.to_generator(self._embed(hidden)), _real(lengths)))
         loss, sample = maskops.linear_sample(
-            found, self.embed.weight, tokens, mask=mask, bias=self.generator_bias, seed=seed, generator=generator
-        )
+            found, self.embed.weight, tokens, mask=mask, bias=self.generator_bias, seed=seed,
+            generator=generator if seed is None else None,
+        )  # fmt: skip
         corrupted = torch.where(mask, sample, tokens)
         logits = self.head(self.encode(corrupted, lengths))[..., 0]
         real = None if lengths is None else torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]

@@ -13,6 +13,8 @@
 #include <thread>
 #include <vector>
 
+#include "common/amx_scope.h"
+
 #if defined(__x86_64__)
 #include <immintrin.h>
 #define TARGET(features) __attribute__((target(features)))
@@ -135,20 +137,14 @@ FMA_CHAINS(chains_bf16, TARGET("avx512f,avx512bf16"), __m512, _mm512_set1_ps,
            sum[i] = _mm512_dpbf16_ps(sum[i], __m512bh(_mm512_set1_epi32(0x3f803f80)), __m512bh(_mm512_set1_epi32(0x3f80bf80))),
            _mm512_cvtss_f32, 64)
 
-// Four tile registers of sums of AMX, as in common/amx.h, whose registers this thread may use because _C found it (and asked for them).
+// Four tile registers of sums.
 double chains_amx(int64_t rounds) {
-  struct alignas(64) {
-    uint8_t palette = 1, start_row = 0, zeros[14] = {};
-    uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-  } shapes;
-  asm volatile("ldtilecfg %0" ::"m"(shapes));
+  const maskops::AmxScope scope;
   for (int64_t r = 0; r < rounds; ++r) {
     asm volatile(
         "tdpbf16ps %tmm6, %tmm4, %tmm0\n\ttdpbf16ps %tmm7, %tmm4, %tmm1\n\t"
         "tdpbf16ps %tmm6, %tmm5, %tmm2\n\ttdpbf16ps %tmm7, %tmm5, %tmm3");
   }
-  asm volatile("tilerelease");
   return double(rounds) * 4 * 16384;
 }
 #endif

@@ -23,7 +23,7 @@ def rand(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
 
 
-def close(actual: Tensor, expected: Tensor, limit: float = 4e-3) -> None:
+def assert_near(actual: Tensor, expected: Tensor, limit: float = 4e-3) -> None:
     error = (actual.double() - expected).square().mean().sqrt() / expected.square().mean().sqrt()
     assert error < limit, error
 
@@ -35,11 +35,11 @@ def test_nm_linear(rows: int, inputs: int, outputs: int, n: int, m: int) -> None
     weight = weight * maskops.nm_mask(weight.float().abs(), n, m)
     x.requires_grad_()
     y = maskops.nm_linear(x, maskops.nm_compress(weight, n, m), bias)
-    close(y.detach(), F.linear(x.detach().double(), weight.double(), bias.double()))
+    assert_near(y.detach(), F.linear(x.detach().double(), weight.double(), bias.double()))
     grad = rand(rows, outputs, seed=3)
     y.backward(grad)
     if inputs:
-        close(x.grad, grad.double() @ weight.double())
+        assert_near(x.grad, grad.double() @ weight.double())
 
 
 def test_pruned_weights_do_not_carry_nan() -> None:
@@ -64,13 +64,13 @@ def test_attention(queries: int, keys: int, channels: int) -> None:
         exact = [x.detach().double().nan_to_num(0, 0, 0).requires_grad_() for x in inputs]
         score = exact[0] @ exact[1].transpose(-1, -2) * scale + (0 if added is None else added.double())
         expected = score.masked_fill(~seen, -torch.inf).softmax(-1) @ exact[2]
-        close(out.detach(), expected.detach())
+        assert_near(out.detach(), expected.detach())
         grad = rand(2, 3, queries, channels, seed=4)
         out.backward(grad)
         expected.backward(grad.double())
         for ours, theirs in zip(inputs, exact, strict=True):
             if theirs.grad.abs().max() > 0:
-                close(ours.grad, theirs.grad, 8e-3)
+                assert_near(ours.grad, theirs.grad, 8e-3)
             else:
                 assert not ours.grad.any()
 
@@ -101,7 +101,7 @@ def test_linear_cross_entropy(tokens: int, width: int, classes: int) -> None:
     loss.backward()
     expected.backward()
     for mine, other in zip(ours, exact, strict=True):
-        close(mine.grad, other.grad, 8e-3)
+        assert_near(mine.grad, other.grad, 8e-3)
 
 
 @pytest.mark.parametrize(
@@ -121,10 +121,10 @@ def test_block_masked_conv(channels: int, outputs: int, kernel: int, stride: int
     options = {"stride": stride, "padding": kernel // 2, "groups": groups}
     out = maskops.block_masked_conv(ours[0], ours[1], cells, ours[2], **options)
     expected = F.conv2d(exact[0], exact[1], exact[2], **options) * seen[:, :, ::stride, ::stride]
-    close(out.detach(), expected.detach())
+    assert_near(out.detach(), expected.detach())
     grad = rand(*out.shape, seed=3)
     out.backward(grad)
     expected.backward(grad.double())
-    close(ours[0].grad, exact[0].grad * seen, 8e-3)
+    assert_near(ours[0].grad, exact[0].grad * seen, 8e-3)
     for mine, other in zip(ours[1:], exact[1:], strict=True):
-        close(mine.grad, other.grad, 8e-3)
+        assert_near(mine.grad, other.grad, 8e-3)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import maskops
+from maskops.testing import assert_same_loss
 
 
 def inputs(
@@ -16,13 +17,6 @@ def inputs(
     leaves = torch.randn(*shape, width), torch.randn(classes, width), torch.randn(classes)
     hidden, weight, bias = (x.requires_grad_() for x in leaves)
     return hidden, weight, bias, torch.randint(classes, shape)
-
-
-def same(ours: Tensor, theirs: Tensor, leaves: list[Tensor], scale: Tensor | float = 1.0) -> None:
-    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
-    grads = [torch.autograd.grad((x * scale).sum(), leaves, retain_graph=True) for x in (ours, theirs)]
-    for a, b in zip(*grads, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
@@ -37,7 +31,7 @@ def test_equals_torch_for_every_reduction(reduction: str, smoothing: float) -> N
     logits = F.linear(hidden, weight, bias).flatten(0, 1)
     theirs = F.cross_entropy(logits, target.flatten(), reduction=reduction, label_smoothing=smoothing)
     scale = torch.rand(3, 7) if reduction == "none" else 1.0
-    same(ours, theirs.view(ours.shape), [hidden, weight, bias], scale)
+    assert_same_loss(ours, theirs.view(ours.shape), [hidden, weight, bias], scale)
 
 
 def test_mask_and_ids_and_targets_say_the_same() -> None:
@@ -48,8 +42,8 @@ def test_mask_and_ids_and_targets_say_the_same() -> None:
     by_mask = maskops.linear_cross_entropy(hidden, weight, target, mask=mask, bias=bias)
     by_ids = maskops.linear_cross_entropy(hidden, weight, slots, ids=ids, bias=bias)
     plain = maskops.linear_cross_entropy(hidden[mask], weight, target[mask], bias=bias)
-    same(by_mask, plain, [hidden, weight, bias])
-    same(by_ids, plain, [hidden, weight, bias])
+    assert_same_loss(by_mask, plain, [hidden, weight, bias])
+    assert_same_loss(by_ids, plain, [hidden, weight, bias])
     each = maskops.linear_cross_entropy(hidden, weight, slots, ids=ids, bias=bias, reduction="none")
     assert torch.equal(each == 0, ids < 0)
 
@@ -60,7 +54,7 @@ def test_cosine_with_temperature() -> None:
     mask = torch.rand(3, 7) < 0.5
     ours = maskops.linear_cross_entropy(hidden, weight, target, mask=mask, cosine=True, temperature=0.1)
     logits = F.cosine_similarity(hidden[mask][:, None], weight[None], dim=-1) / 0.1
-    same(ours, F.cross_entropy(logits, target[mask]), [hidden, weight])
+    assert_same_loss(ours, F.cross_entropy(logits, target[mask]), [hidden, weight])
 
 
 @pytest.mark.parametrize("denominator", ["count", "weight", "all", 7.0, torch.tensor(3.0)])
@@ -75,7 +69,7 @@ def test_weights_and_denominators(denominator: object) -> None:
     counted = target != -100
     by = {"count": counted.sum(), "weight": (share * counted).sum(), "all": counted.numel()}
     theirs = (each * share).sum() / (by[denominator] if isinstance(denominator, str) else denominator)
-    same(ours, theirs, [hidden, weight, bias, share])
+    assert_same_loss(ours, theirs, [hidden, weight, bias, share])
 
 
 def test_codebooks_are_as_one_loss_each() -> None:
@@ -84,7 +78,7 @@ def test_codebooks_are_as_one_loss_each() -> None:
     target[0, 0, 1], target[1, 4] = -100, -100
     ours = maskops.linear_cross_entropy(hidden, weight, target, reduction="none")
     each = [maskops.linear_cross_entropy(hidden, weight[g], target[..., g], reduction="none") for g in range(3)]
-    same(ours, torch.stack(each, -1), [hidden, weight], torch.rand(2, 5, 3))
+    assert_same_loss(ours, torch.stack(each, -1), [hidden, weight], torch.rand(2, 5, 3))
 
 
 def test_z_loss() -> None:
@@ -92,7 +86,7 @@ def test_z_loss() -> None:
     ours = maskops.linear_cross_entropy(hidden, weight, target, bias=bias, z_loss=0.3)
     logits = F.linear(hidden, weight, bias)
     theirs = F.cross_entropy(logits.mT, target) + 0.3 * logits.logsumexp(-1).square().mean()
-    same(ours, theirs, [hidden, weight, bias])
+    assert_same_loss(ours, theirs, [hidden, weight, bias])
 
 
 @pytest.mark.parametrize("cosine", [False, True])
@@ -137,7 +131,7 @@ def test_a_vocabulary_masked_by_minus_infinity() -> None:
     bias = torch.zeros(50)
     bias[25:], target = -math.inf, target % 25
     ours = maskops.linear_cross_entropy(hidden, weight, target, bias=bias)
-    same(ours, maskops.linear_cross_entropy(hidden, weight[:25], target), [hidden, weight])
+    assert_same_loss(ours, maskops.linear_cross_entropy(hidden, weight[:25], target), [hidden, weight])
 
 
 def test_large_logits_do_not_overflow() -> None:
@@ -213,7 +207,7 @@ def test_no_width_and_no_codebooks(backend: str) -> None:
     bias = torch.arange(5.0, requires_grad=True)
     target = torch.tensor([0, 4])
     loss = maskops.linear_cross_entropy(torch.ones(2, 0), torch.ones(5, 0), target, bias=bias, backend=backend)
-    same(loss, F.cross_entropy(bias.expand(2, 5), target), [bias])
+    assert_same_loss(loss, F.cross_entropy(bias.expand(2, 5), target), [bias])
     none = maskops.linear_cross_entropy(torch.ones(2, 3), torch.ones(0, 5, 3), target[:, None][:, :0], backend=backend)
     assert none == 0
 
@@ -249,7 +243,7 @@ def test_sample_has_the_loss_and_gradient_of_the_plain_loss() -> None:
     hidden, weight, bias, target = inputs()
     mask = torch.rand(3, 7) < 0.5
     loss, sample = maskops.linear_sample(hidden, weight, target, mask=mask, bias=bias, seed=0, temperature=2.0)
-    same(
+    assert_same_loss(
         loss,
         maskops.linear_cross_entropy(hidden, weight, target, mask=mask, bias=bias, temperature=2.0),
         [hidden, weight, bias],

@@ -10,16 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import maskops
-from maskops.testing import op_of
+from maskops.testing import assert_same_loss, op_of
 
 IDS = torch.tensor([0, 1, 2])
-
-
-def same(ours: Tensor, theirs: Tensor, leaves: list[Tensor], scale: Tensor | float = 1.0) -> None:
-    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
-    grads = [torch.autograd.grad((x * scale).sum(), leaves, retain_graph=True) for x in (ours, theirs)]
-    for a, b in zip(*grads, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
 # ---------------------------------------------------------------- regression
@@ -43,11 +36,11 @@ def test_regression_equals_torch(kind: str, normalise: bool) -> None:
     wanted = F.layer_norm(target, (24,), eps=1e-6) if normalise else target
     each = WRITTEN[kind](pred, wanted)
     ours = maskops.masked_regression(pred, target, mask, kind, normalise, beta=0.5)
-    same(ours, each[mask].mean(), [pred])
+    assert_same_loss(ours, each[mask].mean(), [pred])
     ours = maskops.masked_regression(pred, target, mask, kind, normalise, beta=0.5, reduction="none")
-    same(ours, each * mask, [pred], torch.rand(3, 5))
+    assert_same_loss(ours, each * mask, [pred], torch.rand(3, 5))
     ours = maskops.masked_regression(pred, target, mask, kind, normalise, "all", beta=0.5)
-    same(ours, (each * mask).mean(), [pred])
+    assert_same_loss(ours, (each * mask).mean(), [pred])
 
 
 def test_regression_of_nothing_and_of_nan() -> None:
@@ -79,7 +72,7 @@ def test_contrast_equals_the_published_loss() -> None:
     positive, negatives = torch.randint(9, (12,)), torch.randint(9, (12, 7))
     positive[0], negatives[0, 0] = 3, 5
     ours = maskops.contrastive_loss(query, keys, positive, negatives, 0.1)
-    same(ours, published_contrast(query, keys, positive, negatives, 0.1), [query, keys])
+    assert_same_loss(ours, published_contrast(query, keys, positive, negatives, 0.1), [query, keys])
 
 
 def test_contrast_keeps_collisions_when_asked_to() -> None:
@@ -198,7 +191,7 @@ def test_max_pool_equals_the_naive_one() -> None:
     mask = torch.rand(3, 40) < 0.5
     ours = maskops.linear_max_pool(hidden, weight, bias, mask)
     theirs = F.linear(hidden, weight, bias).masked_fill(~mask[..., None], -math.inf).amax(1)
-    same(ours, theirs, [hidden, weight, bias], torch.rand(3, 150))
+    assert_same_loss(ours, theirs, [hidden, weight, bias], torch.rand(3, 150))
 
 
 def test_max_pool_without_tokens_and_with_nan() -> None:
@@ -229,7 +222,7 @@ def test_mask_pool_equals_one_mask_after_the_other(kind: str) -> None:
                 rows.append(scores[b, q][shown[b, q]].softmax(0) @ chosen)
             else:
                 rows.append(chosen.mean(0) if kind == "mean" else chosen.amax(0))
-    same(out, torch.stack(rows).view(2, 3, 5), [features], torch.rand(2, 3, 5))
+    assert_same_loss(out, torch.stack(rows).view(2, 3, 5), [features], torch.rand(2, 3, 5))
 
 
 def test_maps_of_thirty_are_masks() -> None:
@@ -263,7 +256,7 @@ def test_replaced_token_loss() -> None:
     real[1, 4:] = False
     ours = maskops.replaced_token_loss(logits, text, read, real)
     theirs = F.binary_cross_entropy_with_logits(logits[real], (text != read)[real].float())
-    same(ours, theirs, [logits])
+    assert_same_loss(ours, theirs, [logits])
     assert (torch.autograd.grad(ours, logits)[0] != 0).equal(real)
     spoiled = torch.where(real, logits.detach(), math.nan).requires_grad_()
     loss = maskops.replaced_token_loss(spoiled, text, read, real)
@@ -284,7 +277,7 @@ def test_pairwise_rank_loss() -> None:
             for j in range(5):
                 if mask[b, i] and mask[b, j] and target[b, i] > target[b, j]:
                     total, pairs = total - F.logsigmoid(scores[b, i] - scores[b, j]), pairs + 1
-    same(maskops.pairwise_rank_loss(scores, target, mask), total / pairs, [scores])
+    assert_same_loss(maskops.pairwise_rank_loss(scores, target, mask), total / pairs, [scores])
     assert maskops.pairwise_rank_loss(scores, torch.zeros(2, 5)) == 0
     spoiled = torch.where(mask, target, math.nan)
     torch.testing.assert_close(maskops.pairwise_rank_loss(scores, spoiled, mask), total / pairs)

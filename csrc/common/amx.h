@@ -7,6 +7,7 @@
 // Instructions stand as assembly, so that a compiler that knows the names only from its assembler is enough.
 #pragma once
 
+#include "common/amx_scope.h"
 #include "common/simd_shuffle.h"
 
 #if MASKOPS_ISA_LEVEL == 2
@@ -14,22 +15,6 @@ namespace maskops {
 inline namespace MASKOPS_ISA_NS {
 
 constexpr int64_t kAmxRows = 16, kAmxDepth = 32;  // rows, or words of a row, and values of k of a register
-
-// The registers belong to this thread while one lives; afterwards they cost a switch of threads nothing.
-class AmxScope {
- public:
-  AmxScope() {
-    struct alignas(64) {
-      uint8_t palette = 1, start_row = 0, zeros[14] = {};
-      uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-      uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-    } shapes;
-    asm volatile("ldtilecfg %0" ::"m"(shapes));
-  }
-  ~AmxScope() { asm volatile("tilerelease"); }
-  AmxScope(const AmxScope&) = delete;
-  AmxScope& operator=(const AmxScope&) = delete;
-};
 
 template <int kTile>
 static inline void amx_zero() {
@@ -115,6 +100,30 @@ static inline void amx_multiply(int64_t rows, int64_t columns, int64_t depth, co
 static inline __mmask32 first_lanes(int64_t count) {
   return count >= 32 ? ~__mmask32{0} : (__mmask32{1} << (count < 0 ? 0 : count)) - 1;
 }
+
+// Whether none of 32 values is infinite or NaN.
+static inline bool amx_finite(__m512i values) {
+  const __m512i exponent = _mm512_set1_epi16(0x7f80);
+  return _mm512_cmpeq_epi16_mask(_mm512_and_si512(values, exponent), exponent) == 0;
+}
+
+// Rows of up to 32 sums to bfloat16, with a bias added that may be null.
+class AmxResult {
+ public:
+  AmxResult(const bf16* bias, int64_t columns) : some_(first_lanes(columns)), low_(_mm512_setzero_ps()), high_(low_) {
+    if (bias == nullptr) return;
+    const __m512i all = _mm512_maskz_loadu_epi16(some_, bias);
+    low_ = VecF::widen(_mm512_castsi512_si256(all), bf16()).v, high_ = VecF::widen(_mm512_extracti64x4_epi64(all, 1), bf16()).v;
+  }
+  inline void write(const float* sums, bf16* to) const {
+    const __m512 low = _mm512_add_ps(_mm512_loadu_ps(sums), low_), high = _mm512_add_ps(_mm512_loadu_ps(sums + 16), high_);
+    _mm512_mask_storeu_epi16(to, some_, __m512i(_mm512_cvtne2ps_pbh(high, low)));
+  }
+
+ private:
+  const __mmask32 some_;
+  __m512 low_, high_;
+};
 
 // Rows of `channels` values of which the first `count` exist, as [rows, width], zeros elsewhere; width: of kAmxDepth.
 static inline void amx_copy_rows(const bf16* from, int64_t stride, int64_t count, int64_t channels, int64_t rows, int64_t width, bf16* to) {

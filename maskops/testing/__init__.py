@@ -121,6 +121,14 @@ def assert_close(actual: Tensor, exact: Tensor, reference: Tensor, what: str) ->
     )
 
 
+def assert_same_loss(ours: Tensor, theirs: Tensor, leaves: list[Tensor], scale: Tensor | float = 1.0) -> None:
+    """Two float32 losses of the same leaves: values, and gradients of their sums, each weighted by `scale`."""
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    grads = [torch.autograd.grad((x * scale).sum(), leaves, retain_graph=True) for x in (ours, theirs)]
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
 @contextlib.contextmanager
 def instruction_set(name: str) -> Iterator[None]:
     """Run the CPU kernels at a level of ISA_LEVELS; RuntimeError where this CPU lacks it."""

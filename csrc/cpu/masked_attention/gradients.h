@@ -150,13 +150,10 @@ struct AmxGradients {
 
 #endif
 
-// run.template operator()<vector, storage type, products>()
+struct AmxGradients;
 template <class Run>
 static inline auto with_gradients(const Attention& a, const Run& run) {
-#if MASKOPS_ISA_LEVEL == 2
-  if (a.amx) return run.template operator()<VecF, bf16, AmxGradients>();
-#endif
-  return with_vectors(a.dtype, [&]<class V, class T>() { return run.template operator()<V, T, FloatGradients<V, T>>(); });
+  return with_either<FloatGradients, AmxGradients>(a, run);
 }
 
 }  // namespace MASKOPS_ISA_NS

@@ -93,13 +93,9 @@ struct AmxTiles {
   }
 
   static bool all_finite(const void* values, int64_t bytes) {  // a multiple of 64
-    const __m512i exponent = _mm512_set1_epi16(0x7f80);
-    __mmask32 found = 0;
-    for (int64_t at = 0; at < bytes; at += 64) {
-      const __m512i some = _mm512_loadu_si512(static_cast<const char*>(values) + at);
-      found |= _mm512_cmpeq_epi16_mask(_mm512_and_si512(some, exponent), exponent);
-    }
-    return found == 0;
+    bool finite = true;
+    for (int64_t at = 0; at < bytes; at += 64) finite &= amx_finite(_mm512_loadu_si512(static_cast<const char*>(values) + at));
+    return finite;
   }
 
   // to[query, channel], transposed, += left[key, query] right[key], pair by pair, so that what a query must not see stays away from it.
@@ -186,13 +182,19 @@ struct AmxProducts {
 
 #endif
 
-// run.template operator()<vector, storage type, products>()
+// run.template operator()<vector, storage type, products>(), which are Amx or Float<vector, storage type>.
+template <template <class, class> class Float, class Amx, class Run>
+static inline auto with_either(const Attention& a, const Run& run) {
+#if MASKOPS_ISA_LEVEL == 2
+  if (a.amx) return run.template operator()<VecF, bf16, Amx>();
+#endif
+  return with_vectors(a.dtype, [&]<class V, class T>() { return run.template operator()<V, T, Float<V, T>>(); });
+}
+
+struct AmxProducts;
 template <class Run>
 static inline auto with_products(const Attention& a, const Run& run) {
-#if MASKOPS_ISA_LEVEL == 2
-  if (a.amx) return run.template operator()<VecF, bf16, AmxProducts>();
-#endif
-  return with_vectors(a.dtype, [&]<class V, class T>() { return run.template operator()<V, T, FloatProducts<V, T>>(); });
+  return with_either<FloatProducts, AmxProducts>(a, run);
 }
 
 }  // namespace MASKOPS_ISA_NS

@@ -233,11 +233,8 @@ struct AmxLoss {
     alignas(64) float sums[kTile * kColumns];
     for (int64_t d = 0; d < a.D; d += kColumns) {
       amx_multiply(rows, kColumns, steps, {left, steps}, {at<uint32_t>(a.along, d * steps / 2), kColumns}, {sums, kColumns, false});
-      const __mmask32 some = first_lanes(a.D - d);
-      for (int64_t v = 0; v < count; ++v) {
-        const __m512 low = _mm512_load_ps(sums + v * kColumns), high = _mm512_load_ps(sums + v * kColumns + 16);
-        _mm512_mask_storeu_epi16(out + v * a.D + d, some, __m512i(_mm512_cvtne2ps_pbh(high, low)));
-      }
+      const AmxResult result(nullptr, a.D - d);
+      for (int64_t v = 0; v < count; ++v) result.write(sums + v * kColumns, out + v * a.D + d);
     }
   }
 

@@ -69,19 +69,6 @@ void pack(const NmProduct& p, Range some, void* packed, void* buffer) {
   }
 }
 
-void write(const float* sums, const bf16* bias, int64_t rows, int64_t columns, bf16* out, int64_t stride) {
-  const __mmask32 some = first_lanes(columns);
-  __m512 low = _mm512_setzero_ps(), high = low;
-  if (bias != nullptr) {
-    const __m512i all = _mm512_maskz_loadu_epi16(some, bias);
-    low = VecF::widen(_mm512_castsi512_si256(all), bf16()).v, high = VecF::widen(_mm512_extracti64x4_epi64(all, 1), bf16()).v;
-  }
-  for (int64_t r = 0; r < rows; ++r, sums += kColumns, out += stride) {
-    const __m512 a = _mm512_add_ps(_mm512_loadu_ps(sums), low), b = _mm512_add_ps(_mm512_loadu_ps(sums + 16), high);
-    _mm512_mask_storeu_epi16(out, some, __m512i(_mm512_cvtne2ps_pbh(b, a)));
-  }
-}
-
 void multiply(const NmProduct& p, Range some, const void* packed, void* buffer) {
   const AmxScope scope;
   const Shape shape(p);
@@ -101,23 +88,20 @@ void multiply(const NmProduct& p, Range some, const void* packed, void* buffer) 
       const int64_t column = panel * kColumns;
       amx_multiply(rows, kColumns, shape.summed, left, {static_cast<const uint32_t*>(packed) + column * shape.summed / 2, kColumns},
                    {sums, kColumns, false});
-      write(sums, p.bias == nullptr ? nullptr : static_cast<const bf16*>(p.bias) + column, count, min_of(kColumns, shape.columns - column),
-            static_cast<bf16*>(p.out) + first * shape.columns + column, shape.columns);
+      const AmxResult result(p.bias == nullptr ? nullptr : static_cast<const bf16*>(p.bias) + column, min_of(kColumns, shape.columns - column));
+      bf16* out = static_cast<bf16*>(p.out) + first * shape.columns + column;
+      for (int64_t r = 0; r < count; ++r) result.write(sums + r * kColumns, out + r * shape.columns);
     }
   }
 }
 
 bool all_finite(const NmMatrix& a, Range rows) {
-  const __m512i exponent = _mm512_set1_epi16(0x7f80);
-  __mmask32 found = 0;
+  bool finite = true;
   for (int64_t i = rows.begin; i < rows.end; ++i) {
     const bf16* row = static_cast<const bf16*>(a.data) + i * a.stride;
-    for (int64_t k = 0; k < a.columns; k += 32) {
-      const __m512i some = _mm512_maskz_loadu_epi16(first_lanes(a.columns - k), row + k);
-      found |= _mm512_cmpeq_epi16_mask(_mm512_and_si512(some, exponent), exponent);
-    }
+    for (int64_t k = 0; k < a.columns; k += 32) finite &= amx_finite(_mm512_maskz_loadu_epi16(first_lanes(a.columns - k), row + k));
   }
-  return found == 0;
+  return finite;
 }
 
 }  // namespace

@@ -66,7 +66,11 @@ struct AmxBlock {
     for (int64_t j = block * kBlock; j < min_of((block + 1) * kBlock, args.columns); j += kColumns) {
       const uint32_t* weight = static_cast<const uint32_t*>(args.packed) + (group * panels + j / kColumns) * summed * kColumns / 2;
       amx_multiply(rows, kColumns, summed, {left, kAmxDepth, kRows * kAmxDepth}, {weight, kColumns}, {sums, kColumns, false});
-      write(sums, group * args.columns + j, min_of(kColumns, args.columns - j), first, count);
+      const int64_t column = group * args.columns + j;
+      const bf16* bias = args.bias == nullptr ? nullptr : static_cast<const bf16*>(args.bias) + column;
+      const AmxResult result(bias, min_of(kColumns, args.columns - j));
+      bf16* out = static_cast<bf16*>(args.out) + column;
+      for (int64_t r = 0; r < count; ++r) result.write(sums + r * kColumns, out + args.target[first + r] * args.out_stride);
     }
   }
 
@@ -113,20 +117,6 @@ struct AmxBlock {
  private:
   const bf16* row_of(int64_t group, int32_t row) const {
     return static_cast<const bf16*>(args.rows) + group * args.depth + (row < 0 ? 0 : row * args.row_stride);
-  }
-
-  void write(const float* sums, int64_t column, int64_t columns, int64_t first, int64_t count) const {
-    const __mmask32 some = first_lanes(columns);
-    __m512 low = _mm512_setzero_ps(), high = low;
-    if (args.bias != nullptr) {
-      const __m512i bias = _mm512_maskz_loadu_epi16(some, static_cast<const bf16*>(args.bias) + column);
-      low = VecF::widen(_mm512_castsi512_si256(bias), bf16()).v, high = VecF::widen(_mm512_extracti64x4_epi64(bias, 1), bf16()).v;
-    }
-    for (int64_t r = 0; r < count; ++r, sums += kColumns) {
-      const __m512 a = _mm512_add_ps(_mm512_loadu_ps(sums), low), b = _mm512_add_ps(_mm512_loadu_ps(sums + 16), high);
-      bf16* to = static_cast<bf16*>(args.out) + args.target[first + r] * args.out_stride + column;
-      _mm512_mask_storeu_epi16(to, some, __m512i(_mm512_cvtne2ps_pbh(b, a)));
-    }
   }
 
   void take_grads(int64_t column, int64_t columns, int64_t first, int64_t count, int64_t steps, bf16* to) const {

@@ -37,7 +37,7 @@ $(VENV)/.torch:
 	touch $@
 
 $(VENV)/.demo: $(VENV)/.torch $(SOURCES)
-	@echo "building the package; C++ takes about four minutes on two free cores and prints nothing"
+	@echo "building the package; C++ takes about five minutes on two free cores and prints nothing"
 	$(BIN)/pip install -q --no-build-isolation -e ".[demo]"
 	touch $@
 

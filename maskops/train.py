@@ -10,6 +10,7 @@ masks for their own rows: with another number of processes, the same text gets o
 """
 
 import dataclasses
+import gc
 import json
 import math
 import time
@@ -311,9 +312,19 @@ class _Run:
             fields = {"system": self.config.system, **jsonable(dataclasses.asdict(self.config))}
             checkpoint.save_model(folder, self.plain_model, fields)
         self.accelerator.wait_for_everyone()
+        self._release()
         self.accelerator.end_training()
         unreadable = {str(path): reason for path, reason in {**self.data.unreadable, **late}.items()}
         return Result(self.step, self.total_steps, self.loss, samples_per_second, folder, unreadable)
+
+    def _release(self) -> None:
+        """Let go of the data-parallel model while the process group is held by others.
+
+        Its reducer, freed last, would destroy the group with the GIL held, and wait for ever for a thread of gloo that wants it.
+        """
+        del self.model, self.optimizer
+        self.accelerator.free_memory()
+        gc.collect()
 
     def _report(self, unreadable: dict[Path, str]) -> None:
         if unreadable:

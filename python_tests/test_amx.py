@@ -128,3 +128,61 @@ def test_block_masked_conv(channels: int, outputs: int, kernel: int, stride: int
     assert_near(ours[0].grad, exact[0].grad * seen, 8e-3)
     for mine, other in zip(ours[1:], exact[1:], strict=True):
         assert_near(mine.grad, other.grad, 8e-3)
+
+
+@pytest.mark.parametrize(("rows", "inputs", "outputs"), [(1, 8, 1), (17, 40, 33), (33, 352, 336), (70, 1, 15), (200, 515, 64)])
+@pytest.mark.parametrize("samples", [1, 3])
+def test_bitmask_linear(rows: int, inputs: int, outputs: int, samples: int) -> None:
+    x, weight, bias = rand(samples, rows, inputs), rand(outputs, inputs, seed=1), rand(outputs, seed=2)
+    mask = rand(samples, outputs, inputs, seed=3) > 0
+    scores = torch.zeros(samples, outputs, inputs, dtype=torch.bfloat16, requires_grad=True)
+    x.requires_grad_()
+    weight.requires_grad_()
+    y = maskops.bitmask_linear(x, weight, maskops.pack_bitmask(mask), bias, scores=scores)
+    exact = [t.detach().double().requires_grad_() for t in (x, weight, mask)]
+    expected = exact[0] @ (exact[1] * exact[2]).transpose(1, 2) + bias.double()
+    assert_near(y.detach(), expected.detach())
+    grad = rand(samples, rows, outputs, seed=4)
+    y.backward(grad)
+    expected.backward(grad.double())
+    for ours, theirs in zip((x, weight, scores), exact, strict=True):
+        assert_near(ours.grad, theirs.grad)
+
+
+@pytest.mark.parametrize(("rows", "inputs", "outputs"), [(1, 8, 1), (17, 40, 33), (65, 352, 336), (200, 516, 47)])
+@pytest.mark.parametrize("exact", [True, False])
+def test_soft_linear(rows: int, inputs: int, outputs: int, exact: bool) -> None:
+    """Against float64, with the same noise: of both ways of writing the logits, all gradients that there are."""
+    x, weight = rand(rows, inputs), rand(outputs, inputs, seed=1)
+    logits = rand(outputs, inputs // 4, 6, seed=2).float() if exact else rand(outputs, inputs, seed=2).float()
+
+    def call(dtype: torch.dtype) -> list[Tensor]:
+        kinds = (dtype, torch.promote_types(dtype, torch.float32))
+        ours = [t.detach().to(kind).requires_grad_() for t, kind in zip((x, logits), kinds, strict=True)]
+        y, kept = maskops.nm_soft_linear(ours[0], weight.to(dtype), ours[1], 2, 4, tau=0.7, scale=1.5, seed=5)
+        (y * rand(rows, outputs, seed=4).to(dtype)).sum().backward()
+        return [y.detach(), kept.detach(), ours[0].grad, ours[1].grad]
+
+    for found, wanted in zip(call(torch.bfloat16), call(torch.float64), strict=True):
+        assert_near(found, wanted, 8e-3)
+
+
+@pytest.mark.parametrize(("images", "patch", "channels"), [((2, 3, 32, 48), (8, 8), 70), ((3, 1, 10, 6), (5, 3), 5), ((20, 3, 64, 64), (8, 8), 33)])
+def test_embed_patches(images: tuple[int, ...], patch: tuple[int, int], channels: int) -> None:
+    """Some slots are empty; the last case has more slots than one pass of the weight's gradient."""
+    x, values = rand(*images), images[1] * patch[0] * patch[1]
+    tokens = images[2] // patch[0] * (images[3] // patch[1])
+    ids = torch.stack([torch.randperm(tokens, generator=torch.Generator().manual_seed(b)) for b in range(images[0])])
+    ids[0, 0] = -1
+    weight, bias, pos = rand(channels, images[1], *patch, seed=1), rand(channels, seed=2), rand(tokens, channels, seed=3)
+    inputs = [t.requires_grad_() for t in (x, weight, bias, pos)]
+    exact = [t.detach().double().requires_grad_() for t in inputs]
+    out = maskops.embed_patches(x, weight, bias, patch, ids, pos)
+    whole = F.unfold(exact[0], patch, stride=patch).transpose(1, 2) @ exact[1].reshape(channels, values).T + exact[2] + exact[3]
+    expected = whole.gather(1, ids.clamp(min=0)[..., None].expand(-1, -1, channels)) * (ids >= 0)[..., None]
+    assert_near(out.detach(), expected.detach())
+    grad = rand(*out.shape, seed=4)
+    out.backward(grad)
+    expected.backward(grad.double())
+    for ours, theirs in zip(inputs, exact, strict=True):
+        assert_near(ours.grad, theirs.grad)

@@ -23,8 +23,11 @@ from maskops.data import Crop, EmptyFolderError, GlobalBatches, ImageFolder, Key
 from maskops.testing.forks import Forked
 
 PROGRAM = """
+import gc
 import sys
 from pathlib import Path
+from accelerate import Accelerator
+from torch.nn.parallel import DistributedDataParallel
 from maskops.models.mae import MAEConfig
 from maskops.models.spark import SparKConfig
 from maskops.train import Settings, model_class, pretrain
@@ -39,6 +42,11 @@ elif system in ("electra", "dupmae", "ernie_gram"):
     config = model_class(system).Config.of_size("tiny", context=16, dim=32, depth=1)
 else:
     config = SparKConfig(image_size=32, patch_size=8, depths=(1, 1), width=8, decoder_dim=16)
+ended = Accelerator.end_training
+def end_training(self):  # freed after it, data parallelism may wait for ever for a thread of gloo
+    assert not any(type(found) is DistributedDataParallel for found in gc.get_objects())
+    ended(self)
+Accelerator.end_training = end_training
 result = pretrain(config, Settings(
     Path(data), Path(out), epochs=float(epochs), batch_size=int(batch), lr=3e-2, warmup_epochs=1, resume=resume == "resume",
     workers=int(workers), save_every=3, seed=5))

@@ -153,39 +153,41 @@ static inline void amx_transpose_words(const bf16* from, int64_t stride, int64_t
   }
 }
 
-// 16 words of a row and the next one, of which `left` exist.
-static inline __m512i amx_pair(const bf16* row, int64_t stride, __mmask16 some, int64_t left) {
-  const __m512i even = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(left > 0 ? some : 0, row));
-  const __m512i odd = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(left > 1 ? some : 0, row + stride));
-  return _mm512_or_si512(even, _mm512_slli_epi32(odd, 16));
+// 16 words of two rows from channel d on, where `some`; a row that is null reads as zeros.
+static inline __m512i amx_pair(const bf16* even, const bf16* odd, int64_t d, __mmask16 some) {
+  const __m512i low = _mm512_cvtepu16_epi32(even ? _mm256_maskz_loadu_epi16(some, even + d) : _mm256_setzero_si256());
+  const __m512i high = _mm512_cvtepu16_epi32(odd ? _mm256_maskz_loadu_epi16(some, odd + d) : _mm256_setzero_si256());
+  return _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
 }
+static inline __mmask16 first_words(int64_t count) { return __mmask16(first_lanes(count) & 0xffff); }
 
 // Words of two consecutive rows: to[p * width + d] = channel d of rows 2p and 2p + 1; rows: even, width: of 16.
 static inline void amx_pair_rows(const bf16* from, int64_t stride, int64_t count, int64_t channels, int64_t rows, int64_t width,
                                  uint32_t* to) {
   for (int64_t i = 0; i < rows; i += 2, to += width) {
-    for (int64_t d = 0; d < width; d += 16) {
-      const __mmask16 some = __mmask16(first_lanes(channels - d) & 0xffff);
-      _mm512_storeu_si512(to + d, amx_pair(from + i * stride + d, stride, some, count - i));
-    }
+    const bf16 *even = i < count ? from + i * stride : nullptr, *odd = i + 1 < count ? from + (i + 1) * stride : nullptr;
+    for (int64_t d = 0; d < width; d += 16) _mm512_storeu_si512(to + d, amx_pair(even, odd, d, first_words(channels - d)));
   }
+}
+
+// 16 channels from d on of 32 rows, of which any may be null, each with the values of all rows: to[c * to_stride + i].
+static inline void amx_transpose_lines(const bf16* const* rows, int64_t d, int64_t channels, bf16* to, int64_t to_stride) {
+  VecF block[16];
+  const __mmask16 some = first_words(channels - d);
+#pragma GCC unroll 16
+  for (int p = 0; p < 16; ++p) block[p].v = _mm512_castsi512_ps(amx_pair(rows[2 * p], rows[2 * p + 1], d, some));
+  transpose(block);
+#pragma GCC unroll 16
+  for (int c = 0; c < 16; ++c) _mm512_storeu_ps(to + c * to_stride, block[c].v);
 }
 
 // Rows of channels, each with the values of all rows: to[d * to_stride + i]; rows: of 32, width: of 16.
 static inline void amx_transpose_rows(const bf16* from, int64_t stride, int64_t count, int64_t channels, int64_t rows, int64_t width,
                                       bf16* to, int64_t to_stride) {
   for (int64_t i = 0; i < rows; i += 32) {
-    for (int64_t d = 0; d < width; d += 16) {
-      VecF block[16];
-      const __mmask16 some = __mmask16(first_lanes(channels - d) & 0xffff);
-#pragma GCC unroll 16
-      for (int p = 0; p < 16; ++p) {
-        block[p].v = _mm512_castsi512_ps(amx_pair(from + (i + 2 * p) * stride + d, stride, some, count - i - 2 * p));
-      }
-      transpose(block);
-#pragma GCC unroll 16
-      for (int c = 0; c < 16; ++c) _mm512_storeu_ps(to + (d + c) * to_stride + i, block[c].v);
-    }
+    const bf16* lines[32];
+    for (int64_t r = 0; r < 32; ++r) lines[r] = i + r < count ? from + (i + r) * stride : nullptr;
+    for (int64_t d = 0; d < width; d += 16) amx_transpose_lines(lines, d, channels, to + d * to_stride + i, to_stride);
   }
 }
 

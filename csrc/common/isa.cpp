@@ -13,7 +13,7 @@
 
 namespace {
 
-enum Bf16Products { kAsFloats, kDot, kAmx };
+enum { kAsFloats, kDot, kAmx };  // the codes of maskops::Bf16Products
 
 // Whether this CPU multiplies tiles of bfloat16, and Linux lets this process: the state of 8 KB is given on request only.
 bool has_amx() {
@@ -133,10 +133,3 @@ MASKOPS_EXPORT int maskops_set_bf16_products(int kind) {
 MASKOPS_EXPORT const char* maskops_cpu_features() { return state().features.c_str(); }
 
 MASKOPS_EXPORT const char* maskops_isa_error() { return state().error.c_str(); }
-
-namespace maskops {
-
-bool use_bf16_dot() { return maskops_bf16_products() == kDot && maskops_isa_in_use() == 2; }
-bool use_amx() { return maskops_bf16_products() == kAmx && maskops_isa_in_use() == 2; }
-
-}  // namespace maskops

@@ -39,8 +39,15 @@ namespace maskops {
 inline namespace MASKOPS_ISA_NS {}  // made inline by its first mention; the macros below may then reopen it
 
 inline int isa_in_use() { return maskops_isa_in_use(); }
-bool use_bf16_dot();  // level 2 is in use, vdpbf16ps exists, and it is the fast way on this CPU (or set_bf16_products asked for it)
-bool use_amx();       // level 2 is in use and bfloat16 is multiplied in AMX tiles, where a kernel has that path
+
+// How bfloat16 is multiplied, where a kernel has that path: as floats, by vdpbf16ps, in AMX tiles. Below level 2 as floats. Dot only
+// where it is the fast way on this CPU, or set_bf16_products asked for it.
+enum class Bf16Products : int { kFloats = 0, kDot = 1, kAmx = 2 };
+inline Bf16Products bf16_products() {
+  return maskops_isa_in_use() == 2 ? static_cast<Bf16Products>(maskops_bf16_products()) : Bf16Products::kFloats;
+}
+inline bool use_bf16_dot() { return bf16_products() == Bf16Products::kDot; }
+inline bool use_amx() { return bf16_products() == Bf16Products::kAmx; }
 
 }  // namespace maskops
 

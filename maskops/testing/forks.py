@@ -4,9 +4,11 @@ What such a process does from then on is what a fresh one does: it has an enviro
 Tests keep some fresh processes, for what an import itself may break.
 """
 
+import faulthandler
 import multiprocessing
 import os
 import runpy
+import signal
 import sys
 import traceback
 from pathlib import Path
@@ -49,9 +51,11 @@ class Forked:
         self.process.join()
 
     def wait(self, timeout: float) -> CompletedProcess:
-        """What it printed, and its exit code; TimeoutError, and the process is killed, after so many seconds."""
+        """What it printed, and its exit code; TimeoutError, which tells where it stood, after so many seconds."""
         self.process.join(timeout)
         if self.process.is_alive():
+            os.kill(self.process.pid, signal.SIGABRT)  # its faulthandler writes the stacks of all threads
+            self.process.join(5)
             self.kill()
             raise TimeoutError(f"{self.arguments} took more than {timeout} s: {self.stderr.read_text()}")
         return CompletedProcess(self.arguments, self.returncode, self.stdout.read_text(), self.stderr.read_text())
@@ -62,6 +66,7 @@ def _run(program: str, arguments: list[str], env: dict[str, str], stdout: str, s
         opened = os.open(path, os.O_RDONLY if descriptor == 0 else os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         os.dup2(opened, descriptor)
         os.close(opened)
+    faulthandler.enable()
     os.environ.update(env)
     os.chdir(cwd)
     sys.argv = [program if program.isidentifier() else "-c", *arguments]

@@ -44,7 +44,7 @@ struct Call {
   Call(const Tensor& x_any, const Tensor& weight_any, const Tensor& bits_any, bool one_by_one)
       : x(contiguous_or_copy(x_any)), weight(contiguous_or_copy(weight_any)), bits(contiguous_or_copy(bits_any)) {
     args.dtype = static_cast<int>(dtype_of(x));
-    args.pairs = dtype_of(x) == Dtype::kBFloat16 && kernels.has_pairs && use_bf16_dot();
+    args.products = bf16_products();
     args.samples = x.size(0), args.rows = x.size(1);
     args.threads = torch::stable::get_num_threads();
     args.outputs = weight.size(0), args.inputs = weight.size(1);

@@ -11,7 +11,7 @@ namespace maskops {
 
 struct Bitmask {
   int dtype;
-  bool pairs;  // bfloat16 multiplied as such; otherwise it is widened while it is packed
+  Bf16Products products;
   int64_t samples, rows, outputs, inputs;  // S, M, N, K
   int64_t mask_sample, mask_row;           // bytes from one mask, from one row of a mask, to the next; 0: all samples share one
   const void *x, *weight, *bias, *grad;    // bias may be null
@@ -30,7 +30,6 @@ struct BitmaskPlan {
 
 struct BitmaskKernels {
   void (*pack_bits)(const uint8_t* bools, int64_t count, uint8_t* bits);
-  bool has_pairs;
   BitmaskPlan (*plan_forward)(const Bitmask&);
   void (*pack_weight)(const Bitmask&, Range panels, void* packed);
   void (*forward)(const Bitmask&, Range items, const void* packed, void* buffer);

@@ -56,7 +56,8 @@ inline __m512i keep_pairs(__m512i pairs, uint32_t first, uint32_t second) {
   const __m512i low = _mm512_maskz_set1_epi32(__mmask16(first), 0xffff);
   return _mm512_and_si512(pairs, _mm512_mask_or_epi32(low, __mmask16(second), low, _mm512_set1_epi32(int(0xffff0000u))));
 }
-inline void keep_step(const Bf16Pair* from, int width, uint32_t first, uint32_t second, Bf16Pair* to) {
+template <Bf16Unit kUnit>
+inline void keep_step(const Bf16Words<kUnit>* from, int width, uint32_t first, uint32_t second, Bf16Words<kUnit>* to) {
   for (int c = 0; c < width; c += 16) _mm512_storeu_si512(to + c, keep_pairs(_mm512_loadu_si512(from + c), first >> c, second >> c));
 }
 #endif
@@ -85,7 +86,7 @@ inline void keep_row(const T* from, int64_t cols, int width, uint32_t kept, type
 }
 
 // Packed steps [s0, s1), which are rows of the masked weight, of `cols` columns starting at j: the weight is read in place.
-template <class P, class T>
+template <class T, class P>
 void pack_masked_rows(const Bitmask& args, const uint8_t* bits, int64_t s0, int64_t s1, int64_t j, int64_t cols, int width, P* to) {
   const T* weight = static_cast<const T*>(args.weight) + j;
   for (int64_t n = s0; n < s1; ++n, to += width) {
@@ -97,12 +98,14 @@ inline __m512i load_row(const bf16* from, int64_t cols) {
   const __mmask16 some = cols >= 16 ? __mmask16(0xffff) : __mmask16((1u << max_of<int64_t>(0, cols)) - 1u);
   return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some, from));
 }
-template <>
-void pack_masked_rows<Bf16Pair, bf16>(const Bitmask& args, const uint8_t* bits, int64_t s0, int64_t s1, int64_t j, int64_t cols,
-                                      int width, Bf16Pair* to) {
+template <class T, Bf16Unit kUnit>
+void pack_masked_rows(const Bitmask& args, const uint8_t* bits, int64_t s0, int64_t s1, int64_t j, int64_t cols, int width,
+                      Bf16Words<kUnit>* to) {
   const bf16* weight = static_cast<const bf16*>(args.weight) + j;
-  for (int64_t n = 2 * s0; n < 2 * s1; n += 2, to += width) {
-    const bool both = n + 1 < args.outputs;
+  const int64_t rows = min_of(2 * s1, args.outputs);
+  if (2 * s1 > rows) memset(to + (rows + 1) / 2 * width - s0 * width, 0, size_t(s1 - (rows + 1) / 2) * width * sizeof(*to));
+  for (int64_t n = 2 * s0; n < rows; n += 2, to += width) {
+    const bool both = n + 1 < rows;
     const uint32_t first = row_bits(bits + n * args.mask_row, args.mask_row, j);
     const uint32_t second = both ? row_bits(bits + (n + 1) * args.mask_row, args.mask_row, j) : 0u;
     for (int c = 0; c < width; c += 16) {
@@ -203,7 +206,7 @@ struct PanelsOfRows {
 
   inline void open(const uint8_t*, int64_t, int64_t, const ProductBuffers<P>&) const {}
   inline void make(const uint8_t* bits, int64_t j, int64_t cols, int width, int64_t s0, int64_t s1, const ProductBuffers<P>& use) const {
-    pack_masked_rows<P, T>(args, bits, s0, s1, j, cols, width, use.panel);
+    pack_masked_rows<T>(args, bits, s0, s1, j, cols, width, use.panel);
   }
   inline void ahead(int64_t j, int64_t s0, int64_t s1) const {
     for (int64_t n = s0 * Gemm<P>::kStep; n < s1 * Gemm<P>::kStep; ++n) {
@@ -214,19 +217,19 @@ struct PanelsOfRows {
 
 BitmaskPlan plan_forward(const Bitmask& args) {
   BitmaskPlan plan{};
-  with_types(args.dtype, args.pairs, [&]<class P, class T>() { plan = plan_product<P>(args, args.outputs, args.inputs); });
+  with_packed_types(args.dtype, args.products, [&]<class P, class T>() { plan = plan_product<P>(args, args.outputs, args.inputs); });
   return plan;
 }
 
 void pack_weight(const Bitmask& args, Range panels, void* packed) {
-  with_types(args.dtype, args.pairs, [&]<class P, class T>() {
+  with_packed_types(args.dtype, args.products, [&]<class P, class T>() {
     const MatrixRows<T> rows{static_cast<const T*>(args.weight), args.inputs};
     pack_b<P, T>(rows, args.outputs, args.inputs, panels.begin, panels.end, static_cast<P*>(packed));
   });
 }
 
 void forward(const Bitmask& args, Range items, const void* packed, void* buffer) {
-  with_types(args.dtype, args.pairs, [&]<class P, class T>() {
+  with_packed_types(args.dtype, args.products, [&]<class P, class T>() {
     const PanelsOfPacked<P> make{static_cast<const P*>(packed), args.inputs, args.mask_row};
     multiply_items<P, T>(args, items, static_cast<const T*>(args.x), args.outputs, args.inputs, static_cast<const T*>(args.bias),
                          static_cast<T*>(args.out), buffer, make);
@@ -235,12 +238,12 @@ void forward(const Bitmask& args, Range items, const void* packed, void* buffer)
 
 BitmaskPlan plan_grad_x(const Bitmask& args) {
   BitmaskPlan plan{};
-  with_types(args.dtype, args.pairs, [&]<class P, class T>() { plan = plan_product<P>(args, args.inputs, args.outputs); });
+  with_packed_types(args.dtype, args.products, [&]<class P, class T>() { plan = plan_product<P>(args, args.inputs, args.outputs); });
   return plan;
 }
 
 void grad_x(const Bitmask& args, Range items, void* buffer) {
-  with_types(args.dtype, args.pairs, [&]<class P, class T>() {
+  with_packed_types(args.dtype, args.products, [&]<class P, class T>() {
     multiply_items<P, T>(args, items, static_cast<const T*>(args.grad), args.inputs, args.outputs, nullptr, static_cast<T*>(args.out),
                          buffer, PanelsOfRows<P, T>{args});
   });
@@ -267,7 +270,7 @@ struct WeightBuffers {
 
 BitmaskPlan plan_grad_weight(const Bitmask& args) {
   BitmaskPlan plan{};
-  with_types(args.dtype, args.pairs, [&]<class P, class T>() {
+  with_packed_types(args.dtype, args.products, [&]<class P, class T>() {
     const OuterBlocks blocks = weight_blocks<P>(args);
     Pieces pieces(nullptr);
     WeightBuffers<P, T>(blocks, pieces);
@@ -329,7 +332,7 @@ void grad_weight_block(const Bitmask& args, Range rows, Range cols, const Weight
 }
 
 void grad_weight(const Bitmask& args, Range items, void* buffer) {
-  with_types(args.dtype, args.pairs, [&]<class P, class T>() {
+  with_packed_types(args.dtype, args.products, [&]<class P, class T>() {
     const OuterBlocks blocks = weight_blocks<P>(args);
     Pieces pieces(buffer);
     const WeightBuffers<P, T> use(blocks, pieces);
@@ -372,8 +375,8 @@ void pack_bits(const uint8_t* bools, int64_t count, uint8_t* bits) {
 
 }  // namespace
 
-extern const BitmaskKernels BitmaskKernels_table{&pack_bits,   MASKOPS_ISA_LEVEL == 2, &plan_forward, &pack_weight,      &forward,
-                                                 &plan_grad_x, &grad_x,                &plan_grad_weight, &grad_weight};
+extern const BitmaskKernels BitmaskKernels_table{&pack_bits,   &plan_forward, &pack_weight,      &forward,
+                                                 &plan_grad_x, &grad_x,       &plan_grad_weight, &grad_weight};
 
 }  // namespace MASKOPS_ISA_NS
 }  // namespace maskops

@@ -1,28 +1,13 @@
 // What the products of nm_matmul share, compiled once per instruction set: types, rows of matrices, blocks, buffers, results.
 #pragma once
 
-#include "common/gemm.h"
+#include "common/gemm_pack.h"
 #include "common/pieces.h"
 #include "common/simd_math.h"
 
 namespace maskops {
 
 inline namespace MASKOPS_ISA_NS {
-
-// run.template operator()<packed type, storage type>(); pairs: bfloat16 is multiplied as such.
-template <class Run>
-static inline void with_types(int dtype, [[maybe_unused]] bool pairs, const Run& run) {
-  switch (dtype) {
-    case 0: return run.template operator()<float, float>();
-    case 1: return run.template operator()<double, double>();
-    case 2:
-#if MASKOPS_ISA_LEVEL == 2
-      if (pairs) return run.template operator()<Bf16Pair, bf16>();
-#endif
-      return run.template operator()<float, bf16>();
-    default: return run.template operator()<float, f16>();
-  }
-}
 
 template <class T>
 struct MatrixRows {
@@ -153,7 +138,7 @@ struct OuterBuffers {
   OuterBuffers(int64_t rows, int64_t cols, Pieces& pieces)
       : a(pieces.take<P>(packed_a_size<P>(rows, kOuterDepth))),
         b(pieces.take<P>(packed_b_size<P>(cols, kOuterDepth))),
-        lines(pieces.take<T>(kRowsAtOnce * max_of(rows, cols))),
+        lines(pieces.take<T>(kMostRowsAtOnce * max_of(rows, cols))),
         sums(pieces.take<Sum>(round_up(rows, Gemm<P>::kRows) * round_up(cols, Gemm<P>::kCols))) {}
 };
 
@@ -185,6 +170,13 @@ static inline void pack_columns(MatrixRows<T> rows, int64_t depth, int64_t count
   pack_rows<P, T>(rest, 0, count - whole, depth, 0, steps, kWidth, tail_width, lines, to + whole * steps);
 }
 
+template <class P, class T>
+static inline void pack_outer_a(MatrixRows<T> rows, int64_t depth, int64_t count, T* lines, P* to) {
+  constexpr int kRows = Gemm<P>::kRows;
+  if constexpr (Gemm<P>::kSteps > 1) pack_a_rows<P, T>(rows, 0, count, depth, lines, to);
+  else pack_columns<P, kRows>(rows, depth, count, kRows, lines, to);
+}
+
 // sums[i, j] = sum over d < depth of a[d, i] * b[d, j] for `rows` columns of a and `cols` columns of b, in parts of fixed size:
 // finish(tile, stride, 0, j, rows, cols) for each panel of columns.
 template <class P, class T, class Finish>
@@ -196,7 +188,7 @@ static void multiply_outer(MatrixRows<T> a, MatrixRows<T> b, int64_t depth, int6
   for (int64_t part = 0; part == 0 || part < parts.number(); ++part) {  // no rows at all: the sums are zeros
     const Range at = parts.at(part);
     const int64_t count = at.end - at.begin, steps = gemm_steps<P>(count);
-    pack_columns<P, G::kRows>(MatrixRows<T>{a.data + at.begin * a.stride, a.stride}, count, rows, G::kRows, use.lines, use.a);
+    pack_outer_a(MatrixRows<T>{a.data + at.begin * a.stride, a.stride}, count, rows, use.lines, use.a);
     pack_columns<P, G::kCols>(MatrixRows<T>{b.data + at.begin * b.stride, b.stride}, count, cols, G::kWidth, use.lines, use.b);
     for (int64_t j = 0; j < cols; j += G::kCols) {
       const bool narrow = cols - j <= G::kWidth;

@@ -25,7 +25,7 @@ struct Call {
        double scale, bool hard)
       : x(contiguous_or_copy(x_any)), weight(contiguous_or_copy(weight_any)), logits(contiguous_or_copy(logits_any)) {
     args.dtype = static_cast<int>(dtype_of(x));
-    args.pairs = dtype_of(x) == Dtype::kBFloat16 && kernels.has_pairs && use_bf16_dot();
+    args.products = bf16_products();
     args.rows = x.size(0), args.outputs = weight.size(0), args.inputs = weight.size(1);
     args.groups = args.inputs / m;
     args.threads = torch::stable::get_num_threads();

@@ -15,7 +15,7 @@ namespace maskops {
 
 struct Soft {
   int dtype;
-  bool pairs;  // bfloat16 multiplied as such; otherwise it is widened while it is packed
+  Bf16Products products;
   int64_t rows, outputs, inputs, groups;  // M, N, K, G
   int n, m;
   int patterns;             // P, or 0: logits in linear space, one per weight
@@ -39,7 +39,6 @@ struct SoftPlan {
 };
 
 struct SoftKernels {
-  bool has_pairs;
   // The masked weight as panels of N columns (by_outputs) or of K columns; units are panels of its rows.
   SoftPlan (*plan_weight)(const Soft&, bool by_outputs);
   void (*pack_weight)(const Soft&, bool by_outputs, Range panels, void* packed, void* buffer);

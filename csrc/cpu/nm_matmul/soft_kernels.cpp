@@ -125,7 +125,8 @@ inline void for_chunks(const Soft& soft, int64_t n0, int64_t rows, int width, in
 inline void pack_chunk(const float* masked, int64_t columns, int width, float* to) { copy_values(masked, columns * width, to); }
 inline void pack_chunk(const double* masked, int64_t columns, int width, double* to) { copy_values(masked, columns * width, to); }
 #if MASKOPS_ISA_LEVEL == 2
-inline void pack_chunk(const float* masked, int64_t columns, int width, Bf16Pair* to) {
+template <Bf16Unit kUnit>
+inline void pack_chunk(const float* masked, int64_t columns, int width, Bf16Words<kUnit>* to) {
   for (int64_t k = 0; k < columns; k += 2, to += width) {
     for (int lane = 0; lane < width; lane += VecF::width) {
       const float* from = masked + k * width + lane;
@@ -152,12 +153,13 @@ void pack_by_outputs(const Soft& soft, Range panels, P* packed, void* buffer) {
       const int64_t step = c.g0 * soft.m / G::kStep;
       pack_chunk(use.masked, c.groups * soft.m, width, packed + n0 * gemm_steps<P>(soft.inputs) + step * width);
     });
+    zero_steps(soft.inputs, width, packed + n0 * gemm_steps<P>(soft.inputs));
     for (int64_t r = 0; r < rows; ++r) static_cast<S*>(soft.kept)[n0 + r] = kept[r];
   }
 }
 
 // One row, or for pairs two, of the packed weight with columns k: values k0 .. k0 + count of row n, which is `even`; the row after
-// it is `odd`, or null. Past the last column the panel is filled with zeros.
+// it is `odd`; either may be null, which reads as zeros. Past the last column the panel is filled with zeros.
 template <class P>
 inline void place_row(const Soft& soft, int64_t n, int64_t k0, int64_t count, const P* even, const P*, P* packed) {
   using G = Gemm<P>;
@@ -171,17 +173,21 @@ inline void place_row(const Soft& soft, int64_t n, int64_t k0, int64_t count, co
   }
 }
 #if MASKOPS_ISA_LEVEL == 2
-inline void place_row(const Soft& soft, int64_t n, int64_t k0, int64_t count, const float* even, const float* odd, Bf16Pair* packed) {
-  using G = Gemm<Bf16Pair>;
+template <Bf16Unit kUnit>
+inline void place_row(const Soft& soft, int64_t n, int64_t k0, int64_t count, const float* even, const float* odd,
+                      Bf16Words<kUnit>* packed) {
+  using P = Bf16Words<kUnit>;
+  using G = Gemm<P>;
   for (int64_t k = k0; k < k0 + count;) {
     const int64_t j = k / G::kCols * G::kCols, width = soft.inputs - j <= G::kWidth ? G::kWidth : G::kCols;
     const int64_t some = min_of(min_of(j + width, k0 + count) - k, k / G::kWidth * G::kWidth + G::kWidth - k);
-    const VecF first = VecF::load_n(even + k - k0, some), second = odd ? VecF::load_n(odd + k - k0, some) : VecF::zero();
+    const VecF first = even ? VecF::load_n(even + k - k0, some) : VecF::zero();
+    const VecF second = odd ? VecF::load_n(odd + k - k0, some) : VecF::zero();
     const __m512i low = _mm512_cvtepu16_epi32(first.narrow(bf16{})), high = _mm512_cvtepu16_epi32(second.narrow(bf16{}));
-    Bf16Pair* to = packed + j * gemm_steps<Bf16Pair>(soft.outputs) + n / 2 * width + k - j;
+    P* to = packed + j * gemm_steps<P>(soft.outputs) + n / 2 * width + k - j;
     _mm512_mask_storeu_epi32(to, VecF::first(some), _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
     k += some;
-    if (k == soft.inputs) memset(to + some, 0, size_t(j + width - k) * sizeof(Bf16Pair));
+    if (k == soft.inputs) memset(to + some, 0, size_t(j + width - k) * sizeof(P));
   }
 }
 #endif
@@ -189,12 +195,12 @@ inline void place_row(const Soft& soft, int64_t n, int64_t k0, int64_t count, co
 // The masked values of a chunk, use.masked, into the packed weight with columns k.
 template <class P, class S>
 void place_chunk(const Soft& soft, const Chunk& c, const ChunkBuffers<S>& use, P* packed) {
-  constexpr int kStep = Gemm<P>::kStep;
+  constexpr int kStep = Gemm<P>::kStep, kUnit = kStep * Gemm<P>::kSteps;
   const int64_t columns = c.groups * soft.m;
   from_lanes(use.masked, columns, c.width, use.rows);
-  for (int64_t r = 0; r < c.rows; r += kStep) {
-    const S* row = use.rows + r * columns;
-    place_row(soft, c.n0 + r, c.g0 * soft.m, columns, row, r + 1 < c.rows ? row + columns : nullptr, packed);
+  auto row = [&](int64_t r) { return r < c.rows ? use.rows + r * columns : nullptr; };
+  for (int64_t r = 0; r < round_up(c.rows, kUnit); r += kStep) {
+    place_row(soft, c.n0 + r, c.g0 * soft.m, columns, row(r), row(r + 1), packed);
   }
 }
 
@@ -216,7 +222,7 @@ void pack_by_inputs(const Soft& soft, Range panels, P* packed, void* buffer) {
 
 SoftPlan plan_weight(const Soft& soft, bool by_outputs) {
   SoftPlan plan{};
-  with_types(soft.dtype, soft.pairs, [&]<class P, class T>() {
+  with_packed_types(soft.dtype, soft.products, [&]<class P, class T>() {
     Pieces pieces(nullptr);
     ChunkBuffers<typename Gemm<P>::Sum>(soft, pieces);
     const int64_t size = by_outputs ? packed_b_size<P>(soft.outputs, soft.inputs) : packed_b_size<P>(soft.inputs, soft.outputs);
@@ -226,7 +232,7 @@ SoftPlan plan_weight(const Soft& soft, bool by_outputs) {
 }
 
 void pack_weight(const Soft& soft, bool by_outputs, Range panels, void* packed, void* buffer) {
-  with_types(soft.dtype, soft.pairs, [&]<class P, class T>() {
+  with_packed_types(soft.dtype, soft.products, [&]<class P, class T>() {
     if (by_outputs) pack_by_outputs<P, T>(soft, panels, static_cast<P*>(packed), buffer);
     else pack_by_inputs<P, T>(soft, panels, static_cast<P*>(packed), buffer);
   });
@@ -247,7 +253,7 @@ struct ProductBuffers {
 SoftPlan plan_product(const Soft& soft, bool by_outputs) {
   const int64_t k = by_outputs ? soft.inputs : soft.outputs;
   SoftPlan plan{};
-  with_types(soft.dtype, soft.pairs, [&]<class P, class T>() {
+  with_packed_types(soft.dtype, soft.products, [&]<class P, class T>() {
     Pieces pieces(nullptr);
     ProductBuffers<P>(row_blocks<P>(soft.rows, k).size, k, pieces);
     plan = {parts_of(soft.rows, Gemm<P>::kRows), 0, pieces.bytes};
@@ -257,7 +263,7 @@ SoftPlan plan_product(const Soft& soft, bool by_outputs) {
 
 void product(const Soft& soft, bool by_outputs, Range panels, const void* packed, void* buffer) {
   const int64_t n = by_outputs ? soft.outputs : soft.inputs, k = by_outputs ? soft.inputs : soft.outputs;
-  with_types(soft.dtype, soft.pairs, [&]<class P, class T>() {
+  with_packed_types(soft.dtype, soft.products, [&]<class P, class T>() {
     using G = Gemm<P>;
     using Sum = typename G::Sum;
     const int64_t most = row_blocks<P>(soft.rows, k).size;
@@ -297,7 +303,7 @@ struct LogitBuffers {
 
 SoftPlan plan_grad_logits(const Soft& soft) {
   SoftPlan plan{};
-  with_types(soft.dtype, soft.pairs, [&]<class P, class T>() {
+  with_packed_types(soft.dtype, soft.products, [&]<class P, class T>() {
     const OuterBlocks blocks = logit_blocks<P>(soft);
     Pieces pieces(nullptr);
     LogitBuffers<P, T>(soft, blocks, pieces);
@@ -336,7 +342,7 @@ void grad_chunk(const Soft& soft, const Chunk& c, const S* outer, int64_t stride
 }
 
 void grad_logits(const Soft& soft, Range items, void* packed, void* buffer) {
-  with_types(soft.dtype, soft.pairs, [&]<class P, class T>() {
+  with_packed_types(soft.dtype, soft.products, [&]<class P, class T>() {
     using G = Gemm<P>;
     using S = typename G::Sum;
     const OuterBlocks blocks = logit_blocks<P>(soft);
@@ -360,8 +366,7 @@ void grad_logits(const Soft& soft, Range items, void* packed, void* buffer) {
 
 }  // namespace
 
-extern const SoftKernels SoftKernels_table{MASKOPS_ISA_LEVEL == 2, &plan_weight, &pack_weight,      &plan_product,
-                                           &product,               &plan_grad_logits, &grad_logits};
+extern const SoftKernels SoftKernels_table{&plan_weight, &pack_weight, &plan_product, &product, &plan_grad_logits, &grad_logits};
 
 }  // namespace MASKOPS_ISA_NS
 }  // namespace maskops

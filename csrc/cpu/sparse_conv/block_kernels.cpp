@@ -5,6 +5,7 @@
 // few channels (an image) are gathered, as a kernel place would be over before it began.
 #include "cpu/sparse_conv/block.h"
 
+#include "common/gemm_pack.h"
 #include "common/pieces.h"
 #include "cpu/sparse_conv/block_amx.h"
 #include "cpu/sparse_conv/block_tile.h"

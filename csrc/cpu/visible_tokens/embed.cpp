@@ -59,7 +59,7 @@ struct Call {
     if (chosen) check_ids(kOp, "ids", chosen, batch, slots, grid.tokens(), -1);
     place_slots(chosen);
     args.dtype = static_cast<int>(dtype_of(images));
-    args.pairs = dtype_of(images) == Dtype::kBFloat16 && kernels.has_pairs && use_bf16_dot();
+    args.products = bf16_products();
     args.rows = batch * slots;
     args.embed = weight.size(0);
     args.values = grid.values();
@@ -100,8 +100,8 @@ void for_panels(int64_t count, int64_t work, const GemmPlan& plan, int64_t line_
 
 // body(span, buffers) over the packed steps of B.
 template <class Body>
-void for_steps(int64_t depth, const GemmPlan& plan, int64_t line_bytes, void* b, const Body& body) {
-  parallel_for(panels_of(depth, plan.step), line_bytes / kEmbedLines, [&](int64_t begin, int64_t end) {
+void for_steps(const GemmPlan& plan, int64_t line_bytes, void* b, const Body& body) {
+  parallel_for(plan.steps, line_bytes / kEmbedLines, [&](int64_t begin, int64_t end) {
     const Buffer lines(line_bytes);
     body(Span{begin, end}, Buffers{nullptr, b, nullptr, lines.get()});
   });
@@ -141,7 +141,7 @@ void run_grad_weight(const Call& call, const Tensor& grad_weight) {
     const Span slots{begin, std::min(args.rows, begin + kSlotsPerPass)};
     const int64_t depth = slots.end - slots.begin;
     const GemmPlan plan = call.kernels.plan(args, args.embed, args.values, depth);
-    for_steps(depth, plan, call.line_bytes(args.values), packed.get(),
+    for_steps(plan, call.line_bytes(args.values), packed.get(),
               [&](Span steps, const Buffers& use) { call.kernels.pack_patches(args, slots, steps, use); });
     for_panels(args.embed, args.values * depth, plan, call.line_bytes(args.embed), packed.get(),
                [&](Span channels, const Buffers& use) { call.kernels.grad_weight(args, slots, channels, use, sums.mutable_data_ptr()); });
@@ -167,7 +167,7 @@ void run_grad_images(Call& call, const Tensor& grad_images) {
   args.out = data;
   const GemmPlan plan = call.kernels.plan(args, args.rows, args.values, args.embed);
   const Buffer packed(plan.b_bytes);
-  for_steps(args.embed, plan, call.line_bytes(args.values), packed.get(),
+  for_steps(plan, call.line_bytes(args.values), packed.get(),
             [&](Span steps, const Buffers& use) { call.kernels.pack_weight_rows(args, steps, use); });
   for_panels(args.rows, args.embed * args.values, plan, 0, packed.get(),
              [&](Span rows, const Buffers& use) { call.kernels.grad_images(args, rows, use); });

@@ -13,7 +13,7 @@ namespace maskops {
 
 struct Embed {
   int dtype;
-  bool pairs;  // bfloat16 multiplied as such; otherwise it is widened while it is packed
+  Bf16Products products;
   int64_t rows, embed, values, run;
   const int64_t* starts;  // [rows] offset of the patch's first pixel in images, -1: empty slot
   const int64_t* tokens;  // [rows] its place in the grid, -1: empty slot
@@ -31,9 +31,9 @@ struct Span {
   int64_t begin, end;
 };
 
-// Units in which threads share the work and sizes of the buffers in bytes, for C [m, n] with sums over k.
+// Units in which threads share the work and sizes of the buffers in bytes, for C [m, n] with sums over k, which is `steps` packed.
 struct GemmPlan {
-  int64_t panel_rows, panel_cols, step;
+  int64_t panel_rows, panel_cols, steps;
   int64_t a_bytes, b_bytes, partial_bytes;
 };
 
@@ -41,10 +41,9 @@ struct Buffers {
   void *a, *b, *partial, *lines;  // lines: kEmbedLines rows of the widest operand, gathered before they are packed
 };
 
-constexpr int64_t kEmbedLines = 16;
+constexpr int64_t kEmbedLines = 32;
 
 struct EmbedKernels {
-  bool has_pairs;
   GemmPlan (*plan)(const Embed&, int64_t m, int64_t n, int64_t k);
   void (*pack_weight)(const Embed&, Span panels, const Buffers&);
   void (*forward)(const Embed&, Span rows, const Buffers&);

@@ -1,6 +1,6 @@
 // Kernels of embed_patches, compiled once per instruction set. Rows are packed from the image by PatchRows; the sums of a
 // tile go through an epilogue that adds bias and position, or scatters to pixels.
-#include "common/gemm.h"
+#include "common/gemm_pack.h"
 #include "cpu/visible_tokens/embed.h"
 
 namespace maskops {
@@ -59,20 +59,11 @@ struct MatrixRows {
   inline const T* operator()(int64_t i, int64_t j0, int64_t, T*) const { return data + i * columns + j0; }
 };
 
-// Calls run.template operator()<packed type, storage type>().
 template <class Run>
 inline void with_types(const Embed& e, const Run& run) {
-  switch (e.dtype) {
-    case 0: return run.template operator()<float, float>();
-    case 1: return run.template operator()<double, double>();
-    case 2:
-#if MASKOPS_ISA_LEVEL == 2
-      if (e.pairs) return run.template operator()<Bf16Pair, bf16>();
-#endif
-      return run.template operator()<float, bf16>();
-    default: return run.template operator()<float, f16>();
-  }
+  with_packed_types(e.dtype, e.products, run);
 }
+static_assert(kEmbedLines >= kMostRowsAtOnce);
 
 // Blocks of about equal size of at most kGemmRows rows, in whole panels: body(first row, rows).
 template <class P, class Body>
@@ -87,7 +78,7 @@ template <class P>
 GemmPlan plan_for(int64_t m, int64_t n, int64_t k) {
   using G = Gemm<P>;
   const int64_t rows = min_of(m, kGemmRows);
-  return {G::kRows, G::kCols, G::kStep, packed_a_size<P>(rows, k) * int64_t(sizeof(P)),
+  return {G::kRows, G::kCols, gemm_steps<P>(k), packed_a_size<P>(rows, k) * int64_t(sizeof(P)),
           packed_b_size<P>(n, k) * int64_t(sizeof(P)), partial_size<P>(rows, n, k) * int64_t(sizeof(typename G::Sum))};
 }
 
@@ -283,8 +274,8 @@ void narrow(const Embed& e, const void* sums, Span values, void* out) {
 }  // namespace
 
 extern const EmbedKernels EmbedKernels_table{
-    MASKOPS_ISA_LEVEL == 2, &plan,        &pack_weight, &forward,  &pack_patches, &grad_weight,
-    &pack_weight_rows,      &grad_images, &sum_slots,   &sum_rows, &narrow};
+    &plan,        &pack_weight, &forward,  &pack_patches, &grad_weight, &pack_weight_rows,
+    &grad_images, &sum_slots,   &sum_rows, &narrow};
 
 }  // namespace MASKOPS_ISA_NS
 }  // namespace maskops

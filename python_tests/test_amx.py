@@ -186,3 +186,27 @@ def test_embed_patches(images: tuple[int, ...], patch: tuple[int, int], channels
     expected.backward(grad.double())
     for ours, theirs in zip(inputs, exact, strict=True):
         assert_near(ours.grad, theirs.grad)
+
+
+@pytest.mark.parametrize(("local", "tokens", "channels"), [(1, 5, 8), (33, 257, 64), (70, 130, 40), (16, 64, 96)])
+@pytest.mark.parametrize("scale", [0.2, -0.1, 0.0])
+def test_cached_attention(local: int, tokens: int, channels: int, scale: float) -> None:
+    """Empty slots and tokens that are not in the cache hold what is not finite."""
+    q, k, v = (rand(2, 3, local, channels, seed=s) for s in range(3))
+    keys, values = (rand(2, 3, tokens, channels, seed=s) for s in (3, 4))
+    ids = torch.stack([torch.randperm(tokens, generator=torch.Generator().manual_seed(b))[:local] for b in range(2)])
+    ids = F.pad(ids, (0, local - ids.shape[1]), value=-1)
+    ids[1, local // 2 :] = -1
+    for x in (q, k, v):
+        x[ids[:, None, :, None].expand_as(x) < 0] = float("nan")
+    cache = maskops.ContextCache.of(keys[None], values[None])
+    out, lse = maskops.cached_attention(q, k, v, cache, 0, ids, scale=scale, return_lse=True)
+    for b in range(2):
+        real = ids[b] >= 0
+        rest = torch.ones(tokens, dtype=torch.bool).index_fill(0, ids[b, real], False)
+        seen, added = (torch.cat([x[b][:, rest], y[b][:, real]], 1).double() for x, y in ((keys, k), (values, v)))
+        if real.any():
+            score = q[b][:, real].double() @ seen.transpose(1, 2) * scale
+            assert_near(out[b][:, real], score.softmax(-1) @ added, 6e-3)
+            torch.testing.assert_close(lse[b][:, real], score.logsumexp(-1).float(), rtol=1e-5, atol=1e-5)
+        assert not out[b][:, ~real].any() and (lse[b][:, ~real] == -torch.inf).all()

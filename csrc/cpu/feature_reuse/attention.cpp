@@ -1,6 +1,7 @@
 // feature_reuse_attention on the CPU.
 #include "cpu/feature_reuse/attention.h"
 
+#include "common/amx_softmax.h"
 #include "common/gemm_strided.h"
 #include "common/pieces.h"
 #include "common/simd_math.h"
@@ -100,8 +101,8 @@ void soften(const Buffers<V>& use, int64_t count, int64_t columns) {
   }
 }
 
-template <class V, class T>
-void write_rows(const CachedAttention& a, const Buffers<V>& use, int64_t b, int64_t h, int64_t first, int64_t rows) {
+template <class V, class T, class Buffers>
+void write_rows(const CachedAttention& a, const Buffers& use, int64_t b, int64_t h, int64_t first, int64_t rows) {
   using S = typename V::scalar;
   const int64_t width = padded<V>(a.D), at = (b * a.H + h) * a.U + first;
   T* out = static_cast<T*>(a.out) + at * a.D;
@@ -136,18 +137,108 @@ void query_tile(const CachedAttention& a, int64_t item, const Buffers<V>& use) {
   write_rows<V, T>(a, use, b, h, first, rows);
 }
 
+#if MASKOPS_ISA_LEVEL == 2
+
+// ---- in AMX tiles: sums are kept transposed, [channels, queries]
+
+struct AmxBuffers {
+  const int64_t depth, width;  // channels as whole registers: of what is summed over, and of rows
+  bf16 *rows, *values;         // [64, depth]: queries, then keys; [width, 64 keys]
+  uint32_t *queries, *pairs;   // words of two channels [depth / 2, 64], weights of two keys [32, 64]
+  float *scores, *by_channel, *sums;  // [64, 64], [width, 64], [64, width]
+  float *top, *total, *decay;
+
+  AmxBuffers(const CachedAttention& a, Pieces& pieces)
+      : depth(round_up(a.D, kAmxDepth)), width(round_up(a.D, kAmxRows)), rows(pieces.take<bf16>(kBlock * depth)),
+        values(pieces.take<bf16>(width * kBlock)), queries(pieces.take<uint32_t>(depth / 2 * kTile)),
+        pairs(pieces.take<uint32_t>(kBlock / 2 * kTile)), scores(pieces.take<float>(kBlock * kTile)),
+        by_channel(pieces.take<float>(width * kTile)), sums(pieces.take<float>(kTile * width)), top(pieces.take<float>(kTile)),
+        total(pieces.take<float>(kTile)), decay(pieces.take<float>(kTile)) {}
+};
+
+void take_queries(const CachedAttention& a, int64_t b, int64_t h, int64_t first, int64_t rows, int64_t columns, const AmxBuffers& use) {
+  for (int64_t i = 0; i < columns; ++i) {
+    // An empty slot may hold anything: it counts as zeros.
+    const bool real = i < rows && a.ids[b * a.U + first + i] >= 0;
+    amx_copy_rows(real ? row_of<bf16>(a.q, b, h, first + i) : nullptr, 0, real, a.D, 1, use.depth, use.rows + i * use.depth);
+  }
+  amx_transpose_words(use.rows, use.depth, columns, a.D, columns, use.depth, use.queries, kTile);
+}
+
+// As soften, of scores that are still to be multiplied by scale; weights become pairs of keys.
+void soften_pairs(const AmxBuffers& use, int64_t count, int64_t columns, VecF scale) {
+  const VecF lowest = VecF::all(-__builtin_inff());
+  for (int64_t i = 0; i < columns; i += VecF::width) {
+    // Rounded, and not fused with what follows: of huge scores the rest would be no small power of two.
+    const auto score = [&](int64_t j) { return loaded_once(VecF::load(use.scores + j * kTile + i) * scale); };
+    const VecF old = VecF::load(use.top + i);
+    VecF top = old;
+    for (int64_t j = 0; j < count; ++j) top = max(score(j), top);
+    const VecF base = where_less(lowest, top, top, VecF::zero());  // no infinity minus infinity
+    const VecF decay = exp2_below_zero(old - base);
+    VecF total = VecF::load(use.total + i) * decay;
+    for (int64_t j = 0; j < count; j += 2) {
+      const VecF even = amx_exp2_below_zero(score(j) - base);
+      const VecF odd = j + 1 < count ? amx_exp2_below_zero(score(j + 1) - base) : VecF::zero();
+      total = total + even + odd;
+      _mm512_storeu_si512(use.pairs + j / 2 * kTile + i, amx_pair(even, odd));
+    }
+    top.store(use.top + i), total.store(use.total + i), decay.store(use.decay + i);
+  }
+  amx_zero_pairs(count, use.pairs);
+}
+
+void amx_query_tile(const CachedAttention& a, int64_t item, const AmxBuffers& use) {
+  const AmxScope scope;
+  const int64_t tile = item % a.tiles(), h = item / a.tiles() % a.H, b = item / a.tiles() / a.H;
+  const int64_t first = tile * kTile, rows = min_of(kTile, a.U - first), columns = round_up(rows, kAmxRows);
+  const VecF scale = VecF::all(float(a.scale * kLog2E));
+  take_queries(a, b, h, first, rows, columns, use);
+  for (int64_t i = 0; i < columns; ++i) use.top[i] = -__builtin_inff(), use.total[i] = 0;
+  const int32_t* list = a.keys + b * (a.N + a.U);
+  for (int64_t j = 0; j < a.counts[b]; j += kBlock, list += kBlock) {
+    const int64_t count = min_of(kBlock, a.counts[b] - j), whole = round_up(count, kAmxDepth);
+    const auto at = [&](const TokenRows& cached, const TokenRows& local, int64_t n) {
+      return list[n] < a.N ? row_of<bf16>(cached, b, h, list[n]) : row_of<bf16>(local, b, h, list[n] - a.N);
+    };
+    for (int64_t n = 0; n < count; ++n) amx_copy_rows(at(a.k_cache, a.k, n), 0, 1, a.D, 1, use.depth, use.rows + n * use.depth);
+    amx_multiply(round_up(count, kAmxRows), columns, use.depth, {use.rows, use.depth}, {use.queries, kTile}, {use.scores, kTile, false});
+    soften_pairs(use, count, columns, scale);
+    const bf16* lines[kBlock];
+    for (int64_t n = 0; n < whole; ++n) lines[n] = n < count ? at(a.v_cache, a.v, n) : nullptr;
+    for (int64_t n = 0; n < whole; n += kAmxDepth) {
+      for (int64_t d = 0; d < use.width; d += kAmxRows) amx_transpose_lines(lines + n, d, a.D, use.values + d * kBlock + n, kBlock);
+    }
+    if (j > 0) amx_decay(use.decay, use.width, columns, use.by_channel);
+    amx_multiply(use.width, columns, whole, {use.values, kBlock}, {use.pairs, kTile}, {use.by_channel, kTile, j > 0});
+  }
+  amx_transpose_sums(use.by_channel, rows, use.width, use.sums);
+  write_rows<VecF, bf16>(a, use, b, h, first, rows);
+}
+
+#endif
+
+// run.template operator()<buffers>(tile) with the kernel of a tile.
+template <class Run>
+auto with_tiles(const CachedAttention& a, const Run& run) {
+#if MASKOPS_ISA_LEVEL == 2
+  if (a.amx) return run.template operator()<AmxBuffers>(&amx_query_tile);
+#endif
+  return with_vectors(a.dtype, [&]<class V, class T>() { return run.template operator()<Buffers<V>>(&query_tile<V, T>); });
+}
+
 int64_t bytes(const CachedAttention& a) {
-  return with_vectors(a.dtype, [&]<class V, class T>() {
+  return with_tiles(a, [&]<class Buffers>(auto) {
     Pieces pieces(nullptr);
-    Buffers<V>(a, pieces);
+    Buffers(a, pieces);
     return pieces.bytes;
   });
 }
 
 void run(const CachedAttention& a, int64_t item, void* buffer) {
-  with_vectors(a.dtype, [&]<class V, class T>() {
+  with_tiles(a, [&]<class Buffers>(auto tile) {
     Pieces pieces(buffer);
-    query_tile<V, T>(a, item, Buffers<V>(a, pieces));
+    tile(a, item, Buffers(a, pieces));
   });
 }
 
@@ -202,7 +293,7 @@ std::tuple<Tensor, Tensor> feature_reuse_attention(const Tensor& q_any, const Te
   const Tensor k_cache = with_contiguous_rows(k_cache_any), v_cache = with_contiguous_rows(v_cache_any);
   const Tensor seen = contiguous_or_copy(seen_any), ids = contiguous_or_copy(ids_any);
   CachedAttention args{};
-  args.dtype = static_cast<int>(dtype_of(q));
+  args.dtype = static_cast<int>(dtype_of(q)), args.amx = dtype_of(q) == Dtype::kBFloat16 && use_amx();
   args.B = q.size(0), args.H = q.size(1), args.U = q.size(2), args.N = k_cache.size(2), args.D = q.size(3);
   args.ids = static_cast<const int64_t*>(ids.const_data_ptr());
   check_ids("cached_attention", "local_ids", args.ids, args.B, args.U, args.N, -1);

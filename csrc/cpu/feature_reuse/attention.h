@@ -19,6 +19,7 @@ struct TokenRows {
 
 struct CachedAttention {
   int dtype;
+  bool amx;  // products of bfloat16 in AMX tiles
   int64_t B, H, U, N, D;
   TokenRows q, k, v, k_cache, v_cache;
   const int32_t* keys;    // [B, N + U]: cached tokens n, local slots N + u

@@ -5,9 +5,7 @@
 // values are transposed, once per head.
 #pragma once
 
-#include <initializer_list>
-
-#include "common/amx.h"
+#include "common/amx_softmax.h"
 #include "cpu/masked_attention/tiles.h"
 
 namespace maskops {
@@ -107,20 +105,6 @@ struct AmxTiles {
       }
     }
   }
-
-  // [width, 64] to [rows, width].
-  void transpose_sums(const float* from, int64_t rows, float* to) const {
-    for (int64_t i = 0; i < rows; i += VecF::width) {
-      for (int64_t d = 0; d < width; d += VecF::width) {
-        VecF block[VecF::width];
-#pragma GCC unroll 16
-        for (int c = 0; c < VecF::width; ++c) block[c] = VecF::load(from + (d + c) * kTile + i);
-        transpose(block);
-#pragma GCC unroll 16
-        for (int c = 0; c < VecF::width; ++c) block[c].store(to + (i + c) * width + d);
-      }
-    }
-  }
 };
 
 struct AmxProducts {
@@ -147,37 +131,21 @@ struct AmxProducts {
     tiles.scores(at, tiles.left_rows(key, tiles.a.k.row, at.keys, key_rows), queries, to);
   }
 
-  // 2^x for x <= 0 with a relative error of 3e-6: the weight is rounded to 8 bits.
-  static VecF exp2(VecF x) {
-    const __m512 r = _mm512_reduce_ps(x.v, 0);
-    VecF sum = VecF::all(0.009582853f);
-    for (const float c : {0.055906426f, 0.24024099f, 0.6931242f, 1.0f}) sum = fma(sum, VecF{r}, VecF::all(c));
-    return {_mm512_scalef_ps(sum.v, rounded(x).v)};
-  }
+  static VecF exp2(VecF x) { return amx_exp2_below_zero(x); }
   void take_weights(int64_t j, int64_t i, VecF even, VecF odd) const { _mm512_storeu_si512(pairs + j / 2 * kTile + i, amx_pair(even, odd)); }
 
   void add_values(const TilePair& at, int64_t kt, const bf16* value, const float* weights, const float* decay, bool some, float*) const {
     const int64_t columns = round_up(at.rows, kAmxRows), width = tiles.width, stride = tiles.a.v.row;
     const bf16* by_channel = values.get(kt, [&](bf16* to) { amx_transpose_rows(value, stride, at.keys, tiles.a.D, kTile, width, to, kTile); });
-    if (some) multiply_by(decay, columns);
+    if (some) amx_decay(decay, width, columns, sums);
     if (at.seen != nullptr && !tiles.all_finite(by_channel, kTile * width * 2)) {
       if (!some) memset(sums, 0, size_t(width * kTile) * sizeof(float));
       return tiles.add_seen_by_query(at, weights, value, stride, sums);
     }
-    const int64_t taken = (at.keys + 1) / 2 * kTile, all = round_up(at.keys, kAmxDepth) / 2 * kTile;
-    if (taken < all) memset(pairs + taken, 0, size_t(all - taken) * sizeof(uint32_t));
+    amx_zero_pairs(at.keys, pairs);
     amx_multiply(width, columns, round_up(at.keys, kAmxDepth), {by_channel, kTile}, {pairs, kTile}, {sums, kTile, some});
   }
-  void finish(int64_t rows, float* to) const { tiles.transpose_sums(sums, rows, to); }
-
- private:
-  void multiply_by(const float* decay, int64_t columns) const {
-    for (int64_t i = 0; i < columns; i += VecF::width) {
-      const VecF by = VecF::load(decay + i);
-      if (_mm512_cmp_ps_mask(by.v, _mm512_set1_ps(1), _CMP_NEQ_UQ) == 0) continue;  // no top has risen
-      for (int64_t d = 0; d < tiles.width; ++d) (VecF::load(sums + d * kTile + i) * by).store(sums + d * kTile + i);
-    }
-  }
+  void finish(int64_t rows, float* to) const { amx_transpose_sums(sums, rows, tiles.width, to); }
 };
 
 #endif

@@ -66,10 +66,10 @@ def cdiv(a, b):
     return -(-a // b)
 
 
-def row_tile(width):
-    """Tile for copying rows: whole 512-byte (16-bit) or 1 KiB runs of a row, 2048 elements a program."""
+def row_tile(width, elements=2048):
+    """Tile for copying rows: whole 512-byte (16-bit) or 1 KiB runs of a row, so many elements a program."""
     block_d = min(256, max(16, triton.next_power_of_2(width)))
-    return {"BLOCK_R": min(32, 2048 // block_d), "BLOCK_D": block_d, "num_warps": 4}
+    return {"BLOCK_R": min(32, elements // block_d), "BLOCK_D": block_d, "num_warps": 4}
 
 
 def rows_of(x):

@@ -40,7 +40,8 @@ def _patches_kernel(images_ptr, patches_ptr, ids_ptr, rows, per_batch, grid_h, g
 def _move(grid, patches, ids, channels_last_patch, to_images):
     B, slots = patches.shape[:2]
     per_batch = grid.tokens if to_images else slots
-    tile = row_tile(grid.values)
+    # Pixels lie anywhere, so that every value has an address of its own: with 8-byte values 2048 of them spilled on Blackwell.
+    tile = row_tile(grid.values, 1024 if patches.element_size() == 8 else 2048)
     programs = cdiv(B * per_batch, tile["BLOCK_R"]) * cdiv(grid.values, tile["BLOCK_D"])
     launch(
         _patches_kernel, programs, grid.images, patches, ids, B * per_batch, per_batch,

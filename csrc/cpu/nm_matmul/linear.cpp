@@ -101,8 +101,17 @@ void multiply_amx(const NmProduct& product) {
   });
 }
 
+void multiply_few_amx(const NmProduct& product) {
+  const NmAmxKernels& kernels = pick_NmAmxKernels();
+  const Buffer words(kernels.few_words_bytes(product));
+  kernels.few_words(product, words.get());
+  parallel_for(kernels.strips(product), product.weight.layout.slots * 64, [&](int64_t begin, int64_t end) {
+    const Buffer buffer(kernels.few_bytes(product));
+    kernels.few_multiply(product, {begin, end}, words.get(), buffer.get());
+  });
+}
+
 void multiply_many(NmProduct product, int64_t bytes) {
-  if (fits_amx(product)) return multiply_amx(product);
   const NmMatrix all = product.a;
   char* out = static_cast<char*>(product.out);
   const Blocks blocks = packed_blocks(all.rows);
@@ -125,7 +134,12 @@ Tensor nm_matmul_linear(const Tensor& x_any, const Tensor& values_any, const Ten
   if (y.numel() == 0) return y;
   const NmProduct product{static_cast<int>(dtype_of(x)), false, matrix_of(x), compressed_of(values, indices, layout),
                           bias ? bias->const_data_ptr() : nullptr, y.mutable_data_ptr()};
-  if (product.a.rows <= pick_NmFewKernels().most_rows(product)) multiply_few(product);
+  const int64_t rows = product.a.rows;
+  const bool amx = rows >= kNmAmxLeastRows && fits_amx(product);
+  if (amx && rows > kNmAmxFewRows) multiply_amx(product);
+  else if (amx && pick_NmAmxKernels().fits_few(product)) multiply_few_amx(product);
+  else if (rows <= pick_NmFewKernels().most_rows(product)) multiply_few(product);
+  else if (amx) multiply_amx(product);
   else multiply_many(product, static_cast<int64_t>(x.element_size()));
   return y;
 }

@@ -28,8 +28,8 @@ def assert_near(actual: Tensor, expected: Tensor, limit: float = 4e-3) -> None:
     assert error < limit, error
 
 
-@pytest.mark.parametrize(("rows", "inputs", "outputs"), [(33, 32, 32), (100, 70, 45), (300, 256, 130), (48, 0, 5)])
-@pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 4), (3, 7), (5, 32)])
+@pytest.mark.parametrize(("rows", "inputs", "outputs"), [(33, 32, 32), (100, 70, 45), (300, 1256, 130), (48, 0, 5), (7, 1040, 65)])
+@pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 4), (3, 4), (4, 8), (1, 2), (1, 32), (3, 7), (5, 32)])
 def test_nm_linear(rows: int, inputs: int, outputs: int, n: int, m: int) -> None:
     x, weight, bias = rand(rows, inputs), rand(outputs, inputs, seed=1), rand(outputs, seed=2)
     weight = weight * maskops.nm_mask(weight.float().abs(), n, m)
@@ -40,6 +40,15 @@ def test_nm_linear(rows: int, inputs: int, outputs: int, n: int, m: int) -> None
     y.backward(grad)
     if inputs:
         assert_near(x.grad, grad.double() @ weight.double())
+
+
+@pytest.mark.parametrize(("n", "m"), [(2, 4), (3, 4), (1, 8), (9, 16)])
+def test_damaged_places_stay_in_their_group(n: int, m: int) -> None:
+    """Places that do not ascend, which NMWeight refuses, give some numbers and touch nothing outside."""
+    x = rand(40, 1100)
+    weight = maskops.nm_compress(rand(70, 1100, seed=1) * maskops.nm_mask(torch.rand(70, 1100), n, m), n, m)
+    places = torch.randint(0, 256, weight.indices.shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    assert torch.ops.maskops.nm_matmul_linear(x, weight.values, places, None, n, m).isfinite().all()
 
 
 def test_pruned_weights_do_not_carry_nan() -> None:

@@ -42,7 +42,9 @@ XEON = Machine("Intel Xeon", "avx512", "avx512", False, 1)
         ((512, 1536, 768), (2, 4), torch.float32, XEON, 1.0, 1.4),  # 1.16
         ((512, 1536, 1536), (1, 4), torch.float32, XEON, 1.6, 2.4),  # 2.04
         ((512, 1536, 1536), (2, 4), torch.bfloat16, XEON, 1.5, 2.5),  # 2.2
-        ((512, 1536, 1536), (2, 4), torch.bfloat16, XEON._replace(amx=True), 0.1, 0.6),
+        ((512, 3072, 768), (2, 4), torch.bfloat16, XEON._replace(amx=True), 0.6, 0.95),  # 0.77
+        ((16, 4096, 4096), (2, 4), torch.bfloat16, XEON._replace(amx=True), 0.9, 1.3),  # 1.1
+        ((1, 4096, 4096), (2, 4), torch.bfloat16, XEON._replace(amx=True), 1.2, 3.5),  # 2.7
         ((2048, 1536, 1536), (2, 4), torch.float32, XEON._replace(isa="avx2"), 0.5, 0.9),  # 0.76
         ((512, 1536, 1536), (2, 4), torch.float32, XEON._replace(isa="portable"), 0.2, 0.4),  # 0.27
         ((1, 1536, 1536), (3, 4), torch.float32, XEON, 0.05, 0.25),  # 0.14, no shuffles for this pattern

@@ -86,8 +86,22 @@ bool fits_amx(const NmProduct& product) {
   return finite;
 }
 
+void multiply_amx_rows(const NmProduct& product) {
+  const NmAmxKernels& kernels = pick_NmAmxKernels();
+  const Buffer words(kernels.words_bytes(product));
+  const int64_t word_items = kernels.word_items(product), items = kernels.row_items(product);
+  parallel_for(word_items, product.a.rows * product.a.columns * 4 / std::max<int64_t>(1, word_items),
+               [&](int64_t begin, int64_t end) { kernels.make_words(product, {begin, end}, words.get()); });
+  const int64_t flops = product.a.rows * product.weight.outputs * product.a.columns / 8;
+  parallel_for(items, flops / items + product.a.columns * 16, [&](int64_t begin, int64_t end) {
+    const Buffer buffer(kernels.row_bytes(product));
+    kernels.multiply_rows(product, {begin, end}, words.get(), buffer.get());
+  });
+}
+
 void multiply_amx(const NmProduct& product) {
   const NmAmxKernels& kernels = pick_NmAmxKernels();
+  if (kernels.by_rows(product)) return multiply_amx_rows(product);
   const Buffer packed(kernels.packed_bytes(product));
   const int64_t strips = kernels.strips(product), columns = product.weight.layout.K;
   parallel_for(strips, columns * 64, [&](int64_t begin, int64_t end) {
@@ -98,16 +112,6 @@ void multiply_amx(const NmProduct& product) {
   parallel_for(items, flops / std::max<int64_t>(1, items), [&](int64_t begin, int64_t end) {
     const Buffer buffer(kernels.bytes(product));
     kernels.multiply(product, {begin, end}, packed.get(), buffer.get());
-  });
-}
-
-void multiply_few_amx(const NmProduct& product) {
-  const NmAmxKernels& kernels = pick_NmAmxKernels();
-  const Buffer words(kernels.few_words_bytes(product));
-  kernels.few_words(product, words.get());
-  parallel_for(kernels.strips(product), product.weight.layout.slots * 64, [&](int64_t begin, int64_t end) {
-    const Buffer buffer(kernels.few_bytes(product));
-    kernels.few_multiply(product, {begin, end}, words.get(), buffer.get());
   });
 }
 
@@ -134,12 +138,10 @@ Tensor nm_matmul_linear(const Tensor& x_any, const Tensor& values_any, const Ten
   if (y.numel() == 0) return y;
   const NmProduct product{static_cast<int>(dtype_of(x)), false, matrix_of(x), compressed_of(values, indices, layout),
                           bias ? bias->const_data_ptr() : nullptr, y.mutable_data_ptr()};
-  const int64_t rows = product.a.rows;
-  const bool amx = rows >= kNmAmxLeastRows && fits_amx(product);
-  if (amx && rows > kNmAmxFewRows) multiply_amx(product);
-  else if (amx && pick_NmAmxKernels().fits_few(product)) multiply_few_amx(product);
-  else if (rows <= pick_NmFewKernels().most_rows(product)) multiply_few(product);
-  else if (amx) multiply_amx(product);
+  const bool few = product.a.rows <= pick_NmFewKernels().most_rows(product);
+  const bool amx = product.a.rows >= kNmAmxLeastRows && fits_amx(product);
+  if (amx && (!few || pick_NmAmxKernels().by_rows(product))) multiply_amx(product);
+  else if (few) multiply_few(product);
   else multiply_many(product, static_cast<int64_t>(x.element_size()));
   return y;
 }

@@ -97,12 +97,14 @@ struct NmAmxKernels {
   int64_t (*items)(const NmProduct&);
   int64_t (*bytes)(const NmProduct&);  // of buffer
   void (*multiply)(const NmProduct&, Range items, const void* packed, void* buffer);
-  // Few rows of a, as words; `strips` of outputs are shared.
-  bool (*fits_few)(const NmProduct&);
-  void (*few_words)(const NmProduct&, void* words);
-  int64_t (*few_words_bytes)(const NmProduct&);
-  int64_t (*few_bytes)(const NmProduct&);  // of buffer
-  void (*few_multiply)(const NmProduct&, Range strips, const void* words, void* buffer);
+  // The other way, which most forward products take: a becomes words, and rows of the weight are made dense as they are used.
+  bool (*by_rows)(const NmProduct&);
+  int64_t (*words_bytes)(const NmProduct&);
+  int64_t (*word_items)(const NmProduct&);
+  void (*make_words)(const NmProduct&, Range items, void* words);
+  int64_t (*row_items)(const NmProduct&);
+  int64_t (*row_bytes)(const NmProduct&);  // of buffer
+  void (*multiply_rows)(const NmProduct&, Range items, const void* words, void* buffer);
   bool (*all_finite)(const NmMatrix&, Range rows);
 };
 MASKOPS_DECLARE_KERNELS(NmAmxKernels)
@@ -111,7 +113,7 @@ MASKOPS_DECLARE_KERNELS(NmAmxKernels)
 constexpr int64_t kNmPackColumns = 256;   // of a panel, per item of packing
 constexpr int64_t kNmMostRows = 2048;     // rows of x packed at a time: bounds the buffers, and fixes the order of additions
 constexpr int64_t kNmFewOutputs = 16;     // outputs per item where x has few rows
-constexpr int64_t kNmAmxLeastRows = 2, kNmAmxFewRows = 32;  // of x, that AMX multiplies, and that it takes as few
+constexpr int64_t kNmAmxLeastRows = 6;    // of x, that AMX multiplies: fewer are read faster as shuffles
 
 inline namespace MASKOPS_ISA_NS {
 

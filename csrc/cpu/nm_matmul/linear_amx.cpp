@@ -1,5 +1,5 @@
-// nm_matmul_linear of bfloat16 in AMX tiles. Many rows of x: the weight is decompressed 32 outputs at a time, straight into the words that
-// a tile register reads. Few rows: x becomes those words, and the weight is read once, a piece of its rows at a time. Tiles multiply seven times as fast as vectors of floats, so that the zeros cost less than stepping over them. A zero would
+// nm_matmul_linear of bfloat16 in AMX tiles: pieces of the weight are made dense, as rows that a tile register reads beside words of x, or,
+// for the gradient of x and for odd layouts, as words of the whole weight, 32 outputs at a time. Tiles multiply seven times as fast as vectors of floats, so that the zeros cost less than stepping over them. A zero would
 // carry what is not finite in x to results that do not depend on it, so the caller looks for that first.
 #include "cpu/nm_matmul/linear_expand.h"
 
@@ -76,18 +76,40 @@ void multiply(const NmProduct& p, Range some, const void* packed, void* buffer) 
   }
 }
 
-// ---- few rows of x: out^T [outputs, rows] = weight x^T
+// ---- out^T [outputs, rows] = weight x^T, of layouts whose groups do not reach from one 32 columns into the next: rows of the weight are left
+// operands as they are, so that nothing of it is transposed or stored, and making it dense anew for every block of rows costs little.
 
-constexpr int64_t kFewDepth = 512;  // columns of the weight at a time: 32 rows of them stay in the L1 cache
+constexpr int64_t kOutputs = 32, kBlock = 8;  // rows of the weight, and panels of 32 rows of x that meet them, at a time
+constexpr int64_t kDepth = 512;               // columns of the weight at a time, at most: they stay in the L1 cache
+constexpr int64_t kDenseStride = kDepth + 32;  // no power of two, or the rows of a register would want the same places of that cache
 
-bool fits_few(const NmProduct& p) { return NmExpander::fits(p.weight.layout); }
-int64_t few_words_bytes(const NmProduct& p) { return Shape(p).summed / 2 * round_up(p.a.rows, kAmxRows) * 4; }
-int64_t few_bytes(const NmProduct& p) { return kColumns * (kFewDepth * 2 + 2 * round_up(p.a.rows, kAmxRows) * 4); }
+// x as panels of words of two columns: [panels, summed / 2, 32].
+struct Words {
+  const int64_t summed, panels, blocks, strips, depth, pieces;  // K in whole registers; of panels; of outputs; columns at a time
 
-void few_words(const NmProduct& p, void* words) {
-  const int64_t rows = round_up(p.a.rows, kAmxRows);
-  amx_transpose_words(static_cast<const bf16*>(p.a.data), p.a.stride, p.a.rows, p.a.columns, rows, Shape(p).summed,
-                      static_cast<uint32_t*>(words), rows);
+  explicit Words(const NmProduct& p)
+      : summed(round_up(p.weight.layout.K, kAmxDepth)), panels(parts_of(p.a.rows, kColumns)), blocks(parts_of(panels, kBlock)),
+        strips(parts_of(p.weight.outputs, kOutputs)),
+        // Where many panels pass by, they need room in the cache as well.
+        depth(panels > 2 ? kDepth / 2 : kDepth), pieces(parts_of(summed, depth)) {}
+  int64_t at(int64_t panel, int64_t k) const { return (panel * summed + k) / 2 * kColumns; }
+  static int64_t rows(const NmProduct& p, int64_t panel) { return min_of(kColumns, p.a.rows - panel * kColumns); }
+};
+
+bool by_rows(const NmProduct& p) { return !p.transposed && p.weight.layout.K > 0 && NmExpander::fits(p.weight.layout); }
+int64_t words_bytes(const NmProduct& p) { return Words(p).panels * Words(p).summed * kColumns * 2; }
+int64_t word_items(const NmProduct& p) { return Words(p).panels * Words(p).pieces; }
+int64_t row_items(const NmProduct& p) { return Words(p).blocks * Words(p).strips; }
+int64_t row_bytes(const NmProduct&) { return kOutputs * (kDenseStride * 2 + (kBlock + 1) * kColumns * 4); }
+
+void make_words(const NmProduct& p, Range items, void* words) {
+  const Words shape(p);
+  for (int64_t item = items.begin; item < items.end; ++item) {
+    const int64_t panel = item / shape.pieces, k0 = item % shape.pieces * shape.depth;
+    const int64_t k1 = min_of(shape.summed, k0 + shape.depth);
+    amx_transpose_words(static_cast<const bf16*>(p.a.data) + panel * kColumns * p.a.stride + k0, p.a.stride, Words::rows(p, panel),
+                        p.a.columns - k0, kColumns, k1 - k0, static_cast<uint32_t*>(words) + shape.at(panel, k0), kColumns);
+  }
 }
 
 // The values and places of columns [k0, k1) of a row are on their way to the L2 cache: rows lie too far apart for the processor to see.
@@ -98,34 +120,55 @@ void fetch_columns(const NmCompressed& w, int64_t output, int64_t k0, int64_t k1
   fetch_ahead(w.indices, output * w.indices_stride + first * l.bits / 8, count * l.bits / 8);
 }
 
-void few_multiply(const NmProduct& p, Range strips, const void* words, void* buffer) {
+// sums [panels, kOutputs, 32] = `count` rows of the weight from `first` on times panels of words; dense: [kOutputs, kDenseStride].
+void multiply_strip(const NmProduct& p, const NmExpander& expander, int64_t first, int64_t count, Range panels, const uint32_t* words,
+                    bf16* dense, float* sums) {
+  const Words shape(p);
+  for (int64_t k0 = 0; k0 < shape.summed; k0 += shape.depth) {
+    const int64_t k1 = min_of(shape.summed, k0 + shape.depth), next = k1 < shape.summed ? k1 : 0;
+    for (int64_t r = 0; r < count; ++r) {
+      expander.blocks(p.weight, first + r, k0 / kAmxDepth, k1 / kAmxDepth, dense + r * kDenseStride);
+      fetch_columns(p.weight, first + r + (next > 0 ? 0 : kOutputs), next, next + shape.depth);
+    }
+    for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
+      amx_multiply(round_up(count, kAmxRows), round_up(Words::rows(p, panel), kAmxRows), k1 - k0, {dense, kDenseStride},
+                   {words + shape.at(panel, k0), kColumns}, {sums + (panel - panels.begin) * kOutputs * kColumns, kColumns, k0 > 0});
+    }
+  }
+}
+
+// from [kOutputs, 32] to [rows, kOutputs], in whole vectors.
+void transpose_sums(const float* from, int64_t rows, float* to) {
+  for (int64_t i = 0; i < kOutputs; i += VecF::width) {
+    for (int64_t m = 0; m < rows; m += VecF::width) {
+      VecF block[VecF::width];
+#pragma GCC unroll 16
+      for (int r = 0; r < VecF::width; ++r) block[r] = VecF::load(from + (i + r) * kColumns + m);
+      transpose(block);
+#pragma GCC unroll 16
+      for (int r = 0; r < VecF::width; ++r) block[r].store(to + (m + r) * kOutputs + i);
+    }
+  }
+}
+
+void multiply_rows(const NmProduct& p, Range items, const void* words, void* buffer) {
   const AmxScope scope;
-  const Shape shape(p);
+  const Words shape(p);
   const NmExpander expander(p.weight.layout);
-  const int64_t N = p.weight.outputs, M = p.a.rows, rows = round_up(M, kAmxRows);
+  const int64_t N = p.weight.outputs;
   bf16* dense = static_cast<bf16*>(buffer);
-  float *sums = reinterpret_cast<float*>(dense + kColumns * kFewDepth), *by_row = sums + kColumns * rows;
-  for (int64_t strip = strips.begin; strip < strips.end; ++strip) {
-    const int64_t first = strip * kColumns, count = min_of(kColumns, N - first);
-    for (int64_t k0 = 0; k0 < shape.summed; k0 += kFewDepth) {
-      const int64_t k1 = min_of(shape.summed, k0 + kFewDepth), next = k1 < shape.summed ? k1 : 0;
-      for (int64_t r = 0; r < count; ++r) {
-        expander.blocks(p.weight, first + r, k0 / kAmxDepth, k1 / kAmxDepth, dense + r * kFewDepth);
-        fetch_columns(p.weight, first + r + (next > 0 ? 0 : kColumns), next, next + kFewDepth);
-      }
-      amx_multiply(round_up(count, kAmxRows), rows, k1 - k0, {dense, kFewDepth}, {static_cast<const uint32_t*>(words) + k0 / 2 * rows, rows},
-                   {sums, rows, k0 > 0});
-    }
-    for (int64_t i = 0; i < kColumns; i += VecF::width) {
-      for (int64_t m = 0; m < rows; m += VecF::width) {
-        VecF block[VecF::width];
-        for (int r = 0; r < VecF::width; ++r) block[r] = VecF::load(sums + (i + r) * rows + m);
-        transpose(block);
-        for (int r = 0; r < VecF::width; ++r) block[r].store(by_row + (m + r) * kColumns + i);
-      }
-    }
+  float *by_row = reinterpret_cast<float*>(dense + kOutputs * kDenseStride), *sums = by_row + kOutputs * kColumns;
+  for (int64_t item = items.begin; item < items.end; ++item) {
+    const int64_t first = item % shape.strips * kOutputs, count = min_of(kOutputs, N - first), block = item / shape.strips * kBlock;
+    const Range panels{block, min_of(block + kBlock, shape.panels)};
     const AmxResult result(p.bias == nullptr ? nullptr : static_cast<const bf16*>(p.bias) + first, count);
-    for (int64_t m = 0; m < M; ++m) result.write(by_row + m * kColumns, static_cast<bf16*>(p.out) + m * N + first);
+    multiply_strip(p, expander, first, count, panels, static_cast<const uint32_t*>(words), dense, sums);
+    for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
+      const int64_t rows = Words::rows(p, panel);
+      transpose_sums(sums + (panel - panels.begin) * kOutputs * kColumns, rows, by_row);
+      bf16* out = static_cast<bf16*>(p.out) + panel * kColumns * N + first;
+      for (int64_t m = 0; m < rows; ++m) result.write(by_row + m * kOutputs, out + m * N);
+    }
   }
 }
 
@@ -140,8 +183,9 @@ bool all_finite(const NmMatrix& a, Range rows) {
 
 }  // namespace
 
-extern const NmAmxKernels NmAmxKernels_table{&strips,   &packed_bytes, &pack_bytes,      &pack,      &items,     &bytes,        &multiply,
-                                             &fits_few, &few_words,    &few_words_bytes, &few_bytes, &few_multiply, &all_finite};
+extern const NmAmxKernels NmAmxKernels_table{&strips,  &packed_bytes, &pack_bytes, &pack,      &items,     &bytes,         &multiply,
+                                             &by_rows, &words_bytes,  &word_items, &make_words, &row_items, &row_bytes, &multiply_rows,
+                                             &all_finite};
 
 #else
 

@@ -14,6 +14,7 @@ from maskops import _extension
 VECTOR = {"portable": 4, "avx2": 8, "avx512": 16}  # float32 in a vector
 _TORCH_ISA = {"AVX512": "avx512", "AVX2": "avx2"}
 CALIBRATED_ON = "Intel"
+TILED_ROWS = 6  # kNmAmxLeastRows of csrc/cpu/nm_matmul/linear.h
 GATHERED_ROWS = 4  # up to which csrc/cpu/nm_matmul/linear_few.cpp takes over without shuffles
 
 
@@ -92,16 +93,17 @@ def against_dense(
 # Times in nanoseconds. The constants were read off medians of interleaved calls on a Xeon of the Sapphire Rapids line without AMX
 # (torch 2.13): K 384 to 3072, N 384 to 3072, M 1 to 2048, patterns 1:4, 2:4, 4:8, 3:4, all three instruction sets, one thread. The
 # ratio of both times is off by about a fifth. Of 28 float32 points with 64 to 1536 rows, measured twice on a shared host,
-# the ratios themselves differed by 15%: the sparse product loses more of its speed to neighbours.
+# the ratios themselves differed by 15%: the sparse product loses more of its speed to neighbours. bfloat16 in AMX: 2:4 of (4096, 4096)
+# with 1 to 512 rows and (1536, 768, 3072) on another Xeon that has it, two threads.
 
 
 def dense_time(M: int, N: int, K: int, dtype: torch.dtype, machine: Machine) -> float:
     """torch.nn.functional.linear: the weight is read, and every row of x costs as much again."""
     per_row = {torch.bfloat16: 0.026, torch.float16: 0.0165, torch.float64: 0.031}.get(dtype, 0.0155)
     per_row *= VECTOR["avx512"] / VECTOR[machine.torch_isa]
-    if dtype == torch.bfloat16 and machine.amx:
-        per_row /= 8  # not measured: tiles have 16 times the flops of AVX-512, half of it is hard to reach
     read = (0.17 if M == 1 else 0.3) * (2 if dtype == torch.float64 else 1)
+    if dtype == torch.bfloat16 and machine.amx:
+        per_row, read = 0.0062, 0.23 if M == 1 else 0.1
     fixed = 20e3 if dtype == torch.bfloat16 else 3e3
     return fixed + N * K * (read + per_row * M) / machine.threads
 
@@ -114,6 +116,9 @@ def sparse_time(
     # As csrc/cpu/nm_matmul/linear_few.cpp decides.
     shuffles = machine.isa == "avx512" and not wide and 16 % n == 0 and 16 // n * m <= 64
     most = 28 if 4 * n <= m else 48 if m == 4 else 36
+    tiles = dtype == torch.bfloat16 and machine.amx and machine.isa == "avx512" and M >= TILED_ROWS
+    if tiles and (32 % m == 0 or not shuffles or most < M):
+        return 30e3 + N * K * (0.08 + 0.0082 * M) / machine.threads
     if shuffles and most >= M:
         per_weight = 0.05 + 0.14 * share + 0.02 * M
     elif M <= GATHERED_ROWS:

@@ -161,13 +161,13 @@ def row_of(base: Row, times: dict[str, list[float]], asked: dict[str, float]) ->
 
 
 def judge(rival: str, least: float, rivals: dict[str, float], ours: float) -> Row | None:
-    """What the project asks of this row: {"rival", "ratio", "measured", "met"}; None where --quick left the rivals out."""
+    """What the project asks of this row: {"rival", "ratio", "measured", "met"}; None where that rival is not here."""
     groups = {
         "best": list(rivals),
         "eager": [n for n in rivals if not n.endswith(", compiled")],
         "compiled": [n for n in rivals if n.endswith(", compiled")],
     }
-    chosen = groups.get(rival, [rival])
+    chosen = [name for name in groups.get(rival, [rival]) if name in rivals]
     if not chosen:
         return None
     measured = min(rivals[name] for name in chosen) / ours

@@ -28,7 +28,9 @@ def assert_near(actual: Tensor, expected: Tensor, limit: float = 4e-3) -> None:
     assert error < limit, error
 
 
-@pytest.mark.parametrize(("rows", "inputs", "outputs"), [(33, 32, 32), (100, 70, 45), (300, 1256, 130), (48, 0, 5), (7, 1040, 65)])
+@pytest.mark.parametrize(
+    ("rows", "inputs", "outputs"), [(33, 32, 32), (100, 70, 45), (300, 1256, 130), (48, 0, 5), (7, 1040, 65)]
+)
 @pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 4), (3, 4), (4, 8), (1, 2), (1, 32), (3, 7), (5, 32)])
 def test_nm_linear(rows: int, inputs: int, outputs: int, n: int, m: int) -> None:
     x, weight, bias = rand(rows, inputs), rand(outputs, inputs, seed=1), rand(outputs, seed=2)
@@ -139,7 +141,9 @@ def test_block_masked_conv(channels: int, outputs: int, kernel: int, stride: int
         assert_near(mine.grad, other.grad, 8e-3)
 
 
-@pytest.mark.parametrize(("rows", "inputs", "outputs"), [(1, 8, 1), (17, 40, 33), (33, 352, 336), (70, 1, 15), (200, 515, 64)])
+@pytest.mark.parametrize(
+    ("rows", "inputs", "outputs"), [(1, 8, 1), (17, 40, 33), (33, 352, 336), (70, 1, 15), (200, 515, 64)]
+)
 @pytest.mark.parametrize("samples", [1, 3])
 def test_bitmask_linear(rows: int, inputs: int, outputs: int, samples: int) -> None:
     x, weight, bias = rand(samples, rows, inputs), rand(outputs, inputs, seed=1), rand(outputs, seed=2)
@@ -176,18 +180,29 @@ def test_soft_linear(rows: int, inputs: int, outputs: int, exact: bool) -> None:
         assert_near(found, wanted, 8e-3)
 
 
-@pytest.mark.parametrize(("images", "patch", "channels"), [((2, 3, 32, 48), (8, 8), 70), ((3, 1, 10, 6), (5, 3), 5), ((20, 3, 64, 64), (8, 8), 33)])
+@pytest.mark.parametrize(
+    ("images", "patch", "channels"),
+    [((2, 3, 32, 48), (8, 8), 70), ((3, 1, 10, 6), (5, 3), 5), ((20, 3, 64, 64), (8, 8), 33)],
+)
 def test_embed_patches(images: tuple[int, ...], patch: tuple[int, int], channels: int) -> None:
     """Some slots are empty; the last case has more slots than one pass of the weight's gradient."""
     x, values = rand(*images), images[1] * patch[0] * patch[1]
     tokens = images[2] // patch[0] * (images[3] // patch[1])
     ids = torch.stack([torch.randperm(tokens, generator=torch.Generator().manual_seed(b)) for b in range(images[0])])
     ids[0, 0] = -1
-    weight, bias, pos = rand(channels, images[1], *patch, seed=1), rand(channels, seed=2), rand(tokens, channels, seed=3)
+    weight, bias, pos = (
+        rand(channels, images[1], *patch, seed=1),
+        rand(channels, seed=2),
+        rand(tokens, channels, seed=3),
+    )
     inputs = [t.requires_grad_() for t in (x, weight, bias, pos)]
     exact = [t.detach().double().requires_grad_() for t in inputs]
     out = maskops.embed_patches(x, weight, bias, patch, ids, pos)
-    whole = F.unfold(exact[0], patch, stride=patch).transpose(1, 2) @ exact[1].reshape(channels, values).T + exact[2] + exact[3]
+    whole = (
+        F.unfold(exact[0], patch, stride=patch).transpose(1, 2) @ exact[1].reshape(channels, values).T
+        + exact[2]
+        + exact[3]
+    )
     expected = whole.gather(1, ids.clamp(min=0)[..., None].expand(-1, -1, channels)) * (ids >= 0)[..., None]
     assert_near(out.detach(), expected.detach())
     grad = rand(*out.shape, seed=4)

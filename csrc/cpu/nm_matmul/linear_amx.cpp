@@ -1,6 +1,7 @@
-// nm_matmul_linear of bfloat16 in AMX tiles: pieces of the weight are made dense, as rows that a tile register reads beside words of x, or,
-// for the gradient of x and for odd layouts, as words of the whole weight, 32 outputs at a time. Tiles multiply seven times as fast as vectors of floats, so that the zeros cost less than stepping over them. A zero would
-// carry what is not finite in x to results that do not depend on it, so the caller looks for that first.
+// nm_matmul_linear of bfloat16 in AMX tiles: pieces of the weight are made dense, as rows that a tile register reads beside words of x,
+// or, for the gradient of x and for odd layouts, as words of the whole weight, 32 outputs at a time. Tiles multiply seven times as fast
+// as vectors of floats, so that the zeros cost less than stepping over them. A zero would carry what is not finite in x to results that
+// do not depend on it, so the caller looks for that first.
 #include "cpu/nm_matmul/linear_expand.h"
 
 namespace maskops {

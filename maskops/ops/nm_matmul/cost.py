@@ -93,8 +93,8 @@ def against_dense(
 # Times in nanoseconds. The constants were read off medians of interleaved calls on a Xeon of the Sapphire Rapids line without AMX
 # (torch 2.13): K 384 to 3072, N 384 to 3072, M 1 to 2048, patterns 1:4, 2:4, 4:8, 3:4, all three instruction sets, one thread. The
 # ratio of both times is off by about a fifth. Of 28 float32 points with 64 to 1536 rows, measured twice on a shared host,
-# the ratios themselves differed by 15%: the sparse product loses more of its speed to neighbours. bfloat16 in AMX: 2:4 of (4096, 4096)
-# with 1 to 512 rows and (1536, 768, 3072) on another Xeon that has it, two threads.
+# the ratios themselves differed by 15%: the sparse product loses more of its speed to neighbours. bfloat16 in AMX: 2:4, (N, K) of
+# (4096, 4096) with 1 to 512 rows and (3072, 768) with 1536, on another Xeon that has it, two threads.
 
 
 def dense_time(M: int, N: int, K: int, dtype: torch.dtype, machine: Machine) -> float:

@@ -44,6 +44,18 @@ def test_nm_linear(rows: int, inputs: int, outputs: int, n: int, m: int) -> None
         assert_near(x.grad, grad.double() @ weight.double())
 
 
+@pytest.mark.parametrize(("rows", "n", "m", "inputs"), [(64, 2, 4, 33), (40, 3, 4, 33), (300, 9, 16, 35), (40, 20, 32, 40)])
+def test_slots_past_the_last_column_reach_nothing(rows: int, n: int, m: int, inputs: int) -> None:
+    weight = rand(40, inputs)
+    weight = maskops.nm_compress(weight * maskops.nm_mask(weight.float().abs(), n, m), n, m)
+    kept = torch.ops.maskops.nm_matmul_select(torch.ones(40, inputs).bfloat16(), weight.indices, n, m)
+    values = weight.values.masked_fill(kept == 0, torch.nan)
+    assert values.isnan().any()
+    x = rand(rows, inputs, seed=1)
+    y = torch.ops.maskops.nm_matmul_linear(x, values, weight.indices, None, n, m)
+    assert torch.equal(y, maskops.nm_linear(x, weight))
+
+
 @pytest.mark.parametrize(("n", "m"), [(2, 4), (3, 4), (1, 8), (9, 16)])
 def test_damaged_places_stay_in_their_group(n: int, m: int) -> None:
     """Places that do not ascend, which NMWeight refuses, give some numbers and touch nothing outside."""
@@ -210,6 +222,15 @@ def test_embed_patches(images: tuple[int, ...], patch: tuple[int, int], channels
     expected.backward(grad.double())
     for ours, theirs in zip(inputs, exact, strict=True):
         assert_near(ours.grad, theirs.grad)
+
+
+def test_cached_attention_without_scale() -> None:
+    """Products that overflow, times zero: every key has the same weight."""
+    q = torch.full((1, 1, 8, 32), 1e20).bfloat16()
+    v = rand(1, 1, 8, 32)
+    cache = maskops.ContextCache.of(q[None], v[None])
+    out = maskops.cached_attention(q, q, v, cache, 0, torch.arange(8)[None], scale=0.0)
+    assert_near(out[0, 0, 0], v[0, 0].double().mean(0), 1e-2)
 
 
 @pytest.mark.parametrize(("local", "tokens", "channels"), [(1, 5, 8), (33, 257, 64), (70, 130, 40), (16, 64, 96)])

@@ -18,10 +18,10 @@ enum { kAsFloats, kDot, kAmx };  // the codes of maskops::Bf16Products
 // Whether this CPU multiplies tiles of bfloat16, and Linux lets this process: the state of 8 KB is given on request only.
 bool has_amx() {
 #if !defined(MASKOPS_PORTABLE_ONLY) && defined(__linux__)
-  constexpr unsigned kBf16 = 1u << 22, kTiles = 1u << 24;
+  constexpr unsigned kBf16 = 1u << 22, kTiles = 1u << 24, kVbmi2 = 1u << 6;  // the last for vpexpandw
   constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
   unsigned a, b, c, d;
-  if (__get_cpuid_count(7, 0, &a, &b, &c, &d) == 0 || (d & kBf16) == 0 || (d & kTiles) == 0) return false;
+  if (__get_cpuid_count(7, 0, &a, &b, &c, &d) == 0 || (d & kBf16) == 0 || (d & kTiles) == 0 || (c & kVbmi2) == 0) return false;
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 #else
   return false;

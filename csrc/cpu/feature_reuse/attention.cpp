@@ -293,7 +293,9 @@ std::tuple<Tensor, Tensor> feature_reuse_attention(const Tensor& q_any, const Te
   const Tensor k_cache = with_contiguous_rows(k_cache_any), v_cache = with_contiguous_rows(v_cache_any);
   const Tensor seen = contiguous_or_copy(seen_any), ids = contiguous_or_copy(ids_any);
   CachedAttention args{};
-  args.dtype = static_cast<int>(dtype_of(q)), args.amx = dtype_of(q) == Dtype::kBFloat16 && use_amx();
+  args.dtype = static_cast<int>(dtype_of(q));
+  // Tiles multiply by the scale last: 0 would meet products that have overflowed.
+  args.amx = dtype_of(q) == Dtype::kBFloat16 && scale != 0 && use_amx();
   args.B = q.size(0), args.H = q.size(1), args.U = q.size(2), args.N = k_cache.size(2), args.D = q.size(3);
   args.ids = static_cast<const int64_t*>(ids.const_data_ptr());
   check_ids("cached_attention", "local_ids", args.ids, args.B, args.U, args.N, -1);

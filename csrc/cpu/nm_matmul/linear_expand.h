@@ -28,7 +28,7 @@ class NmExpander {
   // Whether groups do not reach from one 32 columns into the next.
   static bool fits(const NmLayout& layout) { return kColumns % layout.m == 0; }
 
-  // Columns [32 begin, 32 end), of a layout that fits; zeros past the last group.
+  // Columns [32 begin, 32 end), of a layout that fits; zeros from column K on, whatever the slots there hold.
   void blocks(const NmCompressed& w, int64_t output, int64_t begin, int64_t end, bf16* to) const {
     const int64_t whole = max_of(begin, min_of(end, whole_));
     if (l_.n == 2 && l_.m == 4) expand_2_of_4(w, output, begin, whole, to);
@@ -43,6 +43,8 @@ class NmExpander {
     for (; begin < end; ++begin, to += kColumns) {
       scatter(w, output, min_of(l_.slots, begin * slots), min_of(l_.slots, (begin + 1) * slots), kColumns, to);
     }
+    const int64_t past = end * kColumns - l_.K;  // less than 32
+    if (past > 0) memset(to - past, 0, size_t(past) * sizeof(bf16));
   }
 
   // All columns; `to` has room for whole groups, and for whole 32 columns.

@@ -44,7 +44,9 @@ def test_nm_linear(rows: int, inputs: int, outputs: int, n: int, m: int) -> None
         assert_near(x.grad, grad.double() @ weight.double())
 
 
-@pytest.mark.parametrize(("rows", "n", "m", "inputs"), [(64, 2, 4, 33), (40, 3, 4, 33), (300, 9, 16, 35), (40, 20, 32, 40)])
+@pytest.mark.parametrize(
+    ("rows", "n", "m", "inputs"), [(64, 2, 4, 33), (40, 3, 4, 33), (300, 9, 16, 35), (40, 20, 32, 40)]
+)
 def test_slots_past_the_last_column_reach_nothing(rows: int, n: int, m: int, inputs: int) -> None:
     weight = rand(40, inputs)
     weight = maskops.nm_compress(weight * maskops.nm_mask(weight.float().abs(), n, m), n, m)

@@ -191,6 +191,20 @@ static inline void amx_transpose_rows(const bf16* from, int64_t stride, int64_t 
   }
 }
 
+// Sums [width, stride] to rows [rows, width]; rows are filled up to whole vectors, as width is.
+static inline void amx_transpose_sums(const float* from, int64_t stride, int64_t rows, int64_t width, float* to) {
+  for (int64_t i = 0; i < rows; i += VecF::width) {
+    for (int64_t d = 0; d < width; d += VecF::width) {
+      VecF block[VecF::width];
+#pragma GCC unroll 16
+      for (int c = 0; c < VecF::width; ++c) block[c] = VecF::load(from + (d + c) * stride + i);
+      transpose(block);
+#pragma GCC unroll 16
+      for (int c = 0; c < VecF::width; ++c) block[c].store(to + (i + c) * width + d);
+    }
+  }
+}
+
 // The words of two rows of floats.
 struct AmxPairOrder {
   alignas(64) uint16_t at[32] = {};

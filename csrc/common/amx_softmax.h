@@ -36,20 +36,6 @@ static inline void amx_decay(const float* decay, int64_t channels, int64_t colum
   }
 }
 
-// [width, 64] to [rows, width]; rows are filled up to whole vectors.
-static inline void amx_transpose_sums(const float* from, int64_t rows, int64_t width, float* to) {
-  for (int64_t i = 0; i < rows; i += VecF::width) {
-    for (int64_t d = 0; d < width; d += VecF::width) {
-      VecF block[VecF::width];
-#pragma GCC unroll 16
-      for (int c = 0; c < VecF::width; ++c) block[c] = VecF::load(from + (d + c) * kAmxQueryStride + i);
-      transpose(block);
-#pragma GCC unroll 16
-      for (int c = 0; c < VecF::width; ++c) block[c].store(to + (i + c) * width + d);
-    }
-  }
-}
-
 }  // namespace MASKOPS_ISA_NS
 }  // namespace maskops
 #endif

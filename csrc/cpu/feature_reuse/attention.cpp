@@ -212,7 +212,7 @@ void amx_query_tile(const CachedAttention& a, int64_t item, const AmxBuffers& us
     if (j > 0) amx_decay(use.decay, use.width, columns, use.by_channel);
     amx_multiply(use.width, columns, whole, {use.values, kBlock}, {use.pairs, kTile}, {use.by_channel, kTile, j > 0});
   }
-  amx_transpose_sums(use.by_channel, rows, use.width, use.sums);
+  amx_transpose_sums(use.by_channel, kTile, rows, use.width, use.sums);
   write_rows<VecF, bf16>(a, use, b, h, first, rows);
 }
 

@@ -119,7 +119,7 @@ struct AmxGradients {
     amx_multiply(width, round_up(at.rows, kAmxRows), round_up(at.keys, kAmxDepth), {keys_by_channel, kTile}, {pairs, kTile}, {to, kTile, true});
   }
   const float* grad_q_rows(int64_t place, int64_t count) const {
-    amx_transpose_sums(grad_q + place * kTile * width, count, width, rows);
+    amx_transpose_sums(grad_q + place * kTile * width, kTile, count, width, rows);
     return rows;
   }
 

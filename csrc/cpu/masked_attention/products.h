@@ -145,7 +145,7 @@ struct AmxProducts {
     amx_zero_pairs(at.keys, pairs);
     amx_multiply(width, columns, round_up(at.keys, kAmxDepth), {by_channel, kTile}, {pairs, kTile}, {sums, kTile, some});
   }
-  void finish(int64_t rows, float* to) const { amx_transpose_sums(sums, rows, tiles.width, to); }
+  void finish(int64_t rows, float* to) const { amx_transpose_sums(sums, kTile, rows, tiles.width, to); }
 };
 
 #endif

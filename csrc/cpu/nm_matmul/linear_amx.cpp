@@ -138,20 +138,6 @@ void multiply_strip(const NmProduct& p, const NmExpander& expander, int64_t firs
   }
 }
 
-// from [kOutputs, 32] to [rows, kOutputs], in whole vectors.
-void transpose_sums(const float* from, int64_t rows, float* to) {
-  for (int64_t i = 0; i < kOutputs; i += VecF::width) {
-    for (int64_t m = 0; m < rows; m += VecF::width) {
-      VecF block[VecF::width];
-#pragma GCC unroll 16
-      for (int r = 0; r < VecF::width; ++r) block[r] = VecF::load(from + (i + r) * kColumns + m);
-      transpose(block);
-#pragma GCC unroll 16
-      for (int r = 0; r < VecF::width; ++r) block[r].store(to + (m + r) * kOutputs + i);
-    }
-  }
-}
-
 void multiply_rows(const NmProduct& p, Range items, const void* words, void* buffer) {
   const AmxScope scope;
   const Words shape(p);
@@ -166,7 +152,7 @@ void multiply_rows(const NmProduct& p, Range items, const void* words, void* buf
     multiply_strip(p, expander, first, count, panels, static_cast<const uint32_t*>(words), dense, sums);
     for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
       const int64_t rows = Words::rows(p, panel);
-      transpose_sums(sums + (panel - panels.begin) * kOutputs * kColumns, rows, by_row);
+      amx_transpose_sums(sums + (panel - panels.begin) * kOutputs * kColumns, kColumns, rows, kOutputs, by_row);
       bf16* out = static_cast<bf16*>(p.out) + panel * kColumns * N + first;
       for (int64_t m = 0; m < rows; ++m) result.write(by_row + m * kOutputs, out + m * N);
     }

@@ -60,11 +60,20 @@ def test_slots_past_the_last_column_reach_nothing(rows: int, n: int, m: int, inp
 
 @pytest.mark.parametrize(("n", "m"), [(2, 4), (3, 4), (1, 8), (9, 16)])
 def test_damaged_places_stay_in_their_group(n: int, m: int) -> None:
-    """Places that do not ascend, which NMWeight refuses, give some numbers and touch nothing outside."""
+    """Places that do not ascend, which NMWeight refuses: past the group means its last, and of equal ones the last counts."""
     x = rand(40, 1100)
     weight = maskops.nm_compress(rand(70, 1100, seed=1) * maskops.nm_mask(torch.rand(70, 1100), n, m), n, m)
     places = torch.randint(0, 256, weight.indices.shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    assert torch.ops.maskops.nm_matmul_linear(x, weight.values, places, None, n, m).isfinite().all()
+    bits, slots = (m - 1).bit_length(), weight.values.shape[1]
+    flat = (
+        torch.stack([places >> b & 1 for b in range(8)], -1).flatten(1)[:, : slots * bits].unflatten(1, (slots, bits))
+    )
+    at = (flat * 2 ** torch.arange(bits)).sum(-1).clamp(max=m - 1) + torch.arange(slots) // n * m
+    dense = torch.zeros(70, -(-1100 // m) * m)
+    for i in range(n):  # of each group, in order: a later slot replaces an earlier one
+        dense.scatter_(1, at[:, i::n], weight.values[:, i::n].float())
+    y = torch.ops.maskops.nm_matmul_linear(x, weight.values, places, None, n, m)
+    assert_near(y, x.double() @ dense[:, :1100].double().T)
 
 
 def test_pruned_weights_do_not_carry_nan() -> None:

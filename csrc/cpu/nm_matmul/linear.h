@@ -2,8 +2,8 @@
 //
 // Many rows of x: x is packed transposed, so that the vectors run along its rows ("panels"), and the weight becomes lists of
 // its kept values with the places of their columns in the packed block ("lists"): one broadcast and a few multiply-adds per
-// kept weight, nothing for the others. Few rows of x: the weight is read once, as it lies, and x is picked by shuffles. Many rows of
-// bfloat16 where the CPU has AMX: the weight is decompressed for its tiles.
+// kept weight, nothing for the others. Few rows of x: the weight is read once, as it lies, and x is picked by shuffles. Rows of
+// bfloat16, all but a few, where the CPU has AMX: the weight is made dense for its tiles.
 #pragma once
 
 #include <cstdint>

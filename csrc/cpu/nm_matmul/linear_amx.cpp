@@ -77,8 +77,8 @@ void multiply(const NmProduct& p, Range some, const void* packed, void* buffer) 
   }
 }
 
-// ---- out^T [outputs, rows] = weight x^T, of layouts whose groups do not reach from one 32 columns into the next: rows of the weight are left
-// operands as they are, so that nothing of it is transposed or stored, and making it dense anew for every block of rows costs little.
+// ---- out^T [outputs, rows] = weight x^T, of layouts whose groups do not reach from one 32 columns into the next: rows of the weight are
+// left operands as they are, so that nothing of it is transposed, and making it dense anew for every block of rows costs little.
 
 constexpr int64_t kOutputs = 32, kBlock = 8;  // rows of the weight, and panels of 32 rows of x that meet them, at a time
 constexpr int64_t kDepth = 512;               // columns of the weight at a time, at most: they stay in the L1 cache

@@ -36,11 +36,45 @@ inline void add_column(V (&sums)[N], typename V::scalar value, const char* x, ui
   for (int i = 0; i < N; ++i) sums[i] = fma(factor, V::load(column + i * V::width), sums[i]);
 }
 
+// The same for two rows of sums and a column that both keep, loaded once.
+template <class V, int N>
+inline void add_shared(V (&first)[N], V (&second)[N], typename V::scalar a, typename V::scalar b, const char* x, uint16_t offset) {
+  const auto* column = reinterpret_cast<const typename V::scalar*>(x + offset);
+  const V one = V::all(a), other = V::all(b);
+#pragma GCC unroll 8
+  for (int i = 0; i < N; ++i) {
+    const V rows = loaded_once(V::load(column + i * V::width));
+    first[i] = fma(one, rows, first[i]);
+    second[i] = fma(other, rows, second[i]);
+  }
+}
+
+// The lists of one pair: columns of both, of the first row alone and of the second. A shared column waits for the multipliers
+// and a column of one row for the loads, so they take turns; then those that are left.
+template <class V, int N>
+inline void multiply_pair(V (&first)[N], V (&second)[N], int64_t both, int64_t ones, int64_t others, const typename V::scalar* values,
+                          const uint16_t* offsets, const char* x) {
+  const auto *b = values + both, *one = b + both, *other = one + ones;
+  const uint16_t *at = offsets + both, *at_other = at + ones;
+  const int64_t alike = min_of(ones, others), mixed = min_of(both, alike);
+  for (int64_t i = 0; i < mixed; ++i) {
+    add_shared<V, N>(first, second, values[i], b[i], x, offsets[i]);
+    add_column<V, N>(first, one[i], x, at[i]);
+    add_column<V, N>(second, other[i], x, at_other[i]);
+  }
+  for (int64_t i = mixed; i < both; ++i) add_shared<V, N>(first, second, values[i], b[i], x, offsets[i]);
+  for (int64_t i = mixed; i < alike; ++i) {
+    add_column<V, N>(first, one[i], x, at[i]);
+    add_column<V, N>(second, other[i], x, at_other[i]);
+  }
+  for (int64_t i = alike; i < ones; ++i) add_column<V, N>(first, one[i], x, at[i]);
+  for (int64_t i = alike; i < others; ++i) add_column<V, N>(second, other[i], x, at_other[i]);
+}
+
 // Pairs of rows by N vectors. sums [2 pairs][N vectors] start as `init` [2 pairs], where that is given.
 template <class V, int N>
 void multiply_pairs(int64_t pairs, const PairCounts* counts, const typename V::scalar* values, const uint16_t* offsets, const char* x,
                     const typename V::scalar* init, typename V::scalar* sums, const Ahead& ahead) {
-  using S = typename V::scalar;
   constexpr int W = V::width;
   for (int64_t pair = 0; pair < pairs; ++pair, sums += 2 * N * W) {
     prefetch(ahead, pair);
@@ -50,27 +84,10 @@ void multiply_pairs(int64_t pairs, const PairCounts* counts, const typename V::s
       first[i] = init ? V::all(init[2 * pair]) : V::load(sums + i * W);
       second[i] = init ? V::all(init[2 * pair + 1]) : V::load(sums + (N + i) * W);
     }
-    const int64_t both = counts[pair].both, ones = counts[pair].first, others = counts[pair].second, alike = min_of(ones, others);
-    for (const uint16_t* stop = offsets + both; offsets < stop; ++offsets, ++values) {
-      const S* column = reinterpret_cast<const S*>(x + *offsets);
-      const V a = V::all(values[0]), b = V::all(values[both]);
-#pragma GCC unroll 8
-      for (int i = 0; i < N; ++i) {
-        const V rows = loaded_once(V::load(column + i * W));
-        first[i] = fma(a, rows, first[i]);
-        second[i] = fma(b, rows, second[i]);
-      }
-    }
-    values += both;
-    // One of each row in turn: a sum is not waited for, and there is one loop whose end has to be guessed.
-    for (const uint16_t* stop = offsets + alike; offsets < stop; ++offsets, ++values) {
-      add_column<V, N>(first, values[0], x, offsets[0]);
-      add_column<V, N>(second, values[ones], x, offsets[ones]);
-    }
-    for (int64_t i = 0; i < ones - alike; ++i) add_column<V, N>(first, values[i], x, offsets[i]);
-    offsets += ones, values += ones;  // past those of the second row that were used above
-    for (int64_t i = 0; i < others - alike; ++i) add_column<V, N>(second, values[i], x, offsets[i]);
-    offsets += others - alike, values += others - alike;
+    const int64_t both = counts[pair].both, ones = counts[pair].first, others = counts[pair].second;
+    multiply_pair<V, N>(first, second, both, ones, others, values, offsets, x);
+    values += 2 * both + ones + others;
+    offsets += both + ones + others;
 #pragma GCC unroll 8
     for (int i = 0; i < N; ++i) {
       first[i].store(sums + i * W);

@@ -1,6 +1,7 @@
 """Global memory that the CUDA kernels ask for, counted by the emulator, against the least that the op can do with.
 
-The least is the bytes model of maskops/testing/F: TRAFFIC = {op: function of the op's arguments -> bytes}.
+The least is the bytes model of maskops/testing/F: TRAFFIC = {op: function of the op's arguments -> bytes}. The call is one of those
+below, or the op's largest sample.
 """
 
 import importlib
@@ -84,17 +85,33 @@ def _nm_arguments():
     }
 
 
+def _largest_samples(samples, models):
+    """op -> arguments, of the ops with CUDA C++ and a bytes model: the float32 sample that has to move most."""
+    found = {}
+    for sample in samples:
+        op = sample.op
+        if op not in models or not torch._C._dispatch_has_kernel_for_dispatch_key(f"maskops_emulated::{op}", "CPU"):
+            continue
+        args = sample.arguments()
+        if op not in found or models[op](*args) > models[op](*found[op]):
+            found[op] = args
+    return found
+
+
 def measure(families):
     """One row (dict) per op: least and counted bytes; math.nan where there is no number, with the reason in "note"."""
     emulator = importlib.import_module("maskops.testing.emulator")
     reason = emulator.reason_unavailable()
     if not reason:
         emulator.load()
-    models = {}
+    models, samples = {}, []
     for family in families:
-        models |= getattr(importlib.import_module(f"maskops.testing.{family}"), "TRAFFIC", {})
+        shared = importlib.import_module(f"maskops.testing.{family}")
+        models |= getattr(shared, "TRAFFIC", {})
+        samples += shared.SAMPLES
     rows = []
-    for op, args in (example_arguments() | _nm_arguments()).items():
+    calls = _largest_samples(samples, models) | example_arguments() | _nm_arguments()
+    for op, args in calls.items():
         if OPS[op].family not in families:
             continue
         row = {"op": op, "least": math.nan, "counted": math.nan, "note": "", "error": ""}

@@ -161,11 +161,14 @@ def _pretrain_samples(
         print(f"maskops: interrupted; add --resume to go on from the last checkpoint in {out}", file=sys.stderr)
         raise typer.Exit(130) from None
     unit = option.removeprefix("--").removesuffix("s") + "s"
-    print(
-        f"{result.step} steps, loss {result.loss:.4f}, {result.samples_per_second:.0f} {unit}/s: {result.model_folder}"
-    )
+    print(f"{result.step} steps, loss {result.loss:.4f}, {_speed(result, unit)}: {result.model_folder}")
     if result.unreadable:
         print(f"{len(result.unreadable)} unreadable {'images' if unit == 'images' else 'text files'} were skipped")
+
+
+def _speed(result, unit: str) -> str:
+    """A resumed run that had nothing left to do has no speed."""
+    return f"{result.samples_per_second:.0f} {unit}/s" if result.samples_per_second else "already finished"
 
 
 def _check_epochs(epochs: float) -> None:
@@ -191,9 +194,7 @@ def _pretrain_maskgit(
     except KeyboardInterrupt:
         print(f"maskops: interrupted; add --resume to go on from the last checkpoint in {out}", file=sys.stderr)
         raise typer.Exit(130) from None
-    print(
-        f"{result.step} steps, loss {result.loss:.4f}, {result.samples_per_second:.0f} images/s: {result.model_folder}"
-    )
+    print(f"{result.step} steps, loss {result.loss:.4f}, {_speed(result, 'images')}: {result.model_folder}")
 
 
 @app.command()

@@ -70,9 +70,8 @@ def pretrain(settings: Settings) -> Result:
     model = MaskGIT(config)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.03)
     same = {name: getattr(settings, name) for name in ("data", "size", "batch_size", "seed", "lr")} | {"total": total}
-    start = _resume(settings, model, optimizer, same)
+    start, loss = _resume(settings, model, optimizer, same)
     peak = settings.lr or LEARNING_RATE * math.sqrt(64 / dim)
-    loss = math.nan
     with TrainingProgress(total, start, title="maskgit") as progress, open(settings.out / "losses.jsonl", "a") as log:
         for step in range(start, total):
             for group in optimizer.param_groups:
@@ -95,13 +94,13 @@ def pretrain(settings: Settings) -> Result:
     return Result(total, loss, progress.samples_per_second, folder)
 
 
-def _resume(settings: Settings, model: MaskGIT, optimizer: torch.optim.Optimizer, same: dict) -> int:
-    """The step to go on from; the log is cut back to it."""
+def _resume(settings: Settings, model: MaskGIT, optimizer: torch.optim.Optimizer, same: dict) -> tuple[int, float]:
+    """The step to go on from and its loss; the log is cut back to it."""
     losses, done = settings.out / "losses.jsonl", checkpoint.finished(settings.out / "checkpoints")
     if (done or losses.exists()) and not settings.resume:
         raise CheckpointError(f"{settings.out} holds a run already: resume it, or choose another folder")
     settings.out.mkdir(parents=True, exist_ok=True)
-    step = 0
+    step, loss = 0, math.nan
     if done:
         state = checkpoint.load_state(done[-1])
         changed = [name for name, value in same.items() if state.get(name) != value]
@@ -113,7 +112,8 @@ def _resume(settings: Settings, model: MaskGIT, optimizer: torch.optim.Optimizer
     if losses.exists():
         lines = losses.read_text().splitlines(keepends=True)
         losses.write_text("".join(lines[:step]))
-    return step
+        loss = json.loads(lines[step - 1])["loss"] if 0 < step <= len(lines) else loss
+    return step, loss
 
 
 def load(folder: Path) -> tuple[MaskGIT, str]:

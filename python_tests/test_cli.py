@@ -72,7 +72,8 @@ def test_pretrain_resume_and_refusal(run: Callable, tmp_path: Path) -> None:
     assert "images/s" in done.stderr and "left" in done.stderr
     refused = run(*command)
     assert refused.returncode == 2 and "holds a run already" in refused.stderr and "Traceback" not in refused.stderr
-    assert run(*command, "--resume").returncode == 0
+    again = run(*command, "--resume")
+    assert again.returncode == 0 and "already finished" in again.stdout and "nan" not in again.stdout
     other = run(*command, "--resume", "--patch-size", 16, "--lr", 1e-3)
     assert other.returncode == 2 and "Traceback" not in other.stderr
     assert other.stderr.strip().endswith("other settings: lr was 0.00015, now 0.001; model.patch_size was 8, now 16")

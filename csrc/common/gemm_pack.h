@@ -6,6 +6,15 @@
 namespace maskops {
 inline namespace MASKOPS_ISA_NS {
 
+// Rows of a matrix, as the functions below ask for them: (row, first column, last, buffer) -> where they are.
+template <class T>
+struct MatrixRows {
+  const T* data;
+  int64_t stride;
+
+  inline const T* operator()(int64_t i, int64_t j0, int64_t, T*) const { return data + i * stride + j0; }
+};
+
 // memcpy of a few values, without the call.
 template <class S>
 static inline void copy_values(const S* from, int64_t count, S* to) {

@@ -65,6 +65,7 @@ def test_training_goes_on_where_it_stopped_and_draws(tmp_path: Path) -> None:
     with pytest.raises(maskops.checkpoint.CheckpointError, match="holds a run already"):
         pretrain(Settings(cut, **sizes))
     pretrain(Settings(cut, resume=True, **sizes))
+    assert pretrain(Settings(cut, resume=True, **sizes)).loss == losses[-1], "nothing was left to train"
     assert [json.loads(line)["loss"] for line in (cut / "losses.jsonl").read_text().splitlines()] == losses
     with pytest.raises(maskops.checkpoint.CheckpointError, match="made with another seed"):
         pretrain(Settings(cut, resume=True, seed=1, **sizes))

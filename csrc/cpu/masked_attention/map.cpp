@@ -32,38 +32,59 @@ inline namespace MASKOPS_ISA_NS {
 namespace {
 
 #if MASKOPS_ISA_LEVEL == 2
-inline uint64_t join(__mmask16 a, __mmask16 b, __mmask16 c, __mmask16 d) {
-  return uint64_t(a) | uint64_t(b) << 16 | uint64_t(c) << 32 | uint64_t(d) << 48;
+
+// 64 numbers of the keys of a tile; those past the last key are 0.
+struct KeyNumbers {
+  __m512i v[4];
+
+  KeyNumbers(const int32_t* from, uint64_t some) {
+    for (int c = 0; c < 4; ++c) v[c] = _mm512_maskz_loadu_epi32(__mmask16(some >> (16 * c)), from + 16 * c);
+  }
+  // The keys that compare.
+  template <class Compare>
+  inline uint64_t where(const Compare& compare) const {
+    const __mmask32 low = _mm512_kunpackw(compare(v[1]), compare(v[0])), high = _mm512_kunpackw(compare(v[3]), compare(v[2]));
+    return _mm512_kunpackd(high, low);
+  }
+};
+
+void same_words(const int64_t* rule, const MaskData& data, const MaskTile& tile, int64_t rows, uint64_t some, uint64_t* to) {
+  const int32_t* ids = data.ints + rule[1] + tile.b * rule[3] + tile.q0;
+  const KeyNumbers keys(data.ints + rule[2] + tile.b * rule[4] + tile.k0, some);
+  for (int64_t i = 0; i < rows; ++i) {
+    const __m512i own = _mm512_set1_epi32(ids[i]);
+    to[i] = keys.where([&](__m512i id) { return _mm512_cmpeq_epi32_mask(id, own); }) & some;
+  }
 }
-// The keys that compare, of 64 numbers; `some` is where there are any.
-template <class Compare>
-inline uint64_t compare_words(const int32_t* from, uint64_t some, const Compare& compare) {
-  const __m512i v0 = _mm512_maskz_loadu_epi32(__mmask16(some), from), v1 = _mm512_maskz_loadu_epi32(__mmask16(some >> 16), from + 16);
-  const __m512i v2 = _mm512_maskz_loadu_epi32(__mmask16(some >> 32), from + 32), v3 = _mm512_maskz_loadu_epi32(__mmask16(some >> 48), from + 48);
-  return join(compare(v0), compare(v1), compare(v2), compare(v3)) & some;
+
+void range_words(const int64_t* rule, const MaskData& data, const MaskTile& tile, int64_t rows, uint64_t some, uint64_t* to) {
+  const int32_t* at = data.ints + tile.b * rule[3] + tile.h * rule[4] + tile.k0;
+  const KeyNumbers starts(at + rule[1], some), ends(at + rule[2], some);
+  for (int64_t i = 0; i < rows; ++i) {
+    const __m512i own = _mm512_set1_epi32(int(tile.q0 + i));
+    to[i] = starts.where([&](__m512i start) { return _mm512_cmple_epi32_mask(start, own); }) &
+            ends.where([&](__m512i end) { return _mm512_cmpgt_epi32_mask(end, own); }) & some;
+  }
 }
+
 #endif
 
-inline uint64_t word_of(const int64_t* rule, const MaskData& data, int64_t b, int64_t h, int64_t q, int64_t k0, int64_t keys) {
+// Bits that lie as a word of the tile does, one row of them for each query.
+void stored_words(const int64_t* rule, const MaskData& data, const MaskTile& tile, int64_t rows, uint64_t* to) {
+  const uint8_t* bits = data.bytes + rule[1] + tile.b * rule[2] + tile.h * rule[3] + tile.k0 / 8;
+  const int64_t stride = rule[4];
+  bits += tile.q0 * stride;
+  for (int64_t i = 0; i < rows; ++i, bits += stride) memcpy(&to[i], bits, sizeof(to[i]));
+}
+
+// to[i] = the keys that query i of the tile sees by one rule.
+void words_of_rule(const int64_t* rule, const MaskData& data, const MaskTile& tile, int64_t rows, int64_t keys, uint64_t* to) {
 #if MASKOPS_ISA_LEVEL == 2
-  const uint64_t some = bits_between(0, keys);
-  if (rule[0] == kRuleSame) {
-    const __m512i own = _mm512_set1_epi32(data.ints[rule[1] + b * rule[3] + q]);
-    return compare_words(data.ints + rule[2] + b * rule[4] + k0, some, [&](__m512i ids) { return _mm512_cmpeq_epi32_mask(ids, own); });
-  }
-  if (rule[0] == kRuleKeyRange) {
-    const __m512i own = _mm512_set1_epi32(int(q));
-    const int32_t* at = data.ints + b * rule[3] + h * rule[4] + k0;
-    const uint64_t after = compare_words(at + rule[1], some, [&](__m512i start) { return _mm512_cmple_epi32_mask(start, own); });
-    return after & compare_words(at + rule[2], some, [&](__m512i end) { return _mm512_cmpgt_epi32_mask(end, own); });
-  }
+  if (rule[0] == kRuleSame) return same_words(rule, data, tile, rows, bits_between(0, keys), to);
+  if (rule[0] == kRuleKeyRange) return range_words(rule, data, tile, rows, bits_between(0, keys), to);
 #endif
-  if (rule[0] == kRuleBits && rule[6] == 1 && keys == kMaskTile) {
-    uint64_t word;
-    memcpy(&word, data.bytes + rule[1] + b * rule[2] + h * rule[3] + q / rule[5] * rule[4] + k0 / 8, sizeof(word));
-    return word;
-  }
-  return word_of_rule(rule, data, b, h, q, k0, keys);
+  if (rule[0] == kRuleBits && rule[5] == 1 && rule[6] == 1 && keys == kMaskTile) return stored_words(rule, data, tile, rows, to);
+  for (int64_t i = 0; i < rows; ++i) to[i] = word_of_rule(rule, data, tile.b, tile.h, tile.q0 + i, tile.k0, keys);
 }
 
 // words[i] for the queries of a tile; the bits past the last key are 0.
@@ -82,7 +103,7 @@ void evaluate(const MaskMap& map, const MaskTile& tile, int64_t rows, int64_t ke
       for (int64_t i = 0; i < kMaskTile; ++i) stack[top - 1][i] |= stack[top][i];
     } else {
       uint64_t* to = stack[top++];
-      for (int64_t i = 0; i < rows; ++i) to[i] = word_of(rule, map.data, tile.b, tile.h, tile.q0 + i, tile.k0, keys);
+      words_of_rule(rule, map.data, tile, rows, keys, to);
       for (int64_t i = rows; i < kMaskTile; ++i) to[i] = 0;
     }
   }

@@ -1,4 +1,4 @@
-// What the products of nm_matmul share, compiled once per instruction set: types, rows of matrices, blocks, buffers, results.
+// What the products of nm_matmul share, compiled once per instruction set: types, blocks, buffers, results.
 #pragma once
 
 #include "common/gemm_pack.h"
@@ -8,14 +8,6 @@
 namespace maskops {
 
 inline namespace MASKOPS_ISA_NS {
-
-template <class T>
-struct MatrixRows {
-  const T* data;
-  int64_t stride;
-
-  inline const T* operator()(int64_t i, int64_t j0, int64_t, T*) const { return data + i * stride + j0; }
-};
 
 // `count` cut into about equal blocks of at most `most`, which are multiples of `unit`.
 struct Blocks {

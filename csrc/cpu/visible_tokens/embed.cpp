@@ -5,13 +5,11 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
-#include <cstdlib>
 #include <cstring>
-#include <memory>
-#include <new>
 #include <tuple>
 #include <vector>
 
+#include "common/buffer.h"
 #include "common/dispatch.h"
 #include "common/ids.h"
 #include "math/visible_tokens_check.h"
@@ -22,17 +20,6 @@ namespace {
 constexpr const char* kOp = "embed_patches";
 // Slots whose patches are packed at a time for grad_weight: bounds the buffer, and fixes the order of the additions.
 constexpr int64_t kSlotsPerPass = 4096;
-
-class Buffer {
- public:
-  explicit Buffer(int64_t bytes) : data_(std::aligned_alloc(64, static_cast<size_t>((bytes + 127) / 64 * 64)), &std::free) {
-    if (!data_) throw std::bad_alloc();
-  }
-  void* get() const { return data_.get(); }
-
- private:
-  std::unique_ptr<void, decltype(&std::free)> data_;
-};
 
 const void* data_or_null(const std::optional<Tensor>& x) { return x ? x->const_data_ptr() : nullptr; }
 

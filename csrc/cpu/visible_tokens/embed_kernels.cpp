@@ -51,14 +51,6 @@ struct GradRows {
   }
 };
 
-template <class T>
-struct MatrixRows {
-  const T* data;
-  int64_t columns;
-
-  inline const T* operator()(int64_t i, int64_t j0, int64_t, T*) const { return data + i * columns + j0; }
-};
-
 template <class Run>
 inline void with_types(const Embed& e, const Run& run) {
   with_packed_types(e.dtype, e.products, run);

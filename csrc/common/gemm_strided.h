@@ -1,7 +1,8 @@
 // Small products whose operands lie where they are: C[rows, columns] = or += A B, over up to a tile of steps.
 //
-// Element (i, s) of A is at `at + i * row + s * step`, so that A may be a tile of rows or the transpose of one. Row s of B is at
-// b + s * b_stride, its columns next to each other, whole vectors of them.
+// Element (i, s) of a StridedA is at `at + i * row + s * step`, so that it may be a tile of rows or the transpose of one. Row s of B
+// has its columns next to each other, whole vectors of them. The rows of A, of B and of C may lie anywhere as well: numbers of rows
+// of a larger matrix then say where.
 #pragma once
 
 #include "common/gemm.h"
@@ -19,10 +20,93 @@ constexpr int kStridedVectors = 2;
 constexpr int strided_rows(int vectors) { return 12 / vectors; }
 #endif
 
+// An A has a Walk<R>: R rows of it, of which walk[r] is the element at the step that was gone to.
 template <class S>
 struct StridedA {
   const S* at;
   int64_t row, step;
+
+  template <int R>
+  struct Walk {
+    const S* at;
+    int64_t row, step;
+    const S* now;
+
+    explicit Walk(const StridedA& a) : at(a.at), row(a.row), step(a.step), now(a.at) {}
+    inline void go_to(int64_t s) { now = at + s * step; }
+    inline S operator[](int r) const { return now[r * row]; }
+  };
+  inline StridedA tile(int64_t i) const { return {at + i * row, row, step}; }
+  inline void fetch(int64_t, int64_t, int64_t) const {}
+};
+
+// Row i is row numbers[i] of a matrix, its steps next to each other.
+template <class S>
+struct PickedRowsA {
+  const S* at;
+  int64_t stride;
+  const int32_t* numbers;
+
+  template <int R>
+  struct Walk {
+    const S* rows[R];
+    int64_t now = 0;
+
+    explicit Walk(const PickedRowsA& a) {
+#pragma GCC unroll 12
+      for (int r = 0; r < R; ++r) rows[r] = in_register(a.at + a.numbers[r] * a.stride);  // one by one: as vectors it takes long
+    }
+    inline void go_to(int64_t s) { now = s; }
+    inline S operator[](int r) const { return rows[r][now]; }
+  };
+  inline PickedRowsA tile(int64_t i) const { return {at, stride, numbers + i}; }
+  // Rows [begin, end), on their way to the L1 cache.
+  inline void fetch(int64_t begin, int64_t end, int64_t steps) const {
+    for (int64_t i = begin; i < end; ++i) {
+      const S* row = at + numbers[i] * stride;
+      for (int64_t s = 0; s < steps; s += 64 / int64_t(sizeof(S))) __builtin_prefetch(row + s);
+    }
+  }
+};
+
+// Step s is row numbers[s] of a matrix, the rows of A next to each other.
+template <class S>
+struct PickedStepsA {
+  const S* at;
+  int64_t stride;
+  const int32_t* numbers;
+
+  template <int R>
+  struct Walk {
+    const PickedStepsA a;
+    const S* now = nullptr;
+
+    explicit Walk(const PickedStepsA& all) : a(all) {}
+    inline void go_to(int64_t s) { now = a.at + a.numbers[s] * a.stride; }
+    inline S operator[](int r) const { return now[r]; }
+  };
+  inline PickedStepsA tile(int64_t i) const { return {at + i, stride, numbers}; }
+  inline void fetch(int64_t, int64_t, int64_t) const {}
+};
+
+template <class S>
+struct StridedB {
+  const S* at;
+  int64_t stride;
+
+  inline const S* row(int64_t s) const { return at + s * stride; }
+  inline StridedB columns(int64_t j) const { return {at + j, stride}; }
+};
+
+// Row s is row numbers[s] of a matrix.
+template <class S>
+struct PickedB {
+  const S* at;
+  int64_t stride;
+  const int32_t* numbers;
+
+  inline const S* row(int64_t s) const { return at + numbers[s] * stride; }
+  inline PickedB columns(int64_t j) const { return {at + j, stride, numbers}; }
 };
 
 template <class S>
@@ -36,30 +120,29 @@ struct StridedC {
   inline StridedC tile(int64_t i, int64_t j) const { return {row(i) + j, stride, add, times == nullptr ? nullptr : times + i}; }
 };
 
-// Rows that lie anywhere, of which each is added to.
+// Rows at offsets, of which each is added to.
 template <class S>
 struct ScatteredC {
   S* to;
-  int64_t stride;
-  const int32_t* rows;
+  const int32_t* offsets;
   static constexpr bool add = true;
   static constexpr const S* times = nullptr;
 
-  inline S* row(int64_t r) const { return to + rows[r] * stride; }
-  inline ScatteredC tile(int64_t i, int64_t j) const { return {to + j, stride, rows + i}; }
+  inline S* row(int64_t r) const { return to + offsets[r]; }
+  inline ScatteredC tile(int64_t i, int64_t j) const { return {to + j, offsets + i}; }
 };
 
-template <class V, int R, int C, class Result>
-static void strided_tile(int64_t steps, const StridedA<typename V::scalar>& a, const typename V::scalar* b, int64_t b_stride,
-                         const Result& result) {
+template <class V, int R, int C, class A, class B, class Result>
+static void strided_tile(int64_t steps, const A& a, const B& right, const Result& result) {
   // Copied, because the compiler takes it that a store of a vector may change them.
   const Result c = result;
-  const int64_t row_stride = a.row, step = a.step;
+  const B b = right;
   V sum[R][C];
 #pragma GCC unroll 12
   for (int r = 0; r < R; ++r) {
+    const typename V::scalar* const from = c.row(r);
 #pragma GCC unroll 4
-    for (int v = 0; v < C; ++v) sum[r][v] = c.add ? V::load(c.row(r) + v * V::width) : V::zero();
+    for (int v = 0; v < C; ++v) sum[r][v] = c.add ? V::load(from + v * V::width) : V::zero();
   }
   if (c.times != nullptr) {
 #pragma GCC unroll 12
@@ -68,57 +151,66 @@ static void strided_tile(int64_t steps, const StridedA<typename V::scalar>& a, c
       for (int v = 0; v < C; ++v) sum[r][v] = sum[r][v] * V::all(c.times[r]);
     }
   }
-  const typename V::scalar* at = a.at;
-  for (int64_t s = 0; s < steps; ++s, at += step, b += b_stride) {
+  typename A::template Walk<R> left(a);
+  for (int64_t s = 0; s < steps; ++s) {
+    left.go_to(s);
+    const typename V::scalar* from = b.row(s);
     V column[C];
 #pragma GCC unroll 4
-    for (int v = 0; v < C; ++v) column[v] = V::load(b + v * V::width);
+    for (int v = 0; v < C; ++v) column[v] = V::load(from + v * V::width);
 #pragma GCC unroll 12
     for (int r = 0; r < R; ++r) {
-      const V row = V::all(at[r * row_stride]);
+      const V row = V::all(left[r]);
 #pragma GCC unroll 4
       for (int v = 0; v < C; ++v) sum[r][v] = fma(row, column[v], sum[r][v]);
     }
   }
 #pragma GCC unroll 12
   for (int r = 0; r < R; ++r) {
+    typename V::scalar* const to = c.row(r);
 #pragma GCC unroll 4
-    for (int v = 0; v < C; ++v) sum[r][v].store(c.row(r) + v * V::width);
+    for (int v = 0; v < C; ++v) sum[r][v].store(to + v * V::width);
   }
 }
 
-template <class V, class Result>
-using StridedTile = void (*)(int64_t, const StridedA<typename V::scalar>&, const typename V::scalar*, int64_t, const Result&);
+template <class A, class B, class Result>
+using StridedTile = void (*)(int64_t, const A&, const B&, const Result&);
 
-template <class V, class Result, int C, int R = strided_rows(C)>
-static inline StridedTile<V, Result> strided_kernel(int64_t rows) {
+template <class V, class A, class B, class Result, int C, int R = strided_rows(C)>
+static inline StridedTile<A, B, Result> strided_kernel(int64_t rows) {
   if constexpr (R > 1) {
-    if (rows < R) return strided_kernel<V, Result, C, R - 1>(rows);
+    if (rows < R) return strided_kernel<V, A, B, Result, C, R - 1>(rows);
   }
-  return &strided_tile<V, R, C, Result>;
+  return &strided_tile<V, R, C, A, B, Result>;
 }
 
-template <class V, class Result, int C = kStridedVectors>
-static inline StridedTile<V, Result> strided_kernel(int64_t rows, int64_t vectors) {
+template <class V, class A, class B, class Result, int C = kStridedVectors>
+static inline StridedTile<A, B, Result> strided_kernel(int64_t rows, int64_t vectors) {
   if constexpr (C > 1) {
-    if (vectors < C) return strided_kernel<V, Result, C - 1>(rows, vectors);
+    if (vectors < C) return strided_kernel<V, A, B, Result, C - 1>(rows, vectors);
   }
-  return strided_kernel<V, Result, C>(rows);
+  return strided_kernel<V, A, B, Result, C>(rows);
 }
 
-// Result: StridedC or ScatteredC.
-template <class V, class Result = StridedC<typename V::scalar>>
-static void multiply_strided(int64_t rows, int64_t columns, int64_t steps, const StridedA<typename V::scalar>& a,
-                             const typename V::scalar* b, int64_t b_stride, const Result& c) {
+// A: StridedA, PickedRowsA or PickedStepsA. B: StridedB or PickedB. Result: StridedC or ScatteredC.
+template <class V, class A, class B, class Result>
+static void multiply_picked(int64_t rows, int64_t columns, int64_t steps, const A& a, const B& b, const Result& c) {
   constexpr int64_t kWide = kStridedVectors * V::width;
   for (int64_t j = 0; j < columns; j += kWide) {
     const int64_t vectors = min_of<int64_t>(columns - j, kWide) / V::width, most = strided_rows(int(vectors));
-    const StridedTile<V, Result> whole = strided_kernel<V, Result>(most, vectors);
+    const StridedTile<A, B, Result> whole = strided_kernel<V, A, B, Result>(most, vectors);
     for (int64_t i = 0; i < rows; i += most) {
-      const StridedTile<V, Result> kernel = rows - i >= most ? whole : strided_kernel<V, Result>(rows - i, vectors);
-      kernel(steps, {a.at + i * a.row, a.row, a.step}, b + j, b_stride, c.tile(i, j));
+      if (j == 0) a.fetch(i + most, min_of(rows, i + 2 * most), steps);
+      const StridedTile<A, B, Result> kernel = rows - i >= most ? whole : strided_kernel<V, A, B, Result>(rows - i, vectors);
+      kernel(steps, a.tile(i), b.columns(j), c.tile(i, j));
     }
   }
+}
+
+template <class V, class Result = StridedC<typename V::scalar>>
+static void multiply_strided(int64_t rows, int64_t columns, int64_t steps, const StridedA<typename V::scalar>& a,
+                             const typename V::scalar* b, int64_t b_stride, const Result& c) {
+  multiply_picked<V>(rows, columns, steps, a, StridedB<typename V::scalar>{b, b_stride}, c);
 }
 
 }  // namespace MASKOPS_ISA_NS

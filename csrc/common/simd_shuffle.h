@@ -64,6 +64,13 @@ static inline V loaded_once(V x) {
   return x;
 }
 
+// An address that the compiler may not take apart, nor compute together with others in a vector.
+template <class S>
+static inline const S* in_register(const S* p) {
+  asm("" : "+r"(p));
+  return p;
+}
+
 // Lane c of the result: the sum of all elements of v[c], for C <= width vectors, C a power of two; the other lanes are
 // undefined. Vectors are merged in pairs, half of the lanes for either.
 template <class V, int C>

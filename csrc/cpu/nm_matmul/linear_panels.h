@@ -65,12 +65,6 @@ static void pack_panels(const NmMatrix& a, const NmPanels& panels, Range some, R
   }
 }
 
-// An address that the compiler may not take apart again.
-static inline const char* in_register(const char* p) {
-  asm("" : "+r"(p));
-  return p;
-}
-
 // Sums [place of a column][vectors of rows] to out [rows, columns].
 template <class V, class T>
 static inline void unpack_sums(const typename V::scalar* sums, const int32_t* places, int64_t columns, int vectors, int64_t rows, T* out,

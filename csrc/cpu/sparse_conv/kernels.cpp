@@ -1,6 +1,6 @@
 // The kernels of sparse_conv, compiled once per instruction set. A tile of the result stays in the cache while the places of the
-// kernel are gone through: the rows that a place reads are gathered side by side and multiplied into the rows of the tile they
-// belong to, so that a place costs what it has rows, and no sum is shared between threads.
+// kernel are gone through: the rows that a place reads are multiplied into the rows of the tile they belong to, so that a place costs
+// what it has rows, and no sum is shared between threads. Rows are read where they lie; those of half precision are gathered, as floats.
 #include "cpu/sparse_conv/conv.h"
 
 #include "common/gemm_strided.h"
@@ -15,6 +15,7 @@ template <class T>
 struct Shape {
   using V = typename VecFor<T>::type;
   using A = typename V::scalar;
+  static constexpr bool kWhereTheyLie = sizeof(T) == sizeof(A);  // rows need no gathering
   int64_t group_in, group_out, padded;  // channels of a group; `padded`: group_out in whole vectors
   int64_t tile, width;                  // rows of a tile; sums of a row
   bool depthwise, in_place;             // in_place: the weight needs no packing
@@ -24,7 +25,7 @@ struct Shape {
     depthwise = group_in == 1 && group_out == 1;
     padded = depthwise ? 1 : round_up(group_out, V::width);
     width = depthwise ? round_up(args.D, V::width) : padded * args.groups;
-    in_place = sizeof(T) == sizeof(A) && (depthwise || padded == group_out);
+    in_place = kWhereTheyLie && (depthwise || padded == group_out);
     tile = max_of<int64_t>(32, min_of<int64_t>(kTileMost, kTileBytes / (width * int64_t(sizeof(A)) + 1) / 32 * 32));
   }
   int64_t weight_stride(const ConvArgs& args) const { return in_place ? args.D : width; }
@@ -39,18 +40,36 @@ struct Shape {
 
 // ---- rows of a kernel place
 
-// Those of map[0, count) that read something: where in the tile, and which row. Returns how many, or -1 for a row that x lacks.
-inline int64_t rows_of(const int32_t* map, int64_t count, int64_t N, int32_t* at, int32_t* row) {
+// Those of map[0, count) that read something: at[] = first + i * unit for the i-th, and row[] which row of x. Returns how many, or -1
+// for a row that x lacks. Both lists need room for kRowSlack more.
+constexpr int64_t kRowSlack = 16;
+inline int64_t rows_of(const int32_t* map, int64_t count, int64_t N, int64_t first, int64_t unit, int32_t* at, int32_t* row) {
   int64_t found = 0;
+#if MASKOPS_ISA_LEVEL == 2
+  const __m512i none = _mm512_set1_epi32(-1), last = _mm512_set1_epi32(int32_t(min_of<int64_t>(N - 1, INT32_MAX)));
+  const __m512i numbers = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), step = _mm512_set1_epi32(int32_t(16 * unit));
+  __m512i places = _mm512_add_epi32(_mm512_mullo_epi32(numbers, _mm512_set1_epi32(int32_t(unit))), _mm512_set1_epi32(int32_t(first)));
+  __mmask16 bad = 0;
+  for (int64_t i = 0; i < count; i += 16, places = _mm512_add_epi32(places, step)) {
+    const __m512i n = _mm512_mask_loadu_epi32(none, VecF::first(min_of<int64_t>(16, count - i)), map + i);
+    const __mmask16 some = _mm512_cmpgt_epi32_mask(n, none);
+    bad |= _mm512_cmplt_epi32_mask(n, none) | _mm512_cmpgt_epi32_mask(n, last);
+    _mm512_storeu_si512(at + found, _mm512_maskz_compress_epi32(some, places));
+    _mm512_storeu_si512(row + found, _mm512_maskz_compress_epi32(some, n));
+    found += __builtin_popcount(some);
+  }
+  return bad == 0 ? found : -1;
+#else
   bool good = true;
   for (int64_t i = 0; i < count; ++i) {
     const int32_t n = map[i];
-    at[found] = int32_t(i);
+    at[found] = int32_t(first + i * unit);
     row[found] = n;
     found += n >= 0;
     good &= n >= -1 && n < N;
   }
   return good ? found : -1;
+#endif
 }
 
 // Rows of x, widened, side by side, each as wide as `stride`. The next ones are fetched: they lie anywhere.
@@ -79,9 +98,9 @@ struct TileBuffers {
     Pieces pieces(buffer);
     stride = round_up(args.C, Shape<T>::V::width);
     sums = pieces.take<A>(shape.tile * shape.width);
-    rows = pieces.take<A>(shape.tile * stride);
-    at = pieces.take<int32_t>(shape.tile + 1);
-    row = pieces.take<int32_t>(shape.tile + 1);
+    rows = pieces.take<A>(Shape<T>::kWhereTheyLie ? 0 : shape.tile * stride);
+    at = pieces.take<int32_t>(shape.tile + kRowSlack);
+    row = pieces.take<int32_t>(shape.tile + kRowSlack);
     if (bytes != nullptr) *bytes = pieces.bytes;
   }
 };
@@ -107,21 +126,44 @@ void end_tile(const ConvArgs& args, const Shape<T>& shape, int64_t first, int64_
   }
 }
 
-template <class V, class A>
-void add_products(const A* rows, int64_t stride, const A* weight, int64_t channels, const int32_t* at, int64_t count, A* sums, int64_t width) {
+template <class T, class A>
+void add_products(const ConvArgs& args, const A* weight, const int32_t* at, const int32_t* row, int64_t count, A* sums) {
+  using V = typename VecFor<T>::type;
   for (int64_t r = 0; r < count; ++r) {
-    A* sum = sums + at[r] * width;
+    const T* from = static_cast<const T*>(args.x) + row[r] * args.x_stride;
+    A* sum = sums + at[r];
     int64_t c = 0;
-    for (; c + V::width <= channels; c += V::width) {
-      fma(V::load(rows + r * stride + c), V::load(weight + c), V::load(sum + c)).store(sum + c);
+    for (; c + V::width <= args.D; c += V::width) fma(V::load(from + c), V::load(weight + c), V::load(sum + c)).store(sum + c);
+    const int64_t rest = args.D - c;
+    if (rest > 0) fma(V::load_n(from + c, rest), V::load_n(weight + c, rest), V::load(sum + c)).store(sum + c);
+  }
+}
+
+// Adds what the rows of one place give to the sums of a tile.
+template <class T>
+void add_place(const ConvArgs& args, const Shape<T>& shape, const TileBuffers<T>& own, int64_t k, int64_t found) {
+  using V = typename Shape<T>::V;
+  using A = typename V::scalar;
+  const A* weight = shape.weight(args, k);
+  if (shape.depthwise) return add_products<T>(args, weight, own.at, own.row, found, own.sums);
+  if constexpr (!Shape<T>::kWhereTheyLie) {
+    gather(static_cast<const T*>(args.x), args.x_stride, own.row, found, args.C, own.rows, own.stride);
+  }
+  for (int64_t g = 0; g < args.groups; ++g) {
+    const StridedB<A> by{weight + g * shape.padded, shape.weight_stride(args)};
+    const ScatteredC<A> to{own.sums + g * shape.padded, own.at};
+    if constexpr (Shape<T>::kWhereTheyLie) {
+      const PickedRowsA<A> rows{static_cast<const T*>(args.x) + g * shape.group_in, args.x_stride, own.row};
+      multiply_picked<V>(found, shape.padded, shape.group_in, rows, by, to);
+    } else {
+      const StridedA<A> rows{own.rows + g * shape.group_in, own.stride, 1};
+      multiply_picked<V>(found, shape.padded, shape.group_in, rows, by, to);
     }
-    if (c < channels) fma(V::load(rows + r * stride + c), V::load_n(weight + c, channels - c), V::load(sum + c)).store(sum + c);
   }
 }
 
 template <class T>
 bool forward_typed(const ConvArgs& args, int64_t begin, int64_t end, void* buffer) {
-  using V = typename Shape<T>::V;
   const Shape<T> shape(args);
   const TileBuffers<T> own(args, shape, buffer);
   bool good = true;
@@ -129,22 +171,9 @@ bool forward_typed(const ConvArgs& args, int64_t begin, int64_t end, void* buffe
     const int64_t first = tile * shape.tile, count = min_of(shape.tile, args.M - first);
     begin_tile<T>(args, shape, count, own.sums);
     for (int64_t k = 0; k < args.K; ++k) {
-      const int64_t found = rows_of(args.map + k * args.M + first, count, args.N, own.at, own.row);
-      if (found <= 0) {
-        good &= found == 0;
-        continue;
-      }
-      gather(static_cast<const T*>(args.x), args.x_stride, own.row, found, args.C, own.rows, own.stride);
-      const auto* weight = shape.weight(args, k);
-      if (shape.depthwise) {
-        add_products<V>(own.rows, own.stride, weight, args.D, own.at, found, own.sums, shape.width);
-        continue;
-      }
-      for (int64_t g = 0; g < args.groups; ++g) {
-        multiply_strided<V>(found, shape.padded, shape.group_in, {own.rows + g * shape.group_in, own.stride, 1},
-                            weight + g * shape.padded, shape.weight_stride(args),
-                            ScatteredC<typename V::scalar>{own.sums + g * shape.padded, shape.width, own.at});
-      }
+      const int64_t found = rows_of(args.map + k * args.M + first, count, args.N, 0, shape.width, own.at, own.row);
+      good &= found >= 0;
+      if (found > 0) add_place<T>(args, shape, own, k, found);
     }
     end_tile<T>(args, shape, first, count, own.sums);
   }
@@ -166,7 +195,7 @@ void pack_typed(const ConvArgs& args, int64_t k_begin, int64_t k_end) {
 
 // ---- gradient of the weight
 
-constexpr int64_t kPairs = 128;  // rows of x and of grad that are gathered at a time
+constexpr int64_t kPairs = 128;  // rows of x and of grad at a time
 
 template <class T>
 struct PairBuffers {
@@ -178,19 +207,50 @@ struct PairBuffers {
   PairBuffers(const ConvArgs& args, const Shape<T>& shape, void* buffer, int64_t* bytes = nullptr) {
     Pieces pieces(buffer);
     x_stride = round_up(args.C, Shape<T>::V::width);
-    x = pieces.take<A>(kPairs * x_stride);
-    grad = pieces.take<A>(kPairs * shape.width + Shape<T>::V::width);
-    at = pieces.take<int32_t>(kPairs + 1);
-    row = pieces.take<int32_t>(kPairs + 1);
+    const int64_t gathered = shape.depthwise || shape.in_place ? 0 : kPairs;
+    x = pieces.take<A>(gathered * x_stride);
+    grad = pieces.take<A>(gathered * shape.width);
+    at = pieces.take<int32_t>(kPairs + kRowSlack);
+    row = pieces.take<int32_t>(kPairs + kRowSlack);
     if (bytes != nullptr) *bytes = pieces.bytes;
   }
 };
 
+// sums += x * grad, channel by channel, over the pairs.
 template <class T>
-void gather_gradient(const ConvArgs& args, const Shape<T>& shape, const int32_t* at, int64_t count, typename Shape<T>::A* to) {
-  const int64_t parts = shape.depthwise ? 1 : args.groups, each = args.D / parts;
-  for (int64_t g = 0; g < parts; ++g) {
-    gather(static_cast<const T*>(args.grad) + g * each, args.grad_stride, at, count, each, to + g * shape.padded, shape.width);
+void add_pairs_depthwise(const ConvArgs& args, const PairBuffers<T>& own, int64_t found, typename Shape<T>::A* sums) {
+  using V = typename Shape<T>::V;
+  for (int64_t r = 0; r < found; ++r) {
+    const T* x = static_cast<const T*>(args.x) + own.row[r] * args.x_stride;
+    const T* grad = static_cast<const T*>(args.grad) + own.at[r] * args.grad_stride;
+    int64_t c = 0;
+    for (; c + V::width <= args.C; c += V::width) fma(V::load(x + c), V::load(grad + c), V::load(sums + c)).store(sums + c);
+    const int64_t rest = args.C - c;
+    if (rest > 0) fma(V::load_n(x + c, rest), V::load_n(grad + c, rest), V::load(sums + c)).store(sums + c);
+  }
+}
+
+// Rows where they lie, of whole vectors.
+template <class T>
+void add_pairs_in_place(const ConvArgs& args, const Shape<T>& shape, const PairBuffers<T>& own, int64_t found, typename Shape<T>::A* sums) {
+  using A = typename Shape<T>::A;
+  for (int64_t g = 0; g < args.groups; ++g) {
+    const PickedStepsA<A> x{static_cast<const A*>(args.x) + g * shape.group_in, args.x_stride, own.row};
+    const PickedB<A> grad{static_cast<const A*>(args.grad) + g * shape.group_out, args.grad_stride, own.at};
+    multiply_picked<typename Shape<T>::V>(shape.group_in, shape.padded, found, x, grad,
+                                          StridedC<A>{sums + g * shape.padded, shape.width, true});
+  }
+}
+
+template <class T>
+void add_pairs_gathered(const ConvArgs& args, const Shape<T>& shape, const PairBuffers<T>& own, int64_t found, typename Shape<T>::A* sums) {
+  using V = typename Shape<T>::V;
+  gather(static_cast<const T*>(args.x), args.x_stride, own.row, found, args.C, own.x, own.x_stride);
+  for (int64_t g = 0; g < args.groups; ++g) {
+    const T* grad = static_cast<const T*>(args.grad) + g * shape.group_out;
+    gather(grad, args.grad_stride, own.at, found, shape.group_out, own.grad + g * shape.padded, shape.width);
+    multiply_strided<V>(shape.group_in, shape.padded, found, {own.x + g * shape.group_in, 1, own.x_stride},
+                        own.grad + g * shape.padded, shape.width, {sums + g * shape.padded, shape.width, true});
   }
 }
 
@@ -198,29 +258,17 @@ void gather_gradient(const ConvArgs& args, const Shape<T>& shape, const int32_t*
 template <class T>
 bool sum_pairs(const ConvArgs& args, const Shape<T>& shape, int64_t k, int64_t first, int64_t last, const PairBuffers<T>& own,
                typename Shape<T>::A* sums) {
-  using V = typename Shape<T>::V;
   bool good = true;
   for (int64_t m = first; m < last; m += kPairs) {
-    const int64_t found = rows_of(args.map + k * args.M + m, min_of(kPairs, last - m), args.N, own.at, own.row);
+    const int64_t found = rows_of(args.map + k * args.M + m, min_of(kPairs, last - m), args.N, m, 1, own.at, own.row);
     if (found <= 0) {
       good &= found == 0;
       continue;
     }
-    for (int64_t r = 0; r < found; ++r) own.at[r] += int32_t(m);
-    gather(static_cast<const T*>(args.x), args.x_stride, own.row, found, args.C, own.x, own.x_stride);
-    gather_gradient(args, shape, own.at, found, own.grad);
-    if (shape.depthwise) {
-      for (int64_t r = 0; r < found; ++r) {
-        for (int64_t c = 0; c < args.C; c += V::width) {
-          fma(V::load(own.x + r * own.x_stride + c), V::load(own.grad + r * shape.width + c), V::load(sums + c)).store(sums + c);
-        }
-      }
-      continue;
-    }
-    for (int64_t g = 0; g < args.groups; ++g) {
-      multiply_strided<V>(shape.group_in, shape.padded, found, {own.x + g * shape.group_in, 1, own.x_stride},
-                          own.grad + g * shape.padded, shape.width, {sums + g * shape.padded, shape.width, true});
-    }
+    if (shape.depthwise) add_pairs_depthwise<T>(args, own, found, sums);
+    else if constexpr (!Shape<T>::kWhereTheyLie) add_pairs_gathered<T>(args, shape, own, found, sums);
+    else if (shape.in_place) add_pairs_in_place<T>(args, shape, own, found, sums);
+    else add_pairs_gathered<T>(args, shape, own, found, sums);
   }
   return good;
 }

@@ -24,6 +24,9 @@ ConvArgs args_of(const Tensor& x, const Tensor& map, int64_t columns, int64_t gr
   args.K = map.size(0), args.M = map.size(1);
   args.groups = groups;
   args.dtype = static_cast<int>(dtype_of(x));
+  // Groups of fewer channels would leave most of the tiles empty.
+  constexpr int64_t kLeast = 8;
+  args.amx = args.dtype == static_cast<int>(Dtype::kBFloat16) && use_amx() && args.C >= kLeast * groups && args.D >= kLeast * groups;
   return args;
 }
 

@@ -15,9 +15,10 @@ struct ConvArgs {
   void* out;           // [M, D]
   const void* grad;    // [M, D], rows grad_stride apart: for the gradient of the weight, whose partial sums go to `partial`
   void* packed;        // the weight as the kernels read it, where it must be packed
-  void* partial;       // [chunks, K, C / G, D as packed]
+  void* partial;       // [chunks, K, C / G, D], both as they are summed
   int64_t x_stride, grad_stride, N, M, K, C, D, groups;
   int dtype;
+  bool amx;            // multiplied in its tiles
 
   // Rows of the result that are summed at a time: fixed, as sums over the chunks of the weight's gradient depend on it.
   static constexpr int64_t kChunk = 8192, kMostChunks = 16;

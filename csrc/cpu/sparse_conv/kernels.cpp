@@ -1,11 +1,13 @@
 // The kernels of sparse_conv, compiled once per instruction set. A tile of the result stays in the cache while the places of the
 // kernel are gone through: the rows that a place reads are multiplied into the rows of the tile they belong to, so that a place costs
 // what it has rows, and no sum is shared between threads. Rows are read where they lie; those of half precision are gathered, as floats.
-#include "cpu/sparse_conv/conv.h"
+#include "cpu/sparse_conv/conv_amx.h"
 
 #include "common/gemm_strided.h"
 #include "common/pieces.h"
 #include "cpu/sparse_conv/types.h"
+
+#include <type_traits>
 
 namespace maskops {
 inline namespace MASKOPS_ISA_NS {
@@ -18,6 +20,7 @@ struct Shape {
   static constexpr bool kWhereTheyLie = sizeof(T) == sizeof(A);  // rows need no gathering
   int64_t group_in, group_out, padded;  // channels of a group; `padded`: group_out in whole vectors
   int64_t tile, width;                  // rows of a tile; sums of a row
+  int64_t pairs, sum_rows;              // at a time, and rows of sums, for the gradient of the weight
   bool depthwise, in_place;             // in_place: the weight needs no packing
 
   explicit Shape(const ConvArgs& args) {
@@ -26,7 +29,10 @@ struct Shape {
     padded = depthwise ? 1 : round_up(group_out, V::width);
     width = depthwise ? round_up(args.D, V::width) : padded * args.groups;
     in_place = kWhereTheyLie && (depthwise || padded == group_out);
-    tile = max_of<int64_t>(32, min_of<int64_t>(kTileMost, kTileBytes / (width * int64_t(sizeof(A)) + 1) / 32 * 32));
+    const int64_t most = args.amx ? 2 * kTileMost : kTileMost;
+    tile = max_of<int64_t>(32, min_of<int64_t>(most, kTileBytes / (width * int64_t(sizeof(A)) + 1) / 32 * 32));
+    pairs = args.amx ? 256 : 128;
+    sum_rows = args.amx ? round_up(group_in, 16) : group_in;
   }
   int64_t weight_stride(const ConvArgs& args) const { return in_place ? args.D : width; }
   const A* weight(const ConvArgs& args, int64_t k) const {
@@ -93,15 +99,14 @@ struct TileBuffers {
   A *sums, *rows;
   int32_t *at, *row;
   int64_t stride;  // of rows
+  AmxPlace amx;
 
-  TileBuffers(const ConvArgs& args, const Shape<T>& shape, void* buffer, int64_t* bytes = nullptr) {
-    Pieces pieces(buffer);
+  TileBuffers(const ConvArgs& args, const Shape<T>& shape, Pieces& pieces) : amx(args, shape.tile, pieces) {
     stride = round_up(args.C, Shape<T>::V::width);
     sums = pieces.take<A>(shape.tile * shape.width);
-    rows = pieces.take<A>(Shape<T>::kWhereTheyLie ? 0 : shape.tile * stride);
+    rows = pieces.take<A>(Shape<T>::kWhereTheyLie || args.amx ? 0 : shape.tile * stride);
     at = pieces.take<int32_t>(shape.tile + kRowSlack);
     row = pieces.take<int32_t>(shape.tile + kRowSlack);
-    if (bytes != nullptr) *bytes = pieces.bytes;
   }
 };
 
@@ -144,6 +149,9 @@ template <class T>
 void add_place(const ConvArgs& args, const Shape<T>& shape, const TileBuffers<T>& own, int64_t k, int64_t found) {
   using V = typename Shape<T>::V;
   using A = typename V::scalar;
+  if constexpr (std::is_same_v<T, bf16>) {
+    if (args.amx) return own.amx.add(k, own.at, own.row, found, own.sums);
+  }
   const A* weight = shape.weight(args, k);
   if (shape.depthwise) return add_products<T>(args, weight, own.at, own.row, found, own.sums);
   if constexpr (!Shape<T>::kWhereTheyLie) {
@@ -165,7 +173,8 @@ void add_place(const ConvArgs& args, const Shape<T>& shape, const TileBuffers<T>
 template <class T>
 bool forward_typed(const ConvArgs& args, int64_t begin, int64_t end, void* buffer) {
   const Shape<T> shape(args);
-  const TileBuffers<T> own(args, shape, buffer);
+  Pieces pieces(buffer);
+  const TileBuffers<T> own(args, shape, pieces);
   bool good = true;
   for (int64_t tile = begin; tile < end; ++tile) {
     const int64_t first = tile * shape.tile, count = min_of(shape.tile, args.M - first);
@@ -195,24 +204,21 @@ void pack_typed(const ConvArgs& args, int64_t k_begin, int64_t k_end) {
 
 // ---- gradient of the weight
 
-constexpr int64_t kPairs = 128;  // rows of x and of grad at a time
-
 template <class T>
 struct PairBuffers {
   using A = typename Shape<T>::A;
   A *x, *grad;
   int32_t *at, *row;
   int64_t x_stride;
+  AmxPairs amx;
 
-  PairBuffers(const ConvArgs& args, const Shape<T>& shape, void* buffer, int64_t* bytes = nullptr) {
-    Pieces pieces(buffer);
+  PairBuffers(const ConvArgs& args, const Shape<T>& shape, Pieces& pieces) : amx(args, shape.pairs, pieces) {
+    const int64_t gathered = shape.depthwise || shape.in_place || args.amx ? 0 : shape.pairs;
     x_stride = round_up(args.C, Shape<T>::V::width);
-    const int64_t gathered = shape.depthwise || shape.in_place ? 0 : kPairs;
     x = pieces.take<A>(gathered * x_stride);
     grad = pieces.take<A>(gathered * shape.width);
-    at = pieces.take<int32_t>(kPairs + kRowSlack);
-    row = pieces.take<int32_t>(kPairs + kRowSlack);
-    if (bytes != nullptr) *bytes = pieces.bytes;
+    at = pieces.take<int32_t>(shape.pairs + kRowSlack);
+    row = pieces.take<int32_t>(shape.pairs + kRowSlack);
   }
 };
 
@@ -242,6 +248,7 @@ void add_pairs_in_place(const ConvArgs& args, const Shape<T>& shape, const PairB
   }
 }
 
+// Rows that are widened, or filled up to whole vectors, first.
 template <class T>
 void add_pairs_gathered(const ConvArgs& args, const Shape<T>& shape, const PairBuffers<T>& own, int64_t found, typename Shape<T>::A* sums) {
   using V = typename Shape<T>::V;
@@ -254,21 +261,30 @@ void add_pairs_gathered(const ConvArgs& args, const Shape<T>& shape, const PairB
   }
 }
 
+template <class T>
+void add_pairs(const ConvArgs& args, const Shape<T>& shape, const PairBuffers<T>& own, int64_t found, typename Shape<T>::A* sums) {
+  if (shape.depthwise) return add_pairs_depthwise<T>(args, own, found, sums);
+  if constexpr (std::is_same_v<T, bf16>) {
+    if (args.amx) return own.amx.add(own.at, own.row, found, sums);
+  }
+  if constexpr (Shape<T>::kWhereTheyLie) {
+    if (shape.in_place) return add_pairs_in_place<T>(args, shape, own, found, sums);
+  }
+  add_pairs_gathered<T>(args, shape, own, found, sums);
+}
+
 // Sums over the pairs of one kernel place in rows [first, last) of the result.
 template <class T>
 bool sum_pairs(const ConvArgs& args, const Shape<T>& shape, int64_t k, int64_t first, int64_t last, const PairBuffers<T>& own,
                typename Shape<T>::A* sums) {
   bool good = true;
-  for (int64_t m = first; m < last; m += kPairs) {
-    const int64_t found = rows_of(args.map + k * args.M + m, min_of(kPairs, last - m), args.N, m, 1, own.at, own.row);
+  for (int64_t m = first; m < last; m += shape.pairs) {
+    const int64_t found = rows_of(args.map + k * args.M + m, min_of(shape.pairs, last - m), args.N, m, 1, own.at, own.row);
     if (found <= 0) {
       good &= found == 0;
       continue;
     }
-    if (shape.depthwise) add_pairs_depthwise<T>(args, own, found, sums);
-    else if constexpr (!Shape<T>::kWhereTheyLie) add_pairs_gathered<T>(args, shape, own, found, sums);
-    else if (shape.in_place) add_pairs_in_place<T>(args, shape, own, found, sums);
-    else add_pairs_gathered<T>(args, shape, own, found, sums);
+    add_pairs<T>(args, shape, own, found, sums);
   }
   return good;
 }
@@ -277,8 +293,9 @@ template <class T>
 bool weight_chunk_typed(const ConvArgs& args, int64_t begin, int64_t end, void* buffer) {
   using A = typename Shape<T>::A;
   const Shape<T> shape(args);
-  const PairBuffers<T> own(args, shape, buffer);
-  const int64_t chunks = args.chunks(), size = shape.group_in * shape.width;
+  Pieces pieces(buffer);
+  const PairBuffers<T> own(args, shape, pieces);
+  const int64_t chunks = args.chunks(), size = shape.sum_rows * shape.width;
   bool good = true;
   for (int64_t item = begin; item < end; ++item) {
     const int64_t chunk = item / args.K, k = item % args.K;
@@ -293,7 +310,7 @@ template <class T>
 void sum_chunks_typed(const ConvArgs& args, int64_t k_begin, int64_t k_end) {
   using V = typename Shape<T>::V;
   const Shape<T> shape(args);
-  const int64_t size = shape.group_in * shape.width, parts = shape.depthwise ? 1 : args.groups, each = args.D / parts;
+  const int64_t size = shape.sum_rows * shape.width, parts = shape.depthwise ? 1 : args.groups, each = args.D / parts;
   auto* partial = static_cast<typename V::scalar*>(args.partial);
   for (int64_t k = k_begin; k < k_end; ++k) {
     auto* sums = partial + k * size;
@@ -311,12 +328,15 @@ void sum_chunks_typed(const ConvArgs& args, int64_t k_begin, int64_t k_end) {
 // ---- by dtype
 
 int64_t packed_bytes(const ConvArgs& args) {
+  if (args.amx) return AmxConvShape(args).packed_bytes();
   return by_dtype(args.dtype, [&](auto of) {
     const Shape<decltype(of)> shape(args);
     return shape.in_place ? 0 : args.K * shape.group_in * shape.width * int64_t(sizeof(typename decltype(shape)::A));
   });
 }
 void pack(const ConvArgs& args, int64_t k_begin, int64_t k_end) {
+  for (int64_t k = k_begin; k < k_end && args.amx; ++k) AmxConvShape(args).pack(k);
+  if (args.amx) return;
   by_dtype(args.dtype, [&](auto of) { pack_typed<decltype(of)>(args, k_begin, k_end); });
 }
 int64_t tile_rows(const ConvArgs& args) {
@@ -325,24 +345,30 @@ int64_t tile_rows(const ConvArgs& args) {
 int64_t bytes(const ConvArgs& args) {
   return by_dtype(args.dtype, [&](auto of) {
     using T = decltype(of);
-    int64_t tile = 0, pairs = 0;
+    Pieces tile(nullptr), pairs(nullptr);
     const Shape<T> shape(args);
-    TileBuffers<T>(args, shape, nullptr, &tile);
-    PairBuffers<T>(args, shape, nullptr, &pairs);
-    return max_of(tile, pairs);
+    TileBuffers<T>(args, shape, tile);
+    PairBuffers<T>(args, shape, pairs);
+    return max_of(tile.bytes, pairs.bytes);
   });
 }
+template <class Run>
+bool in_scope(const ConvArgs& args, const Run& run) {
+  if (!args.amx) return run();
+  [[maybe_unused]] const typename AmxPlace::Scope scope;
+  return run();
+}
 bool forward(const ConvArgs& args, int64_t begin, int64_t end, void* buffer) {
-  return by_dtype(args.dtype, [&](auto of) { return forward_typed<decltype(of)>(args, begin, end, buffer); });
+  return in_scope(args, [&] { return by_dtype(args.dtype, [&](auto of) { return forward_typed<decltype(of)>(args, begin, end, buffer); }); });
 }
 int64_t partial_bytes(const ConvArgs& args) {
   return by_dtype(args.dtype, [&](auto of) {
     const Shape<decltype(of)> shape(args);
-    return args.chunks() * args.K * shape.group_in * shape.width * int64_t(sizeof(typename decltype(shape)::A));
+    return args.chunks() * args.K * shape.sum_rows * shape.width * int64_t(sizeof(typename decltype(shape)::A));
   });
 }
 bool weight_chunk(const ConvArgs& args, int64_t begin, int64_t end, void* buffer) {
-  return by_dtype(args.dtype, [&](auto of) { return weight_chunk_typed<decltype(of)>(args, begin, end, buffer); });
+  return in_scope(args, [&] { return by_dtype(args.dtype, [&](auto of) { return weight_chunk_typed<decltype(of)>(args, begin, end, buffer); }); });
 }
 void sum_chunks(const ConvArgs& args, int64_t k_begin, int64_t k_end) {
   by_dtype(args.dtype, [&](auto of) { sum_chunks_typed<decltype(of)>(args, k_begin, k_end); });

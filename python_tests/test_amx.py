@@ -165,6 +165,30 @@ def test_block_masked_conv(channels: int, outputs: int, kernel: int, stride: int
 
 
 @pytest.mark.parametrize(
+    ("channels", "outputs", "groups"), [(8, 8, 1), (40, 24, 1), (64, 96, 1), (33, 50, 1), (48, 72, 3), (64, 64, 8)]
+)
+@pytest.mark.parametrize("places", [1, 30, 700])
+def test_sparse_conv(channels: int, outputs: int, groups: int, places: int) -> None:
+    """A place that holds NaN reaches its neighbours only, whatever tile register they share with others."""
+    cells = torch.randperm(12**3, generator=torch.Generator().manual_seed(0))[:places]
+    coords = torch.stack([cells // 1728, cells // 144, cells // 12 % 12, cells % 12], 1).int()
+    found = maskops.kernel_map(coords, 3)
+    x, weight = rand(places, channels).requires_grad_(), rand(27, channels // groups, outputs, seed=1).requires_grad_()
+    bias, grad = rand(outputs, seed=2), rand(places, outputs, seed=3)
+    y = maskops.sparse_conv(x, weight, found, bias, groups=groups)
+    y.backward(grad)
+    expected = [t.detach().double().requires_grad_() for t in (x, weight)]
+    exact = maskops.sparse_conv(*expected, found, bias.double(), groups=groups, backend="reference")
+    exact.backward(grad.double())
+    for actual, want in ((y.detach(), exact.detach()), (x.grad, expected[0].grad), (weight.grad, expected[1].grad)):
+        assert_near(actual, want)
+    broken = x.detach().clone()
+    broken[places // 2] = torch.nan
+    reached = maskops.sparse_conv(broken, weight.detach(), found, bias, groups=groups).isnan().any(1)
+    assert torch.equal(reached, (found.map == places // 2).any(0))
+
+
+@pytest.mark.parametrize(
     ("rows", "inputs", "outputs"), [(1, 8, 1), (17, 40, 33), (33, 352, 336), (70, 1, 15), (200, 515, 64)]
 )
 @pytest.mark.parametrize("samples", [1, 3])

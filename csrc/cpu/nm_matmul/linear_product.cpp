@@ -296,7 +296,7 @@ struct Chunk {
   inline Ahead ahead_of(int64_t b, const char* x, const T* out, int64_t rows) const {
     if (b + 1 < shape.blocks) {
       const int64_t columns = min_of(shape.depth, shape.sums_over - (b + 1) * shape.depth);
-      const int64_t all = columns * panels.row_bytes / 64, lines = parts_of(all, pairs);
+      const int64_t all = parts_of(columns * panels.row_bytes, 64), lines = parts_of(all, pairs);
       return {x + (b + 1) * shape.depth * panels.row_bytes, lines * 64, lines, all / lines};
     }
     const int64_t width = min_of(shape.rows, tiles.end * shape.unit) - tiles.begin * shape.unit;

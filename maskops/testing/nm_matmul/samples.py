@@ -135,7 +135,7 @@ LINEARS = {
     "2:4": (5, 8, 40, 2, 4), "one_row": (1, 24, 64, 2, 4), "1:4": (17, 9, 30, 1, 4), "2:8": (33, 7, 48, 2, 8),
     "4:8": (4, 18, 50, 4, 8), "3:5": (3, 11, 43, 3, 5), "1:2": (2, 5, 9, 1, 2), "7:32": (6, 4, 71, 7, 32),
     "one_row_tail": (1, 5, 75, 3, 5), "large": (70, 96, 160, 2, 4), "large_4:8": (37, 65, 131, 4, 8), "no_rows": (0, 4, 8, 2, 4),
-    "no_outputs": (3, 0, 8, 2, 4), "no_inputs": (3, 4, 0, 2, 4),
+    "no_outputs": (3, 0, 8, 2, 4), "no_inputs": (3, 4, 0, 2, 4), "last_alone": (7, 65, 65, 2, 4),
 }  # fmt: skip
 
 
@@ -178,7 +178,7 @@ LINEAR_SAMPLES = [
     Sample(LINEAR, "hidden_nan_one_row", _linear_hidden_nan(1)),
     *(
         Sample(LINEAR_BACKWARD, name, _linear_backward(_linear(*LINEARS[name])))
-        for name in ("2:4", "3:5", "7:32", "no_rows")
+        for name in ("2:4", "3:5", "7:32", "no_rows", "last_alone")
     ),
     Sample(LINEAR_BACKWARD, "only_x", _linear_backward(_linear(4, 5, 24, 2, 4), need_values=False)),
     Sample(LINEAR_BACKWARD, "only_values", _linear_backward(_linear(4, 5, 24, 2, 4), need_x=False)),

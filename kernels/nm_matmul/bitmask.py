@@ -185,6 +185,8 @@ def masked_grad_weight(grad, x, weight, bits, grad_weight, grad_scores, per_samp
     (S, M, N), K = grad.shape, weight.shape[1]
     largest, depth = (0, 64) if bits is None else (1, 32)
     (block_n, block_k, block_m), options = gemm_tile(x.dtype, N, K, largest=largest, shortest=-1, depth=depth)
+    if bits is not None:
+        options["num_stages"] = min(2, options["num_stages"])  # a third spills 8 bytes on Ampere
     bits, row_bytes, s_bits = _bits_facts(bits)
     launch(
         _masked_grad_weight_kernel, cdiv(N, block_n) * cdiv(K, block_k), grad, x, weight, bits, grad_weight, grad_scores,

@@ -100,7 +100,10 @@ def nm_matmul_linear(x, values, indices, bias, n, m):
     x = rows_of(x)
     (M, K), N, groups = x.shape, values.shape[0], cdiv(x.shape[1], m)
     (block_n, block_m, depth), options = gemm_tile(x.dtype, N, M, depth=32)
-    padded, block_g = groups_per_tile(depth, m)
+    # The weight is made dense in registers, beside the sums: where both are large, some bytes spilled on Hopper and Blackwell.
+    padded, block_g = groups_per_tile(16 if block_n == 128 else depth, m)
+    if padded > depth or x.dtype == torch.float64:
+        block_m = max(16, block_m // 2)
     tiles = cdiv(N, block_n) * cdiv(M, block_m)
     # Only with few rows: partial results would cost more than they bring.
     splits, per_split = _splits(groups, tiles if M <= 64 else ENOUGH_PROGRAMS, least=max(1, 512 // m))

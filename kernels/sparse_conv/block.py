@@ -270,7 +270,7 @@ def _convolve(x, weight, bias, cells, sizes, kernel, stride, padding, groups, re
     launch(
         _block_conv_kernel, cdiv(total, block_m) * groups * cdiv(D, block_d), x, weight, bias, cells, order, count, out, *common, C,
         D, groups, REVERSED=reverse, **_precision(x), BLOCK_M=block_m, BLOCK_C=block_c, BLOCK_D=block_d, num_warps=4,
-        num_stages=1 if big else 3,
+        **({"num_stages": 1, "maxnreg": 255} if big else {"num_stages": 3}),  # left alone, ptxas takes 64 registers and spills
     )  # fmt: skip
     return out
 

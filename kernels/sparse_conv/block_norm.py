@@ -261,7 +261,8 @@ def _sparse_conv_block_norm_backward(grad, x, mean, of_grad, of_x, constant, cel
 
 def _whole_rows(x):
     block = max(16, triton.next_power_of_2(x.shape[3]))
-    return {"ACC": accumulator(x)[1], "BLOCK_M": max(1, min(16, 2048 // block)), "BLOCK_C": block, "num_warps": 4}
+    rows = max(1, min(8 if x.dtype == torch.float64 else 16, 2048 // block))
+    return {"ACC": accumulator(x)[1], "BLOCK_M": rows, "BLOCK_C": block, "num_warps": 4}
 
 
 def sparse_conv_block_layer_norm(x, weight, bias, cells, eps):

@@ -85,12 +85,17 @@ def _nm_arguments():
     }
 
 
+def _is_emulated(op):
+    """Whether the op has CUDA C++ that the emulator runs."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"maskops_emulated::{op}", "CPU")
+
+
 def _largest_samples(samples, models):
     """op -> arguments, of the ops with CUDA C++ and a bytes model: the float32 sample that has to move most."""
     found = {}
     for sample in samples:
         op = sample.op
-        if op not in models or not torch._C._dispatch_has_kernel_for_dispatch_key(f"maskops_emulated::{op}", "CPU"):
+        if op not in models or not _is_emulated(op):
             continue
         args = sample.arguments()
         if op not in found or models[op](*args) > models[op](*found[op]):
@@ -119,10 +124,9 @@ def measure(families):
             row["least"] = models[op](*args)
         else:
             row["note"] = "no bytes model"
-        emulated = torch._C._dispatch_has_kernel_for_dispatch_key(f"maskops_emulated::{op}", "CPU")
         if reason:
             row["note"] = reason
-        elif emulated:
+        elif _is_emulated(op):
             row["counted"] = _counted(emulator, op, args)
         else:
             row["note"] = "no CUDA C++ kernel: Triton serves GPUs"

@@ -40,53 +40,16 @@ struct StridedA {
   inline void fetch(int64_t, int64_t, int64_t) const {}
 };
 
-// Row i is row numbers[i] of a matrix, its steps next to each other.
+// Rows of a matrix by their numbers: as B, and as what an A is made of.
 template <class S>
-struct PickedRowsA {
+struct PickedB {
   const S* at;
   int64_t stride;
   const int32_t* numbers;
 
-  template <int R>
-  struct Walk {
-    const S* rows[R];
-    int64_t now = 0;
-
-    explicit Walk(const PickedRowsA& a) {
-#pragma GCC unroll 12
-      for (int r = 0; r < R; ++r) rows[r] = in_register(a.at + a.numbers[r] * a.stride);  // one by one: as vectors it takes long
-    }
-    inline void go_to(int64_t s) { now = s; }
-    inline S operator[](int r) const { return rows[r][now]; }
-  };
-  inline PickedRowsA tile(int64_t i) const { return {at, stride, numbers + i}; }
-  // Rows [begin, end), on their way to the L1 cache.
-  inline void fetch(int64_t begin, int64_t end, int64_t steps) const {
-    for (int64_t i = begin; i < end; ++i) {
-      const S* row = at + numbers[i] * stride;
-      for (int64_t s = 0; s < steps; s += 64 / int64_t(sizeof(S))) __builtin_prefetch(row + s);
-    }
-  }
-};
-
-// Step s is row numbers[s] of a matrix, the rows of A next to each other.
-template <class S>
-struct PickedStepsA {
-  const S* at;
-  int64_t stride;
-  const int32_t* numbers;
-
-  template <int R>
-  struct Walk {
-    const PickedStepsA a;
-    const S* now = nullptr;
-
-    explicit Walk(const PickedStepsA& all) : a(all) {}
-    inline void go_to(int64_t s) { now = a.at + a.numbers[s] * a.stride; }
-    inline S operator[](int r) const { return now[r]; }
-  };
-  inline PickedStepsA tile(int64_t i) const { return {at + i, stride, numbers}; }
-  inline void fetch(int64_t, int64_t, int64_t) const {}
+  inline const S* row(int64_t i) const { return at + numbers[i] * stride; }
+  inline PickedB rows(int64_t i) const { return {at, stride, numbers + i}; }
+  inline PickedB columns(int64_t j) const { return {at + j, stride, numbers}; }
 };
 
 template <class S>
@@ -98,15 +61,48 @@ struct StridedB {
   inline StridedB columns(int64_t j) const { return {at + j, stride}; }
 };
 
-// Row s is row numbers[s] of a matrix.
+// Rows as they are picked, their steps next to each other.
 template <class S>
-struct PickedB {
-  const S* at;
-  int64_t stride;
-  const int32_t* numbers;
+struct PickedRowsA {
+  PickedB<S> from;
 
-  inline const S* row(int64_t s) const { return at + numbers[s] * stride; }
-  inline PickedB columns(int64_t j) const { return {at + j, stride, numbers}; }
+  template <int R>
+  struct Walk {
+    const S* rows[R];
+    int64_t now = 0;
+
+    explicit Walk(const PickedRowsA& a) {
+#pragma GCC unroll 12
+      for (int r = 0; r < R; ++r) rows[r] = in_register(a.from.row(r));  // one by one: as vectors it takes long
+    }
+    inline void go_to(int64_t s) { now = s; }
+    inline S operator[](int r) const { return rows[r][now]; }
+  };
+  inline PickedRowsA tile(int64_t i) const { return {from.rows(i)}; }
+  // Rows [begin, end), on their way to the L1 cache.
+  inline void fetch(int64_t begin, int64_t end, int64_t steps) const {
+    for (int64_t i = begin; i < end; ++i) {
+      for (int64_t s = 0; s < steps; s += 64 / int64_t(sizeof(S))) __builtin_prefetch(from.row(i) + s);
+    }
+  }
+};
+
+// The transpose: a step is a picked row, the rows of A are its columns.
+template <class S>
+struct PickedStepsA {
+  PickedB<S> from;
+
+  template <int R>
+  struct Walk {
+    const PickedB<S> from;
+    const S* now = nullptr;
+
+    explicit Walk(const PickedStepsA& a) : from(a.from) {}
+    inline void go_to(int64_t s) { now = from.row(s); }
+    inline S operator[](int r) const { return now[r]; }
+  };
+  inline PickedStepsA tile(int64_t i) const { return {from.columns(i)}; }
+  inline void fetch(int64_t, int64_t, int64_t) const {}
 };
 
 template <class S>

@@ -163,7 +163,7 @@ void add_place(const ConvArgs& args, const Shape<T>& shape, const TileBuffers<T>
     const StridedB<A> by{weight + g * shape.padded, shape.weight_stride(args)};
     const ScatteredC<A> to{own.sums + g * shape.padded, own.at};
     if constexpr (Shape<T>::kWhereTheyLie) {
-      const PickedRowsA<A> rows{static_cast<const T*>(args.x) + g * shape.group_in, args.x_stride, own.row};
+      const PickedRowsA<A> rows{{static_cast<const T*>(args.x) + g * shape.group_in, args.x_stride, own.row}};
       multiply_picked<V>(found, shape.padded, shape.group_in, rows, by, to);
     } else {
       const StridedA<A> rows{own.rows + g * shape.group_in, own.stride, 1};
@@ -243,7 +243,7 @@ template <class T>
 void add_pairs_in_place(const ConvArgs& args, const Shape<T>& shape, const PairBuffers<T>& own, int64_t found, typename Shape<T>::A* sums) {
   using A = typename Shape<T>::A;
   for (int64_t g = 0; g < args.groups; ++g) {
-    const PickedStepsA<A> x{static_cast<const A*>(args.x) + g * shape.group_in, args.x_stride, own.row};
+    const PickedStepsA<A> x{{static_cast<const A*>(args.x) + g * shape.group_in, args.x_stride, own.row}};
     const PickedB<A> grad{static_cast<const A*>(args.grad) + g * shape.group_out, args.grad_stride, own.at};
     multiply_picked<typename Shape<T>::V>(shape.group_in, shape.padded, found, x, grad,
                                           StridedC<A>{sums + g * shape.padded, shape.width, true});
@@ -337,8 +337,10 @@ int64_t packed_bytes(const ConvArgs& args) {
   });
 }
 void pack(const ConvArgs& args, int64_t k_begin, int64_t k_end) {
-  for (int64_t k = k_begin; k < k_end && args.amx; ++k) AmxConvShape(args).pack(k);
-  if (args.amx) return;
+  if (args.amx) {
+    for (int64_t k = k_begin; k < k_end; ++k) AmxConvShape(args).pack(k);
+    return;
+  }
   by_dtype(args.dtype, [&](auto of) { pack_typed<decltype(of)>(args, k_begin, k_end); });
 }
 int64_t tile_rows(const ConvArgs& args) {

@@ -101,9 +101,12 @@ def in_float_grad(make_inputs: Any) -> Any:
 
 # ---------------------------------------------------------------- gates and memory
 
-ABSENT = {
-    "cut-cross-entropy (torch_compile)": "not installed: its torch_compile path compiles F.linear and F.cross_entropy"
-}
+CUT = "cut-cross-entropy (torch_compile)"
+try:
+    from cut_cross_entropy import linear_cross_entropy as cut_cross_entropy
+except ImportError:
+    cut_cross_entropy = None
+ABSENT = {} if cut_cross_entropy else {CUT: "not installed (pip install cut-cross-entropy)"}
 
 
 def leaves_of(inputs: Inputs, grads: tuple[str, ...]) -> Inputs:
@@ -171,6 +174,12 @@ def torch_chunked(hidden: Tensor, weight: Tensor, bias: Tensor, target: Tensor, 
     return F.linear_cross_entropy(hidden[mask], weight, target[mask], linear_bias=bias, options=options).float()
 
 
+def cut_compiled(hidden: Tensor, weight: Tensor, bias: Tensor, target: Tensor, mask: Tensor, **_: Any) -> Tensor:
+    """It skips ignored targets itself, and takes no bias: 0 here."""
+    target = torch.where(mask, target, -100)
+    return cut_cross_entropy(hidden, weight, target, impl="torch_compile").float() + 0 * bias.sum()
+
+
 def make_linear(rows: int, width: int, classes: int, share: float, dtype: torch.dtype) -> Any:
     def inputs(device: torch.device, seed: int) -> Inputs:
         g = torch.Generator().manual_seed(seed)
@@ -207,7 +216,7 @@ def text_cases() -> list[Case]:
     grads, out = ("hidden", "weight", "bias"), []
     rivals = {
         "gather first": gathered_logits, "F.linear_cross_entropy": torch_fused, "F.linear_cross_entropy, chunked": torch_chunked,
-    }  # fmt: skip
+    } | ({CUT: cut_compiled} if cut_cross_entropy else {})  # fmt: skip
     sizes = [
         ("15% of (32, 128), V 30522", 4096, 768, 30522, 0.15, torch.float32, {"logits of all": all_logits}, True),
         ("15% of (32, 128), V 30522", 4096, 768, 30522, 0.15, torch.bfloat16, {"logits of all": all_logits}, False),

@@ -1,12 +1,16 @@
-"""MEAP: the mask is exact and the future never leaks; on pydoc text, equal steps (the Works check, in part).
+"""MEAP: the mask is exact, the future never leaks, and what a text says is looked up (the Works check).
 
-    claim, mean of 2 seeds                          measured (each), one thread   broken, seed 0
-    NLL of new text with 15 % masked < 0.96 NTP's   0.925 (0.959, 0.891)          1.00: nothing masked in training
-    NLL of new text as it is < 1.03 NTP's           1.015 (1.012, 1.017)          1.21: mask_ratio 0.9
+Words of pydoc between a fact, "key K has value V .", and the same fact again. A key has the same value in 49 of 50 texts, so that
+training can learn the values by heart; new texts give the keys other values, which only looking back tells.
 
-Seed 2 had 0.925 and 1.024.
-Next-token prediction (NTP) never trains the mask's embedding, so the first claim shows that masking works, not that it helps.
-The check asks for better retrieval of planted facts ("key K has value V") as well: not shown, and not tested here.
+    claim, each of 3 seeds, equal steps                    measured (each), one thread
+    share of new facts retrieved > that of next-token      0.80, 0.90, 0.62 against 0.11, 0.08, 0.10
+      prediction (NTP) + 0.25; the means > 0.5 and < 0.3
+    NLL of new words of pydoc < 1.03 of NTP's, mean        1.013 (1.008, 1.016, 1.015)
+
+Broken on purpose: the mask's token keeps the word's embedding beside its own (nothing is hidden), TODO.
+With other values in a fifth of the texts and two facts to a text, both learn to look back, and NTP sooner (0.94 and 0.78 after 1500
+steps): masks help where memory would do.
 """
 
 import re
@@ -21,44 +25,59 @@ from torch import Tensor
 from maskops.models.meap import MEAP, MEAPConfig
 from maskops.testing.works import train
 
-SEEDS = (0, 1)
-CONTEXT, WORDS, STEPS, RATIO = 32, 510, 300, 0.15
+SEEDS = (0, 1, 2)
+WORDS, KEYS, RATIO = 126, 16, 0.15
+KEY, HAS, VALUE, DOT = range(WORDS + 1, WORDS + 5)  # after the words and one id for every rarer word
+FIRST_KEY = WORDS + 5
+FIRST_VALUE = FIRST_KEY + KEYS
+BETWEEN, STEPS, USUAL = 12, 900, 0.99
+CONTEXT = 6 + BETWEEN + 6 - 1
 
 
 def sizes(ratio: float) -> MEAPConfig:
-    """Words, then one id for every rarer word, then the mask."""
-    return MEAPConfig(WORDS + 2, CONTEXT, dim=64, depth=2, heads=4, mask_ratio=ratio)
+    """The mask is the last id."""
+    return MEAPConfig(FIRST_VALUE + KEYS + 1, CONTEXT, dim=64, depth=2, heads=4, mask_ratio=ratio)
 
 
-def texts() -> tuple[Tensor, Tensor]:
-    """The first nine tenths of the topics, a list of words, and rows of the last.  int64 [S] and [B, T + 1]."""
+def words() -> tuple[Tensor, Tensor]:
+    """The first nine tenths of the topics and the last, int64."""
     found = re.findall(r"\w+|[^\w\s]", " ".join(topics[name] for name in sorted(topics)))
     ids = {word: i for i, (word, _) in enumerate(Counter(found).most_common(WORDS))}
-    words = torch.tensor([ids.get(word, WORDS) for word in found])
-    cut = len(words) * 9 // 10
-    return words[:cut], words[cut:].unfold(0, CONTEXT + 1, CONTEXT)
+    return torch.tensor([ids.get(word, WORDS) for word in found]).tensor_split([len(found) * 9 // 10])
+
+
+def texts(source: Tensor, count: int, usual: float, generator: torch.Generator) -> Tensor:
+    """A fact, words of the source, and the fact again; usual: the share of texts where a key has its usual value.  [count, T + 1]"""
+    key, other = (torch.randint(KEYS, (count,), generator=generator) for _ in range(2))
+    value = torch.where(torch.rand(count, generator=generator) < usual, (5 * key + 3) % KEYS, other)
+    word = [torch.full((count,), id) for id in (KEY, HAS, VALUE, DOT)]
+    fact = torch.stack([word[0], FIRST_KEY + key, *word[1:3], FIRST_VALUE + value, word[3]], 1)
+    at = torch.randint(len(source) - BETWEEN, (count, 1), generator=generator)
+    return torch.cat([fact, source[at + torch.arange(BETWEEN)], fact], 1)
 
 
 def pretrain(ratio: float, seed: int) -> MEAP:
     torch.manual_seed(seed)
-    model, (words, _) = MEAP(sizes(ratio)), texts()
-    rows = words.unfold(0, CONTEXT + 1, 1)
-    train(model.parameters(), lambda step: model.loss(rows[torch.randint(len(rows), (32,))], seed=step), STEPS, 4e-3)
+    model, (seen, _), generator = MEAP(sizes(ratio)), words(), torch.Generator().manual_seed(seed)
+    train(model.parameters(), lambda step: model.loss(texts(seen, 32, USUAL, generator), seed=step), STEPS, 4e-3)
     return model.requires_grad_(False)
 
 
-def held_out_losses(model: MEAP) -> tuple[float, float]:
-    """NLL of new text, and of the same with masked inputs: the same masks for every model."""
-    _, new = texts()
-    masked = MEAP(sizes(RATIO)).mask_input(new[:, :-1], seed=99)
-    plain, hidden = (F.cross_entropy(model(x).mT, new[:, 1:]).item() for x in (new[:, :-1], masked))
-    return plain, hidden
+def scores(model: MEAP) -> tuple[float, float]:
+    """On new words, values drawn anew: the share of values named right when the fact returns, and the NLL of the words."""
+    new = texts(words()[1], 1024, 0.0, torch.Generator().manual_seed(99))
+    logits, targets = model(new[:, :-1]), new[:, 1:]
+    named = logits[:, -2].argmax(1) == targets[:, -2]
+    between = slice(6, 6 + BETWEEN - 1)
+    return named.double().mean().item(), F.cross_entropy(logits[:, between].mT, targets[:, between]).item()
 
 
-def test_masked_text_is_read_better_and_plain_text_as_well() -> None:
-    losses = torch.tensor([[held_out_losses(pretrain(ratio, seed)) for ratio in (RATIO, 0.0)] for seed in SEEDS])
-    plain, masked = (losses[:, 0] / losses[:, 1]).mT
-    assert masked.mean() < 0.96 and plain.mean() < 1.03, f"of NTP's: plain {plain.tolist()}, masked {masked.tolist()}"
+def test_facts_are_retrieved_where_next_token_prediction_recalls_them() -> None:
+    found = torch.tensor([[scores(pretrain(ratio, seed)) for ratio in (RATIO, 0.0)] for seed in SEEDS])
+    named, nll = found[..., 0], found[:, 0, 1] / found[:, 1, 1]
+    print(f"named right {named.tolist()}, NLL of NTP's {nll.tolist()}")
+    assert (named[:, 0] > named[:, 1] + 0.25).all() and named[:, 0].mean() > 0.5 > 0.3 > named[:, 1].mean(), named.tolist()
+    assert nll.mean() < 1.03, nll.tolist()
 
 
 # ---------------------------------------------------------------- exact
@@ -122,7 +141,7 @@ def test_fine_tuning_counts_the_answer_and_its_masked_tokens() -> None:
 
 def test_errors() -> None:
     model, text = sample()
-    with pytest.raises(ValueError, match="tokens must have at most 32 a row, got 33"):
+    with pytest.raises(ValueError, match="tokens must have at most 23 a row, got 24"):
         model(text)
     with pytest.raises(ValueError, match="mask_ratio must be in"):
         MEAPConfig(vocabulary=8, mask_ratio=1.0)

@@ -34,6 +34,17 @@ class System(str, Enum):
     electra = "electra"
     dupmae = "dupmae"
     ernie_gram = "ernie_gram"
+    multimae = "multimae"
+    openbeats = "openbeats"
+
+
+# What the systems of maskops.train train on: the option that gives it, and others that belong to it.
+_OPTIONS = {
+    "images": ("--images", "--image-size", "--patch-size"),
+    "scenes": ("--images", "--image-size", "--patch-size", "--classes"),
+    "text": ("--text", "--context"),
+    "sounds": ("--sounds", "--seconds"),
+}
 
 
 class Data(str, Enum):
@@ -71,15 +82,19 @@ def pretrain(
     out: Annotated[Path, typer.Option(help="Where losses.jsonl, checkpoints/ and model/ go.")],
     images: Annotated[
         Path | None,
-        typer.Option(help="Folder of images, searched with its subfolders; for systems of images, not maskgit."),
+        typer.Option(
+            help="Folder of images, searched with its subfolders; for systems of images, not maskgit. "
+            "For multimae the folders rgb, depth and semseg, with files of the same names."
+        ),
     ] = None,
     text: Annotated[
         Path | None, typer.Option(help="Text file, or folder of text files; for cm3, electra, dupmae, ernie_gram.")
     ] = None,
+    sounds: Annotated[Path | None, typer.Option(help="Folder of recordings (wav, flac, ...); for openbeats.")] = None,
     system: Annotated[System, typer.Option(help="What to train.")] = System.mae,
     data: Annotated[Data, typer.Option(help="maskgit: images that scikit-learn or scikit-image ships.")] = Data.digits,
-    epochs: Annotated[float, typer.Option(min=0.0, help="Passes over the images or the text.")] = 100,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images or texts per step and process.")] = 64,
+    epochs: Annotated[float, typer.Option(min=0.0, help="Passes over the samples.")] = 100,
+    batch_size: Annotated[int, typer.Option(min=1, help="Samples per step and process.")] = 64,
     mask_ratio: Annotated[
         float | None, typer.Option(help="Share that is masked, above 0 and below 1. Default: as published.")
     ] = None,
@@ -87,10 +102,13 @@ def pretrain(
         str,
         typer.Option(help="Size of the model: tiny, small, base, large; for spark also resnet50, convnext_base, ..."),
     ] = "base",
-    image_size: Annotated[int, typer.Option(min=1, help="Height and width of the crops.")] = 224,
+    image_size: Annotated[int | None, typer.Option(min=1, help="Height and width of the crops. Default: 224.")] = None,
     context: Annotated[
-        int, typer.Option(min=4, help="Tokens of a text: bytes, and the special tokens of dupmae and cm3.")
-    ] = 128,
+        int | None,
+        typer.Option(min=4, help="Tokens of a text: bytes, and the special tokens of dupmae and cm3. Default: 128."),
+    ] = None,
+    seconds: Annotated[float | None, typer.Option(min=0.2, help="Of a clip of sound. Default: 10.")] = None,
+    classes: Annotated[int | None, typer.Option(min=1, help="multimae: of semseg. Default: the 133 of COCO.")] = None,
     patch_size: Annotated[
         int | None,
         typer.Option(min=1, help="Height and width of a patch. Default: 16; of spark the stride of the CNN, 32."),
@@ -100,7 +118,7 @@ def pretrain(
         float | None,
         typer.Option(
             min=0.0,
-            help="For 256 samples a step, scaled with the batch; 1.5e-4 on images, 1e-3 on text. maskgit: of a step, by size.",
+            help="For 256 samples a step, scaled with the batch; 1e-3 on text, else 1.5e-4. maskgit: of a step, by size.",
         ),
     ] = None,
     warmup_epochs: Annotated[float | None, typer.Option(min=0.0, help="Default: 5% of the epochs.")] = None,
@@ -110,37 +128,48 @@ def pretrain(
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in --out.")] = False,
     save_every: Annotated[int | None, typer.Option(min=1, help="Steps between checkpoints.")] = None,
 ) -> None:
-    """Pre-train a model on images or text. On several processes or machines: `accelerate launch -m maskops pretrain ...`.
+    """Pre-train a model on images, text or sounds. On several processes or machines: `accelerate launch -m maskops pretrain ...`.
     maskgit trains in one process on --data and takes --size, --epochs, --batch-size, --lr, --seed, --resume and --save-every.
     """
     if system is System.maskgit:
-        refused = images is not None or text is not None or bf16
+        refused = any(source is not None for source in (images, text, sounds)) or bf16
         return _pretrain_maskgit(
             refused, out, data.value, size, epochs, batch_size, lr, seed, resume, save_every or 500
         )
     _need("accelerate", "safetensors", "PIL", "rich")
-    from maskops.pretrained import model_class, takes_text
+    from maskops.pretrained import samples_of
 
-    on_text = takes_text(model_class(system.value).Config)
-    refused = images or patch_size or image_size != 224 if on_text else text or context != 128
-    if refused:
-        other = "--images, --image-size and --patch-size" if on_text else "--text and --context"
-        _fail(f"--system {system.value} trains on {'--text' if on_text else '--images'}: leave out {other}", 2)
-    changes = {"image_size": image_size, "patch_size": patch_size, "norm_pix": norm_pix}
-    changes = {"mask_ratio": mask_ratio, **({"context": context} if on_text else changes)}
-    default_lr = 1e-3 if on_text else 1.5e-4
+    given = {
+        "--images": images, "--image-size": image_size, "--patch-size": patch_size, "--classes": classes, "--text": text,
+        "--context": context, "--sounds": sounds, "--seconds": seconds,
+    }  # fmt: skip
+    given = {name: value for name, value in given.items() if value is not None}
+    samples = samples_of(system.value)
+    source, *own = _OPTIONS[samples]
+    other = [name for name in given if name not in (source, *own)]
+    if other:
+        _fail(f"--system {system.value} trains on {source}: leave out {', '.join(other)}", 2)
+    changes = {name[2:].replace("-", "_"): given[name] for name in own if name in given}
+    if "seconds" in changes:
+        changes["frames"] = round(100 * changes.pop("seconds"))
+    if mask_ratio is not None:
+        changes["mask_ratio"] = mask_ratio
+    if source == "--images":
+        changes["norm_pix"] = norm_pix
+    if samples == "sounds":
+        _need("soundfile", "scipy", "transformers")
+    default_lr = 1e-3 if samples == "text" else 1.5e-4
     _pretrain_samples(
-        system.value, size, {name: value for name, value in changes.items() if value is not None},
-        "--text" if on_text else "--images", data=text if on_text else images, out=out, epochs=epochs, batch_size=batch_size,
-        lr=default_lr if lr is None else lr, seed=seed, workers=workers, bf16=bf16,
-        resume=resume, warmup_epochs=0.05 * epochs if warmup_epochs is None else warmup_epochs, save_every=save_every,
+        system.value, size, changes, source, data=given.get(source), out=out, epochs=epochs, batch_size=batch_size,
+        lr=default_lr if lr is None else lr, seed=seed, workers=workers, bf16=bf16, resume=resume,
+        warmup_epochs=0.05 * epochs if warmup_epochs is None else warmup_epochs, save_every=save_every,
     )  # fmt: skip
 
 
 def _pretrain_samples(
-    system: str, size: str, changes: dict[str, Any], option: str, *, data: Path | None, out: Path, **settings: Any
+    system: str, size: str, changes: dict[str, Any], source: str, *, data: Path | None, out: Path, **settings: Any
 ) -> None:
-    """The systems of maskops.train.  changes: of the config; option: that gives data; settings: of maskops.train.Settings."""
+    """The systems of maskops.train.  changes: of the config; source: what gives data; settings: of maskops.train.Settings."""
     from maskops.checkpoint import CheckpointError
     from maskops.data import EmptyFolderError
     from maskops.train import Settings, TrainingError, model_class
@@ -149,7 +178,7 @@ def _pretrain_samples(
     _check_epochs(settings["epochs"])
     try:
         if data is None:
-            raise ValueError(f"{option} must be given with --system {system}")
+            raise ValueError(f"{source} must be given with --system {system}")
         if not 0 < changes.get("mask_ratio", 0.5) < 1:
             raise ValueError(f"--mask-ratio must be above 0 and below 1, got {changes['mask_ratio']:g}")
         result = train(model_class(system).Config.of_size(size, **changes), Settings(data, out, **settings))
@@ -160,10 +189,9 @@ def _pretrain_samples(
     except KeyboardInterrupt:
         print(f"maskops: interrupted; add --resume to go on from the last checkpoint in {out}", file=sys.stderr)
         raise typer.Exit(130) from None
-    unit = option.removeprefix("--").removesuffix("s") + "s"
-    print(f"{result.step} steps, loss {result.loss:.4f}, {_speed(result, unit)}: {result.model_folder}")
+    print(f"{result.step} steps, loss {result.loss:.4f}, {_speed(result, result.unit)}: {result.model_folder}")
     if result.unreadable:
-        print(f"{len(result.unreadable)} unreadable {'images' if unit == 'images' else 'text files'} were skipped")
+        print(f"unreadable, skipped: {len(result.unreadable)}")
 
 
 def _speed(result, unit: str) -> str:
@@ -180,7 +208,7 @@ def _pretrain_maskgit(
     refused: bool, out: Path, data: str, size: str, epochs: float, batch_size: int, lr: float | None, *rest: int
 ) -> None:
     if refused:
-        _fail("--system maskgit trains on --data, in float32: leave out --images, --text and --bf16", 2)
+        _fail("--system maskgit trains on --data, in float32: leave out --images, --text, --sounds and --bf16", 2)
     _need("safetensors", "rich", *(("sklearn",) if data == "digits" else ("skimage",)))
     from maskops.checkpoint import CheckpointError
     from maskops.maskgit import Settings

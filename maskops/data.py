@@ -1,4 +1,4 @@
-"""Images of a folder as training samples, and which samples each process takes at each step.
+"""Files of a folder as training samples: images, and what their systems share with scenes and sounds.
 
 Everything is a function of (seed, position), never of a running generator: a resumed run, a run on several processes and any number
 of DataLoader workers see the same crops in the same order.
@@ -45,9 +45,14 @@ class Crop:
     flip: float = 0.5
 
     def __call__(self, image: Image.Image, rng: random.Random) -> Image.Image:
+        return self.cut(image, self.box(*image.size, rng), rng.random() < self.flip)
+
+    def cut(
+        self, image: Image.Image, box: tuple[float, ...], flip: bool, how: Image.Resampling = Image.Resampling.BICUBIC
+    ) -> Image.Image:
         height, width = self.size
-        out = image.resize((width, height), Image.Resampling.BICUBIC, box=self.box(*image.size, rng))
-        return out.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < self.flip else out
+        out = image.resize((width, height), how, box=box)
+        return out.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else out
 
     def box(self, width: int, height: int, rng: random.Random) -> tuple[float, float, float, float]:
         """Left, top, right, bottom. Ten tries as usual, then the largest centred crop of an allowed ratio."""
@@ -64,55 +69,89 @@ class Crop:
         return (width - w) / 2, (height - h) / 2, (width + w) / 2, (height + h) / 2
 
 
-class ImageFolder(Dataset):
-    """The images below a folder, cropped. Item of a Key: (image float32 [3, H, W] normalised, index of an unreadable file or -1).
+class FileFolder(Dataset):
+    """Files below a folder, one sample each. Item of a Key: (sample, index of an unreadable file or -1).
 
-    Files that Pillow cannot open are dropped here and listed in `unreadable`. A file that opens but cannot be decoded is found only
-    when it is its turn: the next readable file takes its place, and its index is returned, so that the caller can report it.
+    Files that cannot be opened are dropped here and listed in `unreadable`: {path: reason}. A file that opens but cannot be decoded
+    is found only when it is its turn: the next readable file takes its place, and its index is returned, so that the caller can
+    report it.
 
-    Decoded images are kept in memory up to cache_mb in each process: small folders are decoded once.
+    unit, file: what samples and files are called; suffixes: of the files; errors: what reading an unreadable one raises.
+
+    Raises:
+        EmptyFolderError: no such folder, or no readable file in it.
     """
 
-    unit = "images"
+    unit, file = "images", "image"
+    suffixes = SUFFIXES
+    errors: tuple[type[Exception], ...] = _UNREADABLE
 
-    def __init__(self, folder: str | Path, crop: Crop, seed: int = 0, cache_mb: int = 256) -> None:
-        self.folder, self.crop, self.seed = Path(folder), crop, seed
+    def __init__(self, folder: str | Path, seed: int = 0) -> None:
+        self.folder, self.seed = Path(folder), seed
         if not self.folder.is_dir():
             raise EmptyFolderError(f"{self.folder} is not a folder")
-        found = sorted(p for p in self.folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
-        self.unreadable = {path: reason for path in found if (reason := _why_unreadable(path))}
+        found = sorted(p for p in self.searched().rglob("*") if p.suffix.lower() in self.suffixes and p.is_file())
+        self.unreadable = {path: reason for path in found if (reason := self.why_unreadable(path))}
         self.paths = [path for path in found if path not in self.unreadable]
         if not self.paths:
-            names = ", ".join(sorted(SUFFIXES))
-            what = f"none of {len(found)} images can be read" if found else f"no images (looked for {names})"
+            what = f"no {self.unit} (looked for {', '.join(sorted(self.suffixes))})"
+            if found:
+                what = f"none of {len(found)} {self.unit} can be read; {found[0].name}: {self.unreadable[found[0]]}"
             raise EmptyFolderError(f"{self.folder}: {what}")
-        self._cache: dict[int, Image.Image] = {}
-        self._cache_left = cache_mb * 2**20
 
     def __len__(self) -> int:
         return len(self.paths)
 
-    def identity(self) -> dict[str, Any]:
-        """What tells these samples from others."""
-        names = "\n".join(path.relative_to(self.folder).as_posix() for path in self.paths)
-        return {
-            "crop_scale": list(self.crop.scale), "images": len(self),
-            "image_names": hashlib.sha256(names.encode()).hexdigest(),
-        }  # fmt: skip
-
     def __getitem__(self, key: Key) -> tuple[Tensor, int]:
         unreadable = -1
         for offset in range(len(self.paths)):
+            # A string seeds by its SHA-512, the same in every process.
+            rng = random.Random(f"{self.seed}/{key.epoch}/{key.index}")
             try:
-                image = self._decoded((key.index + offset) % len(self.paths))
-                break
-            except _UNREADABLE:
+                return self.sample((key.index + offset) % len(self.paths), rng), unreadable
+            except self.errors:
                 unreadable = key.index if unreadable < 0 else unreadable
-        else:
-            raise EmptyFolderError(f"{self.folder}: none of {len(self.paths)} images can be decoded")
-        # A string seeds by its SHA-512, the same in every process.
-        rng = random.Random(f"{self.seed}/{key.epoch}/{key.index}")
-        return to_tensor(self.crop(image, rng)), unreadable
+        raise EmptyFolderError(f"{self.folder}: none of {len(self.paths)} {self.unit} can be decoded")
+
+    def identity(self) -> dict[str, Any]:
+        """What tells these samples from others."""
+        names = "\n".join(path.relative_to(self.folder).as_posix() for path in self.paths)
+        return {self.unit: len(self), f"{self.file}_names": hashlib.sha256(names.encode()).hexdigest()}
+
+    def searched(self) -> Path:
+        """Where the files are looked for."""
+        return self.folder
+
+    def why_unreadable(self, path: Path) -> str:
+        """The reason why a file cannot be opened, or an empty string.  Quick: it reads the header only."""
+        raise NotImplementedError
+
+    def sample(self, index: int, rng: random.Random) -> Tensor:
+        """The sample that rng draws from file `index`; raises one of `errors` where it cannot be decoded."""
+        raise NotImplementedError
+
+
+class ImageFolder(FileFolder):
+    """Images, cropped: float32 [3, H, W], normalised.  Decoded ones are kept in memory up to cache_mb in each process."""
+
+    def __init__(self, folder: str | Path, crop: Crop, seed: int = 0, cache_mb: int = 256) -> None:
+        super().__init__(folder, seed)
+        self.crop = crop
+        self._cache: dict[int, Image.Image] = {}
+        self._cache_left = cache_mb * 2**20
+
+    def identity(self) -> dict[str, Any]:
+        return {"crop_scale": list(self.crop.scale)} | super().identity()
+
+    def why_unreadable(self, path: Path) -> str:
+        try:
+            with Image.open(path) as image:
+                return "" if image.width and image.height else "the image is empty"
+        except _UNREADABLE as error:
+            return str(error)
+
+    def sample(self, index: int, rng: random.Random) -> Tensor:
+        return to_tensor(self.crop(self._decoded(index), rng))
 
     def _decoded(self, index: int) -> Image.Image:
         if index in self._cache:
@@ -149,15 +188,6 @@ def to_pixels(images: Tensor) -> Tensor:
     """The inverse of the normalisation: [..., 3, H, W] to values in [0, 1]."""
     mean, std = (torch.tensor(v, device=images.device)[:, None, None] for v in (MEAN, STD))
     return (images.float() * std + mean).clamp(0, 1)
-
-
-def _why_unreadable(path: Path) -> str:
-    """The reason why Pillow cannot open this file, or an empty string. Reads the header only, which is fast."""
-    try:
-        with Image.open(path) as image:
-            return "" if image.width and image.height else "the image is empty"
-    except _UNREADABLE as error:
-        return str(error)
 
 
 class GlobalBatches(Sampler[list[Key]]):

@@ -20,6 +20,8 @@ SYSTEMS = {  # what can be pre-trained: name -> module and class of its model
     "electra": "maskops.models.electra:ELECTRA",
     "dupmae": "maskops.models.dupmae:DupMAE",
     "ernie_gram": "maskops.models.ernie_gram:ERNIEGram",
+    "multimae": "maskops.models.multimae:MultiMAE",
+    "openbeats": "maskops.models.openbeats:OpenBEATs",
 }
 
 
@@ -31,9 +33,9 @@ def model_class(system: str) -> type[nn.Module]:
     return getattr(importlib.import_module(module), name)
 
 
-def takes_text(config: type) -> bool:
-    """Whether a system with such a config trains on text: its windows have so many bytes. Others train on images."""
-    return hasattr(config, "window")
+def samples_of(system: str) -> str:
+    """What a system trains on: "images", "scenes", "text" or "sounds"."""
+    return model_class(system).Config.samples
 
 
 def load_pretrained(folder: str | Path) -> nn.Module:

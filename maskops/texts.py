@@ -26,7 +26,7 @@ class TextFolder(Dataset):
         EmptyFolderError: no such file, no text file in the folder, none that can be read, or less text than one window.
     """
 
-    unit = "texts"
+    unit, file = "texts", "text file"
 
     def __init__(self, path: str | Path, window: int, seed: int = 0) -> None:
         self.path, self.window, self.seed = Path(path), window, seed

@@ -2,11 +2,11 @@
 
 A system is a config (a frozen dataclass with the class attribute `system`, its name in SYSTEMS) and a model, Model(config), with
 `Config`, the config's class, `training_loss(samples, step)` and, if they have something to do, `prepare(data)` before the first
-step and `after_step(step)` after the optimiser. A config with `window` trains on text, windows of so many bytes, others on images.
+step and `after_step(step)` after the optimiser. A config's `samples` says what the system trains on.
 
 The same losses come out of an unbroken run, of a run killed and resumed, and, on images, of two processes with half the batch each:
-samples and masks depend on (seed, position in the stream of samples) alone, and a checkpoint holds all else. Models of text draw
-masks for their own rows: with another number of processes, the same text gets other masks.
+samples and masks depend on (seed, position in the stream of samples) alone, and a checkpoint holds all else. Models of text and
+sound draw masks for their own rows: with another number of processes, the same sample gets other masks.
 """
 
 import dataclasses
@@ -27,9 +27,10 @@ from torch.utils.data import DataLoader
 
 from maskops import checkpoint
 from maskops.checkpoint import CheckpointError
-from maskops.data import Crop, GlobalBatches, ImageFolder
-from maskops.pretrained import SYSTEMS, jsonable, load_pretrained, model_class, takes_text
+from maskops.data import Crop, FileFolder, GlobalBatches, ImageFolder
+from maskops.pretrained import SYSTEMS, jsonable, load_pretrained, model_class
 from maskops.progress import TrainingProgress
+from maskops.scenes import SceneFolder
 from maskops.texts import TextFolder
 
 __all__ = [
@@ -47,7 +48,7 @@ class TrainingError(RuntimeError):
 class Settings:
     """How to train. lr is for 256 samples a step and scaled linearly with the batch, as MAE does; batch_size is per process."""
 
-    data: Path  # a folder of images; for systems of text a file or a folder of files
+    data: Path  # a folder of images, scenes or recordings; for systems of text a file or a folder of files
     out: Path
     epochs: float = 800
     batch_size: int = 64
@@ -67,13 +68,14 @@ class Settings:
 
 @dataclass(frozen=True)
 class Result:
-    """What pretrain returns. unreadable: {file: reason}."""
+    """What pretrain returns. unit: what samples are called; unreadable: {file: reason}."""
 
     step: int
     total_steps: int
     loss: float
     samples_per_second: float
     model_folder: Path
+    unit: str
     unreadable: dict[str, str]
 
 
@@ -119,7 +121,7 @@ def pretrain(config: Any, settings: Settings) -> Result:
         TrainingError: the loss is not finite.
         ValueError: config masks nothing, so that there is nothing to learn from.
     """
-    all_kept = not takes_text(type(config)) and config.num_keep == config.num_patches
+    all_kept = hasattr(config, "num_tokens") and config.num_keep == config.num_tokens
     if not 0 < getattr(config, "mask_ratio", 0.5) < 1 or all_kept:
         raise ValueError(f"pretrain: mask_ratio must be in (0, 1), got {config.mask_ratio}, which masks nothing")
     accelerator = Accelerator(mixed_precision="bf16" if settings.bf16 else None)
@@ -132,15 +134,24 @@ def pretrain(config: Any, settings: Settings) -> Result:
     return run.finish(progress.samples_per_second)
 
 
+def _samples(config: Any, settings: Settings) -> TextFolder | FileFolder:
+    """What the system trains on."""
+    if config.samples == "text":
+        return TextFolder(settings.data, config.window, settings.seed)
+    if config.samples == "sounds":
+        from maskops.sounds import SoundFolder  # with libraries that the others do without
+
+        return SoundFolder(settings.data, config.frames, config.bins, config.patch[0], settings.seed)
+    folder = SceneFolder if config.samples == "scenes" else ImageFolder
+    return folder(settings.data, Crop(config.image_hw, settings.crop_scale), settings.seed)
+
+
 class _Run:
     """The state of one training run in one process."""
 
     def __init__(self, accelerator: Accelerator, config: Any, settings: Settings) -> None:
         self.accelerator, self.config, self.settings = accelerator, config, settings
-        if takes_text(type(config)):
-            self.data = TextFolder(settings.data, config.window, settings.seed)
-        else:
-            self.data = ImageFolder(settings.data, Crop(config.image_hw, settings.crop_scale), settings.seed)
+        self.data = _samples(config, settings)
         self.global_batch = settings.batch_size * accelerator.num_processes
         self.total_steps = max(1, math.ceil(settings.epochs * len(self.data) / self.global_batch))
         # Every process starts from the same weights.
@@ -315,7 +326,7 @@ class _Run:
         self._release()
         self.accelerator.end_training()
         unreadable = {str(path): reason for path, reason in {**self.data.unreadable, **late}.items()}
-        return Result(self.step, self.total_steps, self.loss, samples_per_second, folder, unreadable)
+        return Result(self.step, self.total_steps, self.loss, samples_per_second, folder, self.data.unit, unreadable)
 
     def _release(self) -> None:
         """Let go of the data-parallel model while the process group is held by others.
@@ -329,8 +340,7 @@ class _Run:
     def _report(self, unreadable: dict[Path, str]) -> None:
         if unreadable:
             lines = [f"  {path}: {reason}" for path, reason in unreadable.items()]
-            unit = "image" if self.data.unit == "images" else "text file"
-            count = f"{len(lines)} unreadable {unit}{'s' if len(lines) > 1 else ''} skipped:"
+            count = f"{len(lines)} unreadable {self.data.file}{'s' if len(lines) > 1 else ''} skipped:"
             self.accelerator.print("\n".join([count, *lines]))
 
 

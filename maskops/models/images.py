@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from maskops import TokenSplit
 class ImageConfig:
     """Images cut into square patches, of which mask_ratio are masked.  image_size: int or (height, width)."""
 
+    samples: ClassVar[str] = "images"
     image_size: int | tuple[int, int] = 224
     patch_size: int = 16
     channels: int = 3
@@ -41,6 +43,11 @@ class ImageConfig:
     @property
     def num_patches(self) -> int:
         return self.grid[0] * self.grid[1]
+
+    @property
+    def num_tokens(self) -> int:
+        """Of which some are masked: the patches."""
+        return self.num_patches
 
 
 def paint_masked(

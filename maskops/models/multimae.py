@@ -10,7 +10,7 @@ colour (norm_pix).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,9 +18,12 @@ from torch import Tensor, nn
 
 import maskops
 from maskops import TokenSplit
-from maskops.models.images import ImageConfig
+from maskops.models.images import ImageConfig, rows_of
 from maskops.nn import PatchEmbed
 from maskops.nn.transformer import CrossBlock, Transformer, init_linear_and_norm, sincos_positions
+
+if TYPE_CHECKING:
+    from maskops.train import Step
 
 TASKS = ("rgb", "depth", "semseg")
 
@@ -44,6 +47,8 @@ class MultiMAEConfig(ImageConfig):
     num_keep: visible patches of all modalities together. alpha: of the Dirichlet law that shares them out. classes: of pixels.
     """
 
+    system: ClassVar[str] = "multimae"
+    samples: ClassVar[str] = "scenes"
     num_keep: int = 98
     alpha: int = 1
     classes: int = 133
@@ -60,6 +65,28 @@ class MultiMAEConfig(ImageConfig):
         super().__post_init__()
         if not 1 <= self.num_keep <= 3 * self.num_patches:
             raise ValueError(f"MultiMAEConfig: num_keep must be in [1, {3 * self.num_patches}], got {self.num_keep}")
+
+    @property
+    def num_tokens(self) -> int:
+        return len(TASKS) * self.num_patches
+
+    @classmethod
+    def of_size(cls, size: str, **changes: Any) -> MultiMAEConfig:
+        """The config of a size in SIZES, with single fields changed.  mask_ratio: of all patches, 5/6 as published."""
+        if size not in SIZES:
+            raise ValueError(f"MultiMAEConfig: size must be one of {list(SIZES)}, got {size!r}")
+        ratio = changes.setdefault("mask_ratio", 5 / 6)
+        tokens = cls(**{**SIZES[size], **changes, "num_keep": 1}).num_tokens
+        return cls(**{**SIZES[size], "num_keep": round(tokens * (1 - ratio)), **changes})
+
+
+# base is published; the others are the usual ViT sizes with a decoder to match.
+SIZES: dict[str, dict[str, int]] = {
+    "tiny": dict(dim=192, depth=12, heads=3, decoder_dim=96, decoder_depth=1, decoder_heads=3),
+    "small": dict(dim=384, depth=12, heads=6, decoder_dim=192, decoder_depth=2, decoder_heads=6),
+    "base": dict(dim=768, depth=12, heads=12),
+    "large": dict(dim=1024, depth=24, heads=16),
+}
 
 
 class TaskDecoder(nn.Module):
@@ -107,6 +134,8 @@ class MultiMAE(nn.Module):
         >>> model(rgb, depth, classes, seed=0).preds["semseg"].shape
         torch.Size([2, 16, 320])
     """
+
+    Config = MultiMAEConfig
 
     def __init__(self, config: MultiMAEConfig) -> None:
         super().__init__()
@@ -157,6 +186,28 @@ class MultiMAE(nn.Module):
         masks = split.mask.view(len(rgb), len(TASKS), c.num_patches)
         losses = {task: self.loss_of(task, preds[task], inputs[task], masks[:, i]) for i, task in enumerate(TASKS)}
         return MultiMAEOutput(sum(losses.values()), losses, preds, split)
+
+    def training_loss(self, scenes: Tensor, step: Step) -> Tensor:
+        """The loss of this process's rows of a step of maskops.train.  scenes: [B, C + 2, H, W], colours, depth, classes.
+
+        The depth of every crop is standardised by the mean and variance of its middle four fifths, as published.
+        """
+        c = self.config
+        rgb, depth, classes = scenes.split((c.channels, 1, 1), 1)
+        low, high = classes.amin().item(), classes.amax().item()
+        if low < 0 or high >= c.classes:
+            raise ValueError(
+                f"MultiMAE: classes must be in [0, {c.classes}), got {int(low if low < 0 else high)} in an image of semseg"
+            )
+        sorted_depth = depth.flatten(1).sort(1).values
+        cut = sorted_depth.shape[1] // 10
+        variance, mean = torch.var_mean(sorted_depth[:, cut : sorted_depth.shape[1] - cut], 1)
+        depth = (depth - mean.view(-1, 1, 1, 1)) / (variance.view(-1, 1, 1, 1) + 1e-6).sqrt()
+        split = maskops.modality_masking(
+            step.total, (c.num_patches,) * len(TASKS), c.num_keep, alpha=c.alpha, seed=step.seed, device=scenes.device
+        )
+        own = rows_of(split, step.first, step.first + len(scenes))
+        return self(rgb, depth, classes[:, 0].long(), split=own).loss
 
     def loss_of(self, task: str, pred: Tensor, target: Tensor, mask: Tensor) -> Tensor:
         """The mean error of each image's masked patches, then the mean of the images that have any.  mask bool [B, N]."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,11 +24,28 @@ from maskops import AttentionMask, TokenSplit
 from maskops.nn import PatchEmbed
 from maskops.nn.transformer import Attention, Mlp, init_linear_and_norm
 
+if TYPE_CHECKING:
+    from maskops.train import Step
+
+# base and large are published; small and tiny are the usual ViT sizes.
+SIZES: dict[str, dict[str, int]] = {
+    "tiny": dict(dim=192, depth=4, heads=3, predictor_depth=1),
+    "small": dict(dim=384, depth=12, heads=6),
+    "base": dict(dim=768, depth=12, heads=12),
+    "large": dict(dim=1024, depth=24, heads=16),
+}
+
 
 @dataclass(frozen=True)
 class OpenBEATsConfig:
-    """Sizes of an OpenBEATs.  patch: frames and bins of a patch; taps: of the position convolution over kept patches."""
+    """Sizes of an OpenBEATs.
 
+    patch: frames and bins of a patch; taps: of the position convolution over kept patches; frames: of a clip that it is trained on,
+    10 ms each.
+    """
+
+    system: ClassVar[str] = "openbeats"
+    samples: ClassVar[str] = "sounds"
     bins: int = 128
     patch: tuple[int, int] = (16, 16)
     codes: int = 1024
@@ -42,12 +59,22 @@ class OpenBEATsConfig:
     buckets: int = 320
     max_distance: int = 800
     taps: int = 128
+    frames: int = 1000
 
     def __post_init__(self) -> None:
+        if self.frames < self.patch[0]:
+            raise ValueError(f"OpenBEATsConfig: frames must be at least {self.patch[0]}, a patch, got {self.frames}")
         if self.bins % self.patch[1]:
             raise ValueError(f"OpenBEATsConfig: bins must be a multiple of {self.patch[1]}, got {self.bins}")
         if not 0 <= self.mask_ratio <= 1:
             raise ValueError(f"OpenBEATsConfig: mask_ratio must be in [0, 1], got {self.mask_ratio}")
+
+    @classmethod
+    def of_size(cls, size: str, **changes: Any) -> OpenBEATsConfig:
+        """The config of a size in SIZES, with single fields changed."""
+        if size not in SIZES:
+            raise ValueError(f"OpenBEATsConfig: size must be one of {list(SIZES)}, got {size!r}")
+        return cls(**{**SIZES[size], **changes})
 
 
 class OpenBEATsOutput(NamedTuple):
@@ -73,6 +100,8 @@ class OpenBEATs(nn.Module):
         >>> out.loss.shape, out.split.num_keep.tolist(), model.encode(torch.randn(2, 20, 8)).shape
         (torch.Size([]), [5, 2], torch.Size([2, 20, 32]))
     """
+
+    Config = OpenBEATsConfig
 
     def __init__(self, config: OpenBEATsConfig) -> None:
         super().__init__()
@@ -135,6 +164,11 @@ class OpenBEATs(nn.Module):
             hidden, self.head.weight, target, mask=asked, bias=self.head.bias, label_smoothing=c.label_smoothing
         )
         return OpenBEATsOutput(loss, hidden, target, asked, split)
+
+    def training_loss(self, clips: Tensor, step: Step) -> Tensor:
+        """The loss of this process's rows of a step of maskops.train.  clips: [B, T, F], NaN after the end of a recording."""
+        lengths = clips[:, :, 0].isfinite().sum(1)
+        return self(clips, lengths, generator=step.generator()).loss
 
     def _images(self, spectrogram: Tensor) -> Tensor:
         """[B, T, F] -> [B, 1, T', F] with whole patches only."""

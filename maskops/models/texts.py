@@ -22,6 +22,7 @@ class ByteText:
     window: how many bytes of text a sample has, what is left of the context beside the special tokens.
     """
 
+    samples: ClassVar[str] = "text"
     specials: ClassVar[int] = 0
     on_bytes: ClassVar[dict[str, Any]] = {}  # other fields of of_size
 

@@ -76,7 +76,9 @@ def test_facts_are_retrieved_where_next_token_prediction_recalls_them() -> None:
     found = torch.tensor([[scores(pretrain(ratio, seed)) for ratio in (RATIO, 0.0)] for seed in SEEDS])
     named, nll = found[..., 0], found[:, 0, 1] / found[:, 1, 1]
     print(f"named right {named.tolist()}, NLL of NTP's {nll.tolist()}")
-    assert (named[:, 0] > named[:, 1] + 0.25).all() and named[:, 0].mean() > 0.5 > 0.3 > named[:, 1].mean(), named.tolist()
+    assert (named[:, 0] > named[:, 1] + 0.25).all() and named[:, 0].mean() > 0.5 > 0.3 > named[:, 1].mean(), (
+        named.tolist()
+    )
     assert nll.mean() < 1.03, nll.tolist()
 
 

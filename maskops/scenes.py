@@ -1,0 +1,66 @@
+"""Pictures with depth and classes as training samples: the same crop of three aligned images."""
+
+import random
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from maskops.data import ImageFolder, load_rgb, to_tensor
+
+PARTS = ("rgb", "depth", "semseg")
+
+
+class SceneFolder(ImageFolder):
+    """A folder with the folders rgb, depth and semseg, in which the images of a scene have the same name but for its suffix.
+
+    Item of a Key: (float32 [5, H, W]: colours normalised, depth as it stands, classes; index of an undecodable scene or -1).
+    Depth is a grey image of 8, 16 or 32 bits, whole numbers or floats; classes are a grey image or the places of a palette.
+    """
+
+    unit, file = "scenes", "scene"
+
+    def searched(self) -> Path:
+        return self.folder / PARTS[0]
+
+    def why_unreadable(self, path: Path) -> str:
+        sizes = []
+        for part in PARTS:
+            found = self._image(path, part)
+            if found is None:
+                return f"no {part}/{path.relative_to(self.searched()).with_suffix('')}.*"
+            reason = super().why_unreadable(found)
+            if reason:
+                return f"{part}: {reason}"
+            with Image.open(found) as image:
+                sizes.append(image.size)
+                if part != PARTS[0] and len(image.getbands()) > 1:
+                    return f"{part} has {len(image.getbands())} channels, not one"
+        return "" if len(set(sizes)) == 1 else f"sizes differ: {', '.join(f'{w} x {h}' for w, h in sizes)}"
+
+    def sample(self, index: int, rng: random.Random) -> Tensor:
+        rgb, depth, classes = self._scene(index)
+        box, flip = self.crop.box(*rgb.size, rng), rng.random() < self.crop.flip
+        other = (self.crop.cut(depth, box, flip, Image.Resampling.BILINEAR),
+                 self.crop.cut(classes, box, flip, Image.Resampling.NEAREST))  # fmt: skip
+        grey = torch.from_numpy(np.stack([np.asarray(image, dtype=np.float32) for image in other]))
+        return torch.cat([to_tensor(self.crop.cut(rgb, box, flip)), grey])
+
+    def _scene(self, index: int) -> tuple[Image.Image, Image.Image, Image.Image]:
+        path = self.paths[index]
+        depth, classes = (self._image(path, part) for part in PARTS[1:])
+        with Image.open(depth) as image:
+            # By way of numpy: Pillow clips 16 bits when it converts them.
+            found = Image.fromarray(np.asarray(image, dtype=np.float32))
+        with Image.open(classes) as image:
+            return load_rgb(path), found, Image.fromarray(np.asarray(image).astype(np.int32))
+
+    def _image(self, path: Path, part: str) -> Path | None:
+        """The image of this name in a part's folder."""
+        if part == PARTS[0]:
+            return path
+        place = (self.folder / part / path.relative_to(self.searched())).with_suffix("")
+        found = (place.with_name(place.name + suffix) for suffix in sorted(self.suffixes))
+        return next((p for p in found if p.is_file()), None)

@@ -12,21 +12,28 @@ HELD_OUT = 200
 
 
 @functools.cache
-def trained_digits() -> tuple[MaskGIT, Tensor, Tensor, PatchCodebook]:
-    """(model, tokens, classes, codebook) of scikit-learn's digits; the last HELD_OUT images are not trained on."""
-    tokens, classes, book = digits()
+def trained_digits(
+    steps: int = 300, classes: int = 10, heads: int = 2
+) -> tuple[MaskGIT, Tensor, Tensor, PatchCodebook]:
+    """(model, tokens, classes, codebook) of scikit-learn's digits; the last HELD_OUT images are not trained on.
+
+    classes: 10, or 0 for a model that is not told them.
+    """
+    tokens, labels, book = digits()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        config = MaskGITConfig((8, 8), 8, dim=64, depth=2, heads=2, classes=10, min_mask_rate=0.0, label_smoothing=0.0)
+        config = MaskGITConfig(
+            (8, 8), 8, dim=64, depth=2, heads=heads, classes=classes, min_mask_rate=0.0, label_smoothing=0.0
+        )
         model = MaskGIT(config)
         generator = torch.Generator().manual_seed(0)
 
         def loss(step: int) -> Tensor:
             rows = torch.randint(len(tokens) - HELD_OUT, (32,), generator=generator)
-            return model.loss(tokens[rows], classes[rows], seed=generator)
+            return model.loss(tokens[rows], labels[rows] if classes else None, seed=generator)
 
-        train(model.parameters(), loss, 300, 4e-3)
-    return model.eval(), tokens, classes, book
+        train(model.parameters(), loss, steps, 4e-3)
+    return model.eval(), tokens, labels, book
 
 
 class FrechetDistance:

@@ -47,7 +47,7 @@ def words() -> tuple[Tensor, Tensor]:
 
 
 def texts(source: Tensor, count: int, usual: float, generator: torch.Generator) -> Tensor:
-    """A fact, words of the source, and the fact again; usual: the share of texts where a key has its usual value.  [count, T + 1]"""
+    """A fact, words of the source, and the fact again; usual: the share of texts where a key has its usual value."""
     key, other = (torch.randint(KEYS, (count,), generator=generator) for _ in range(2))
     value = torch.where(torch.rand(count, generator=generator) < usual, (5 * key + 3) % KEYS, other)
     word = [torch.full((count,), id) for id in (KEY, HAS, VALUE, DOT)]

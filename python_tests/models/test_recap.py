@@ -1,15 +1,16 @@
-"""ReCAP over MaskGIT on digits (the Works check, in part): local steps are exact until a token changes, then better than old.
+"""ReCAP over MaskGIT on digits (the Works check): local steps are exact until a token changes, then better than old features.
 
 | claim | measured | broken on purpose | then |
 |---|---|---|---|
 | local logits = full logits before any token of U changes, 1e-5 | 2.9e-6 | old features of U not excluded | 1.6 |
 | KL(local, full) < half of KL(old, full) once half of U is decoded | 0.00007 / 0.00102 | old features of U not excluded | 0.00251 |
 | the same | | local tokens not updated | 0.00102 |
-| Frechet distance, 4 + 4 steps at most 1.15 of 8 full | 0.360 / 0.340 | local logits go to the next slot | 0.65 for 0.15 |
+| Frechet distance of 8 + 8 steps at most 1.1 of 16 full ones' | 0.1088 / 0.1103 | local logits go to the next slot | 0.786 |
+| and below 0.95 of 8 full ones' | 0.1088 / 0.1225 | old logits in place of local ones | 1.02 (2 seeds) |
 
-The published order, as many full steps <= ReCAP <= half of the full steps, needs a model that has learned what its tokens tell of
-each other. One of 64 channels after 400 steps, 1000 images: 0.1278, 0.1306, 0.1313 (16, 8 + 8, 8) and 0.1313, 0.1318, 0.1351 (8,
-4 + 4, 4); after the training that this test can afford, the three differ by less than the draws do.
+The distances are of 1000 images each, mean of 3 seeds, of a model without classes: then more of an image hangs on what is decoded
+already. With classes the published order shows as well, at smaller distances: 0.0463, 0.0480, 0.0498 (16, 8 + 8, 8) and 0.0498,
+0.0524, 0.0594 (8, 4 + 4, 4) with three layers after 1500 steps, mean of 3 seeds, one thread.
 """
 
 import time
@@ -20,7 +21,7 @@ from torch import Tensor
 
 import maskops
 from maskops.generation import BlockCache, FullOnly, MaskedGenerator, ReCAP, _Run, token_evaluations
-from maskops.models.maskgit import MaskGIT, MaskGITConfig
+from maskops.models.maskgit import MaskGIT, MaskGITConfig, PatchCodebook
 from maskops.models.recap import SETTINGS, recap, saving
 from maskops.testing.generation import HELD_OUT, FrechetDistance, trained_digits
 
@@ -77,23 +78,24 @@ def test_local_logits_are_nearer_to_full_ones_than_old_logits() -> None:
     assert near < 0.5 * far
 
 
-def distance(generator: MaskedGenerator, seed: int) -> float:
-    _, tokens, _, book = trained_digits()
-    labels = torch.arange(300) % 10
-    made = generator.generate(300, labels, seed=seed)
-    assert made.tokens.min() >= 0
-    return FrechetDistance(book.decode(tokens, (8, 8)))(book.decode(made.tokens, (8, 8)))
+def distance(generator: MaskedGenerator, book: PatchCodebook, real: FrechetDistance) -> float:
+    made = [generator.generate(1000, seed=seed).tokens for seed in range(3)]
+    assert all(tokens.min() >= 0 for tokens in made)
+    return sum(real(book.decode(tokens, (8, 8))) for tokens in made) / 3
 
 
-def test_quality_is_that_of_full_steps() -> None:
-    model = trained_digits()[0]
-    counts = maskops.mask_schedule("linear", 8, 64)
+def test_quality_lies_between_all_full_steps_and_half_of_them() -> None:
+    model, tokens, _, book = trained_digits(steps=1000, classes=0, heads=4)
+    real = FrechetDistance(book.decode(tokens, (8, 8)))
     # A random order: what the steps are worth, not what the most confident digit is.
-    full, reused = (
-        distance(MaskedGenerator(model, counts, r, temperature=100.0), 0) for r in (FullOnly(), ReCAP(0, 1))
+    full, reused, half = (
+        distance(
+            MaskedGenerator(model, maskops.mask_schedule("linear", steps, 64), reuse, temperature=100.0), book, real
+        )
+        for steps, reuse in ((16, FullOnly()), (16, ReCAP(0, 1)), (8, FullOnly()))
     )
-    print(f"Frechet distance: 8 full {full:.4f}, 4 + 4 {reused:.4f}")
-    assert reused <= 1.15 * full
+    print(f"Frechet distance: 16 full {full:.4f}, 8 + 8 {reused:.4f}, 8 full {half:.4f}")
+    assert reused <= 1.1 * full and reused < 0.95 * half
 
 
 @pytest.mark.parametrize("local_steps", [0, 3])

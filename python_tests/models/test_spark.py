@@ -1,14 +1,20 @@
-"""SparK (the Works check, in part): masked pixels change nothing, the mask keeps its pattern over depth, and painting is learned.
+"""SparK (the Works check): masked pixels change nothing, the mask keeps its pattern over depth, and it paints better for its work.
 
-Works check: 24 x 24 crops of photos, cells of 4 pixels, 14 of 36 visible, a ResNet of three stages, 80 steps of 32; the held-out
-error of masked cells in normalised pixels, where the mean patch has 1. Seeds 0 and 1:
+24 x 24 crops of photos, cells of 4 pixels, 14 of 36 visible, a ResNet of three stages, batches of 32; the held-out error of masked
+cells in normalised pixels, where the mean patch has 1.
 
-    SparK                                              .313  .310
-    the mask is ignored, hidden cells hold noise         .328  .317    (broken on purpose)
-    dense on black cells                               .317  .291
-    SparK / dense on cells of the mean colour, 150 steps   .289 / .290   .282 / .287
+    claim                                                        measured (each)              broken
+    error after 80 steps < 0.4, and < 0.98 of that after the     0.313; 0.953                 1: the mask is ignored, hidden
+      mask is ignored                                                                         cells hold noise
+    error < 0.97 of a dense encoder's on cells of the mean       0.929 (0.943, 0.916)         1.01: as many steps as the dense
+      colour, trained with as many multiplications, mean of 2                                 one has
+      seeds
 
-At this size a dense encoder on painted cells learns as well: that SparK beats it, as on ImageNet in the paper, is not shown.
+Seed 2 had 0.970. A step of the dense encoder costs 1.46 times as much here (1.57 times as long, measured on a ResNet-50), so it
+takes 103 steps for 150. With as many steps both paint alike, as the dense one computes in hidden cells, too: 0.256 and 0.263
+against 0.252 and 0.259 after 300 steps, on faces 0.695 against 0.689; without the hierarchy, one map for the decoder, the dense
+one had 0.268 and 0.258, on faces 0.704. With equal steps SparK
+does not beat it at this size, as it does on ImageNet in the paper.
 """
 
 import math
@@ -18,6 +24,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 import maskops
 from maskops.models.cnn import maps_of
@@ -26,6 +33,7 @@ from maskops.nn import block_mask
 from maskops.testing.works import train
 
 TINY = SparKConfig(image_size=24, patch_size=4, depths=(1, 1, 1), width=8, stem="small", decoder_dim=32)
+WIDE = SparKConfig(image_size=24, patch_size=4, depths=(1, 1, 1), width=16, stem="small", decoder_dim=32)
 CONVNEXT = SparKConfig(image_size=32, patch_size=8, depths=(1, 1), width=8, backbone="convnext", decoder_dim=16)
 
 
@@ -136,6 +144,14 @@ class HiddenRead(SparK):
             return maps_of(self.encoder, torch.where(seen, images, noise))[::-1]
 
 
+class Dense(SparK):
+    """A dense encoder; masked cells have the mean colour."""
+
+    def encode(self, images: Tensor, split: maskops.TokenSplit) -> list[Tensor]:
+        seen = self.cells(split).repeat_interleave(4, 1).repeat_interleave(4, 2)[:, None]
+        return maps_of(self.encoder, images * seen)[::-1]
+
+
 def photos() -> tuple[Tensor, Tensor]:
     """Crops of 24 x 24 of two photos, the left and the right part apart: (for training, held out), normalised."""
     data = pytest.importorskip("sklearn.datasets").load_sample_images().images
@@ -152,10 +168,10 @@ def photos() -> tuple[Tensor, Tensor]:
     return (trained - mean) / std, (held_out - mean) / std
 
 
-def held_out_error(kind: type[SparK], seed: int, steps: int = 80) -> float:
+def held_out_error(kind: type[SparK], seed: int, steps: int = 80, config: SparKConfig = TINY) -> float:
     torch.manual_seed(seed)
     trained, held_out = photos()
-    model, g = kind(TINY), torch.Generator().manual_seed(seed)
+    model, g = kind(config), torch.Generator().manual_seed(seed)
 
     def loss(step: int) -> Tensor:
         images = trained[torch.randint(len(trained), (32,), generator=g)]
@@ -171,3 +187,23 @@ def test_works() -> None:
     own, broken = held_out_error(SparK, 0), held_out_error(HiddenRead, 0)
     assert own < 0.4, own  # the mean patch: 1
     assert own < 0.98 * broken, (own, broken)
+
+
+def cost_of_a_dense_step(config: SparKConfig) -> float:
+    """Multiplications of a step with a dense encoder over those of SparK, which computes 14 of 36 cells of it."""
+    model, images = SparK(config), torch.randn(1, 3, *config.image_hw)
+    with FlopCounterMode(display=False) as encoder:
+        maps = maps_of(make_backbone(config), images)[::-1]
+    with FlopCounterMode(display=False) as decoder:
+        model.decode(maps, maskops.random_masking(1, config.num_patches, num_keep=config.num_keep, seed=0))
+    dense, rest = encoder.get_total_flops(), decoder.get_total_flops()
+    return (dense + rest) / (dense * config.num_keep / config.num_patches + rest)
+
+
+def test_paints_better_than_a_dense_encoder_for_the_same_multiplications() -> None:
+    cost = cost_of_a_dense_step(WIDE)
+    assert cost == pytest.approx(1.46, abs=0.01)
+    steps = {SparK: 150, Dense: round(150 / cost)}
+    errors = torch.tensor([[held_out_error(kind, seed, n, WIDE) for kind, n in steps.items()] for seed in (0, 1)])
+    ratio = errors[:, 0] / errors[:, 1]
+    assert ratio.mean() < 0.97, errors.tolist()

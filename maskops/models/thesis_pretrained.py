@@ -1,7 +1,10 @@
-"""Hidden-state optimisation: a language model reads on, and what it has cached of the text so far learns; its parameters do not.
+"""Two parts of Yoshida's thesis "Making the Most of your Model": hidden-state optimisation, and SUNDAE.
 
-Yoshida and Gimpel, "Reconsidering the Past: Optimizing Hidden States in Language Models", 2021 (arXiv 2112.08653), a part of
-Yoshida's thesis "Making the Most of your Model". B texts, T bytes of a window, S cached ones, D channels, L layers.
+Hidden-state optimisation: a language model reads on, and what it has cached of the text so far learns; its parameters do not
+(Yoshida and Gimpel, "Reconsidering the Past: Optimizing Hidden States in Language Models", 2021, arXiv 2112.08653).
+SUNDAE: a text is denoised over and over, every token at once (Savinov et al., "Step-unrolled Denoising Autoencoders for Text
+Generation", 2021, arXiv 2112.06749).
+B texts, T bytes of a window, S cached ones, D channels, L layers.
 
 The cache holds hidden states, the inputs of every layer; keys and values are computed from them, so gradients reach them. A window
 attends to them by masked_attention with a causal mask; a single next byte by cached_attention, which has gradients as well but lets
@@ -21,7 +24,7 @@ import maskops
 from maskops import AttentionMask
 from maskops.models.byte_lm import BYTES
 from maskops.nn.rotary import rotary
-from maskops.nn.transformer import Block, Transformer
+from maskops.nn.transformer import Block, Transformer, sincos_positions
 
 
 @dataclass(frozen=True)
@@ -160,3 +163,92 @@ class HiddenStateOptimiser:
             self.states.append((state - self.lr * step)[:, keep])
             self.moments.append((mean[:, keep], square[:, keep]))
         self.steps = self.steps[keep]
+
+
+@dataclass(frozen=True)
+class SUNDAEConfig:
+    """Sizes of a SUNDAE.  unroll: denoising steps of training, each on the samples of the one before."""
+
+    vocabulary: int
+    context: int
+    dim: int = 128
+    depth: int = 2
+    heads: int = 4
+    unroll: int = 2
+
+    def __post_init__(self) -> None:
+        if self.unroll < 1:
+            raise ValueError(f"SUNDAEConfig: unroll must be at least 1, got {self.unroll}")
+
+
+class SUNDAE(nn.Module):
+    """Step-unrolled denoising autoencoder: a bidirectional model that is trained on what it makes itself.
+
+        corrupt: each text has a rate of its own, uniform in [0, 1]; each token becomes a uniform one with that chance
+        repeat `unroll` times: loss += cross-entropy of the clean text at all positions; text <- sample of the logits, no gradient
+
+    There is no mask token. Loss and sample come from the same pass over the logits, which are never stored.
+
+    Example:
+        >>> model = SUNDAE(SUNDAEConfig(vocabulary=256, context=16, dim=32, depth=1, heads=2))
+        >>> text = torch.randint(256, (3, 16))
+        >>> model.loss(text).shape, model.refine(text, steps=8).shape
+        (torch.Size([]), torch.Size([3, 16]))
+    """
+
+    def __init__(self, config: SUNDAEConfig) -> None:
+        super().__init__()
+        c = self.config = config
+        self.embed = nn.Embedding(c.vocabulary, c.dim)
+        nn.init.normal_(self.embed.weight, std=0.02)
+        self.positions = nn.Parameter(sincos_positions((1, c.context), c.dim))
+        self.trunk = Transformer(c.dim, c.depth, c.heads)
+        self.head = nn.Linear(c.dim, c.vocabulary)
+
+    def encode(self, text: Tensor) -> Tensor:
+        """int64 [B, T] -> [B, T, D]."""
+        if text.shape[1] > self.config.context:
+            raise ValueError(f"SUNDAE: text must have at most {self.config.context} tokens, got {text.shape[1]}")
+        return self.trunk(self.embed(text) + self.positions[: text.shape[1]])
+
+    def forward(self, text: Tensor) -> Tensor:
+        """Logits of the clean text: int64 [B, T] -> [B, T, V]."""
+        return self.head(self.encode(text))
+
+    def corrupt(self, text: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Uniform tokens, at a rate of its own for every text.  int64 [B, T]."""
+        rates = torch.rand(len(text), 1, generator=generator, device=text.device)
+        hidden = maskops.bernoulli_masking(*text.shape, rates, generator=generator)
+        return maskops.corrupt_tokens(
+            text, hidden, 0, self.config.vocabulary, hide=0.0, random=1.0, generator=generator
+        )
+
+    def loss(self, text: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+        """The mean over the unrolled steps.  text int64 [B, T]; generator: where everything random is drawn from."""
+        seen, total = self.corrupt(text, generator), 0.0
+        for _ in range(self.config.unroll):
+            loss, seen = self._denoise(seen, text, generator)
+            total = total + loss
+        return total / self.config.unroll
+
+    @torch.no_grad()
+    def refine(
+        self, text: Tensor, steps: int, *, temperature: float = 1.0, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Sample every token anew, `steps` times, from the logits of the text before.  int64 [B, T]; from noise, new text."""
+        for _ in range(steps):
+            text = self._denoise(text, text, generator, temperature)[1]
+        return text
+
+    def _denoise(
+        self, seen: Tensor, clean: Tensor, generator: torch.Generator | None, temperature: float = 1.0
+    ) -> tuple[Tensor, Tensor]:
+        """(loss, sample) of a pass over a text."""
+        return maskops.linear_sample(
+            self.encode(seen),
+            self.head.weight,
+            clean,
+            bias=self.head.bias,
+            sample_temperature=temperature,
+            generator=generator,
+        )

@@ -1,16 +1,25 @@
-"""DupMAE (the Works check, in part): no token decodes itself, each is scored, the class token carries the text.
+"""DupMAE (the Works check): no token decodes itself, each is scored, the class token carries the text, two vectors retrieve better.
 
-Text is the topics of pydoc, small letters and spaces, ten to a text; seed 0.
+Text of the first claim is the topics of pydoc, small letters and spaces, ten to a text; seed 0. That of the second is scikit-learn's
+docstrings: of 300 that training has not seen, the first sentence asks for the rest (46 words) among all.
 
-    claim                                                       measured, one thread   broken
-    held-out decoder loss with the class token's vector at 0    1.295                  1.057: the class token gets no gradient
-      over that with it > 1.1                                                            from the decoder (detached)
+    claim                                                       measured, one thread    broken
+    held-out decoder loss with the class token's vector at 0    1.295                   1.057: the class token gets no gradient
+      over that with it > 1.1                                                             from the decoder (detached)
+    recall@1 of class token and bag of words > 1.1 times that   1.28 (0.163, 0.180      0.013 with both: no loss on the bag of
+      of the class token, mean of 2 seeds                         over 0.140, 0.127)      words
 
-Not shown: that class token and bag of words retrieve better than the class token alone, which takes more training than a test has.
+So few steps need a weight of 1 for the bag of words, where 0.1 is published: with 0.1 both find 0.007 after 400 steps.
 """
 
+import ast
+import functools
 import math
+import random
 import re
+from collections import Counter
+from importlib.util import find_spec
+from pathlib import Path
 from pydoc_data.topics import topics
 
 import torch
@@ -46,6 +55,62 @@ def test_the_class_token_carries_the_text() -> None:
         model.decode = lambda summary, *rest, factor=factor: decode(summary * factor, *rest)
         losses.append(model(new, generator=torch.Generator().manual_seed(0)).decoder_loss.item())
     assert losses[1] > 1.1 * losses[0], losses
+
+
+WORDS, LENGTH, QUERIES = 2000, 48, 300
+
+
+@functools.cache
+def docstrings() -> list[tuple[list[str], list[str]]]:
+    """(first sentence, rest) of scikit-learn's functions and classes, in a random order, as words; short ones are left out."""
+    found = {}
+    for file in sorted(Path(find_spec("sklearn").origin).parent.rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text())) if "tests" not in file.parts else ():
+            text = ast.get_docstring(node) if isinstance(node, ast.FunctionDef | ast.ClassDef) else None
+            first, rest = (re.findall("[a-z]+", part.lower()) for part in (text or "").partition("\n\n")[::2])
+            if len(first) >= 4 and len(rest) >= LENGTH - 2:
+                found[text] = first, rest
+    pairs = list(found.values())
+    random.Random(0).shuffle(pairs)
+    return pairs
+
+
+def rows_of(texts: list[list[str]]) -> tuple[Tensor, Tensor]:
+    """(tokens [B, LENGTH], lengths [B]): the class token, words, what is left is the separator."""
+    counts = Counter(word for pair in docstrings() for part in pair for word in part)
+    ids = {word: i for i, (word, _) in enumerate(counts.most_common(WORDS - 1))}
+    tokens = torch.full((len(texts), LENGTH), WORDS + 1)
+    tokens[:, 0] = WORDS
+    for row, text in zip(tokens, texts, strict=True):
+        words = [ids.get(word, WORDS - 1) for word in text[: LENGTH - 2]]
+        row[1 : len(words) + 1] = torch.tensor(words)
+    return tokens, torch.tensor([min(len(text), LENGTH - 2) + 2 for text in texts])
+
+
+def recalls(seed: int) -> tuple[float, float]:
+    """How many first sentences find their docstring: by the class token, and by class token and bag of words."""
+    torch.manual_seed(seed)
+    model = DupMAE(DupMAEConfig(WORDS + 3, LENGTH, dim=64, depth=1, heads=4, bow_weight=1.0))
+    size, seen = LENGTH - 2, [first + rest for first, rest in docstrings()[QUERIES:]]
+    tokens, lengths = rows_of([t[i : i + size] for t in seen for i in range(0, len(t) - size // 2, size // 2)])
+
+    def loss(step: int) -> Tensor:
+        at = torch.randint(len(tokens), (32,))
+        return model(tokens[at], lengths[at]).loss
+
+    train(model.parameters(), loss, 1200, 4e-3)
+    model.eval().requires_grad_(False)
+    asked, told = (
+        model.embedding(*rows_of(list(part)), top=WORDS + 3) for part in zip(*docstrings()[:QUERIES], strict=True)
+    )
+    found = (a @ b.T for a, b in ((asked[:, :64], told[:, :64]), (asked, told)))
+    return tuple((s.argmax(1) == torch.arange(QUERIES)).double().mean().item() for s in found)
+
+
+def test_class_token_and_bag_of_words_retrieve_better_than_the_class_token() -> None:
+    found = torch.tensor([recalls(seed) for seed in (0, 1)])
+    alone, both = found.mean(0).tolist()
+    assert both > 1.1 * alone and alone > 0.05, found.tolist()
 
 
 def test_embeddings_for_retrieval_have_unit_parts() -> None:

@@ -1,4 +1,4 @@
-"""Hidden-state optimisation (the Works check, in part): a step on cached hidden states helps what is read next.
+"""Hidden-state optimisation and SUNDAE (the Works check): a step on cached states helps what is read next; unrolling helps.
 
 A byte model of two layers learns pydoc's topics for seconds, then reads the descriptions of scikit-learn's data sets, a text of
 another kind, in windows of 48 bytes. Gain: NLL in nats per byte of windows 2 to 4, plain caching minus optimised, over 223 rows.
@@ -10,14 +10,19 @@ another kind, in windows of 48 bytes. Gain: NLL in nats per byte of windows 2 to
 | parameters bitwise unchanged, no gradient on them | exact | | |
 | rate 0: losses and states of plain caching | bit for bit | | |
 | gradients through cached_attention = through masked_attention | 1e-6 | | |
+| SUNDAE: NLL of new text after 8 refining steps < 0.95 of | 2.280 / 2.562, 2.316 / 2.581 | both steps on fresh noise | 2.512 |
+| that after training with one step | | | |
 
-The gain is small, as the model is, and its sign is certain.
+The gain is small, as the model is, and its sign is certain. SUNDAE learns pydoc in small letters, 24 to a text; new texts are
+corrupted as in training and refined at temperature 0.3. Trained with one step it keeps more letters right (0.518, 0.446 with two): it
+copies more, and is surer of wrong ones.
 
-Not shown: the thesis' other parts (recurrence by fine-tuning, RUM-SUNDAE, conditional beam search).
+Left out: recurrence by fine-tuning and conditional beam search.
 """
 
 import functools
 import math
+import re
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -28,7 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from maskops.models.byte_lm import Text
-from maskops.models.thesis_pretrained import CachedLM, CachedLMConfig, HiddenStateOptimiser
+from maskops.models.thesis_pretrained import SUNDAE, CachedLM, CachedLMConfig, HiddenStateOptimiser, SUNDAEConfig
 from maskops.testing.works import train
 
 WINDOW, WINDOWS, RATE = 48, 4, 0.003
@@ -143,3 +148,73 @@ def test_errors() -> None:
         HiddenStateOptimiser(trained(0), -1, 4)
     with pytest.raises(ValueError, match="twice heads must divide dim 6, got heads 2"):
         CachedLMConfig(dim=6, heads=2)
+
+
+# ---------------------------------------------------------------- SUNDAE
+
+LETTERS, LENGTH, STEPS = 27, 24, 600
+
+
+def letters() -> tuple[Tensor, Tensor]:
+    """Overlapping rows of nine tenths of pydoc's topics, and 1000 rows of the last tenth."""
+    text = re.sub("[^a-z]+", " ", " ".join(topics[name] for name in sorted(topics)).lower())
+    ids = torch.tensor([" abcdefghijklmnopqrstuvwxyz".index(letter) for letter in text])
+    cut = len(ids) * 9 // 10
+    return ids[:cut].unfold(0, LENGTH, 1), ids[cut:].unfold(0, LENGTH, LENGTH)[:1000]
+
+
+def refined(unroll: int, seed: int) -> tuple[float, float]:
+    """(NLL of new text, share of its letters that are right) after 8 steps."""
+    torch.manual_seed(seed)
+    model, (rows, new) = SUNDAE(SUNDAEConfig(LETTERS, LENGTH, dim=64, unroll=unroll)), letters()
+    generator = torch.Generator().manual_seed(seed)
+    train(
+        model.parameters(), lambda step: model.loss(rows[torch.randint(len(rows), (64,))], generator=generator), STEPS, 4e-3
+    )  # fmt: skip
+    model.eval().requires_grad_(False)
+    generator.manual_seed(99)
+    text = model.refine(model.corrupt(new, generator), 8, temperature=0.3, generator=generator)
+    return F.cross_entropy(model(text).mT, new).item(), (text == new).double().mean().item()
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_training_on_its_own_samples_helps_refining(seed: int) -> None:
+    (twice, kept), (once, copied) = refined(2, seed), refined(1, seed)
+    print(f"NLL after 8 steps {twice:.3f} (right {kept:.3f}), trained with one step {once:.3f} (right {copied:.3f})")
+    assert twice < 0.95 * once
+
+
+def test_loss_is_the_mean_over_steps_on_its_own_samples() -> None:
+    torch.manual_seed(0)
+    model, text = SUNDAE(SUNDAEConfig(20, 12, dim=32, unroll=3)), torch.randint(20, (5, 12))
+    seen: list[Tensor] = []
+    model.trunk.register_forward_hook(lambda module, inputs, out: seen.append(out))
+    asked: list[Tensor] = []
+    encode = model.encode
+    model.encode = lambda tokens: (asked.append(tokens), encode(tokens))[1]
+    loss = model.loss(text, generator=torch.Generator().manual_seed(0))
+    want = torch.stack([F.cross_entropy(model.head(x).mT, text) for x in seen]).mean()
+    torch.testing.assert_close(loss, want)
+    assert len(asked) == 3 and all(x.dtype == torch.int64 and x.min() >= 0 and x.max() < 20 for x in asked)
+    assert not torch.equal(asked[1], asked[2]) and not torch.equal(asked[1], text)
+    again = model.loss(text, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(loss, again) and loss.requires_grad
+
+
+def test_a_certain_model_refines_to_what_it_knows_and_rates_are_uniform() -> None:
+    torch.manual_seed(0)
+    model, text = SUNDAE(SUNDAEConfig(20, 400, dim=32)), torch.full((2000, 400), 3)
+    changed = (model.corrupt(text, torch.Generator().manual_seed(1)) != 3).double().mean(1)
+    # A uniform token is another one in 19 of 20 draws.
+    shares = (changed / 0.95).clamp(max=1).quantile(torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64))
+    torch.testing.assert_close(shares, torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64), rtol=0, atol=0.04)
+    with torch.no_grad():
+        model.head.bias[7] = 1e4
+    assert (model.refine(text[:2, :9], 2) == 7).all() and torch.equal(model.refine(text[:2], 0), text[:2])
+
+
+def test_errors_of_sundae() -> None:
+    with pytest.raises(ValueError, match="unroll must be at least 1, got 0"):
+        SUNDAEConfig(20, 12, unroll=0)
+    with pytest.raises(ValueError, match="text must have at most 12 tokens, got 13"):
+        SUNDAE(SUNDAEConfig(20, 12, dim=32))(torch.zeros(1, 13, dtype=torch.long))

@@ -1,15 +1,16 @@
-"""DupMAE (the Works check): no token decodes itself, each is scored, the class token carries the text, two vectors retrieve better.
+"""DupMAE (the Works check): no token decodes itself, each is scored, the class token carries the text, both vectors find it.
 
-Text of the first claim is the topics of pydoc, small letters and spaces, ten to a text; seed 0. That of the second is scikit-learn's
-docstrings: of 300 that training has not seen, the first sentence asks for the rest (46 words) among all.
+Text of the first claim is the topics of pydoc, small letters and spaces, ten to a text; seed 0. That of the second is the
+docstrings of scikit-learn: of 300 that training has not seen, the first sentence asks for the rest (46 words) among all.
 
     claim                                                       measured, one thread    broken
     held-out decoder loss with the class token's vector at 0    1.295                   1.057: the class token gets no gradient
       over that with it > 1.1                                                             from the decoder (detached)
-    recall@1 of class token and bag of words > 1.1 times that   1.28 (0.163, 0.180      0.013 with both: no loss on the bag of
-      of the class token, mean of 2 seeds                         over 0.140, 0.127)      words
+    recall@1 of class token and bag of words > 1.3 times that   1.92 (0.097, 0.133      0.013 with both: no loss on the bag of
+      of the class token, mean of 2 seeds                         over 0.047, 0.073)      words
 
-So few steps need a weight of 1 for the bag of words, where 0.1 is published: with 0.1 both find 0.007 after 400 steps.
+So few steps need a weight of 1 for the bag of words, where 0.1 is published. Longer training brings both nearer to one another: 0.163
+and 0.180 over 0.140 and 0.127 after 1200 steps of twice as many texts.
 """
 
 import ast
@@ -95,10 +96,10 @@ def recalls(seed: int) -> tuple[float, float]:
     tokens, lengths = rows_of([t[i : i + size] for t in seen for i in range(0, len(t) - size // 2, size // 2)])
 
     def loss(step: int) -> Tensor:
-        at = torch.randint(len(tokens), (32,))
+        at = torch.randint(len(tokens), (16,))
         return model(tokens[at], lengths[at]).loss
 
-    train(model.parameters(), loss, 1200, 4e-3)
+    train(model.parameters(), loss, 1000, 4e-3)
     model.eval().requires_grad_(False)
     asked, told = (
         model.embedding(*rows_of(list(part)), top=WORDS + 3) for part in zip(*docstrings()[:QUERIES], strict=True)
@@ -110,7 +111,7 @@ def recalls(seed: int) -> tuple[float, float]:
 def test_class_token_and_bag_of_words_retrieve_better_than_the_class_token() -> None:
     found = torch.tensor([recalls(seed) for seed in (0, 1)])
     alone, both = found.mean(0).tolist()
-    assert both > 1.1 * alone and alone > 0.05, found.tolist()
+    assert both > 1.3 * alone and alone > 0.02, found.tolist()
 
 
 def test_embeddings_for_retrieval_have_unit_parts() -> None:

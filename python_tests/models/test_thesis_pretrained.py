@@ -14,8 +14,8 @@ another kind, in windows of 48 bytes. Gain: NLL in nats per byte of windows 2 to
 | that after training with one step | | | |
 
 The gain is small, as the model is, and its sign is certain. SUNDAE learns pydoc in small letters, 24 to a text; new texts are
-corrupted as in training and refined at temperature 0.3. Trained with one step it keeps more letters right (0.518, 0.446 with two): it
-copies more, and is surer of wrong ones.
+corrupted as in training and refined at temperature 0.3. Trained with one step it keeps more letters right (0.518, 0.446 with two):
+it copies more, and is surer of wrong ones.
 
 Left out: recurrence by fine-tuning and conditional beam search.
 """

@@ -56,8 +56,9 @@ def disjoint_masking(
         fail(name, "sum of num_keep", f"be at most {N}", sum(sizes))
     where = given.where(name, device, seed, generator)
     rank = given.shuffled(given.seed_of(name, seed, generator, where), B, N, 0, "random", backend, name).ids_restore
-    ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
-    masks = [(rank < end - size) | (rank >= end) for end, size in zip(ends, sizes, strict=True)]
+    # A token is visible in the view at whose end it comes for the first time.
+    after = [rank >= sum(sizes[: i + 1]) for i in range(len(sizes))]
+    masks = [after[i] if i == 0 else after[i] == after[i - 1] for i in range(len(sizes))]
     return tuple(given.rows_split(mask, size, backend) for mask, size in zip(masks, sizes, strict=True))
 
 

@@ -9,7 +9,7 @@ docstrings of scikit-learn: of 300 that training has not seen, the first sentenc
     recall@1 of class token and bag of words > 1.3 times that   1.92 (0.097, 0.133      0.013 with both: no loss on the bag of
       of the class token, mean of 2 seeds                         over 0.047, 0.073)      words
 
-So few steps need a weight of 1 for the bag of words, where 0.1 is published. Longer training brings both nearer to one another: 0.163
+So few steps need a weight of 1 for the bag of words (published: 0.1). Longer training brings them nearer to one another: 0.163
 and 0.180 over 0.140 and 0.127 after 1200 steps of twice as many texts.
 """
 

@@ -133,37 +133,36 @@ def pretrain(
     """
     if system is System.maskgit:
         refused = any(source is not None for source in (images, text, sounds)) or bf16
-        return _pretrain_maskgit(
-            refused, out, data.value, size, epochs, batch_size, lr, seed, resume, save_every or 500
-        )
+        rest = (epochs, batch_size, lr, seed, resume, save_every or 500)
+        return _pretrain_maskgit(refused, out, data.value, size, *rest)
     _need("accelerate", "safetensors", "PIL", "rich")
-    from maskops.pretrained import samples_of
-
     given = {
         "--images": images, "--image-size": image_size, "--patch-size": patch_size, "--classes": classes, "--text": text,
         "--context": context, "--sounds": sounds, "--seconds": seconds,
     }  # fmt: skip
+    source, changes = _chosen(system.value, given, norm_pix, mask_ratio)
+    _pretrain_samples(
+        system.value, size, changes, source, data=given[source], out=out, epochs=epochs, batch_size=batch_size, lr=lr, seed=seed,
+        workers=workers, bf16=bf16, resume=resume, warmup_epochs=warmup_epochs, save_every=save_every,
+    )  # fmt: skip
+
+
+def _chosen(system: str, given: dict[str, Any], norm_pix: bool, mask_ratio: float | None) -> tuple[str, dict[str, Any]]:
+    """(the option that gives what the system trains on, fields of its config).  given: options of _OPTIONS, None by default."""
+    from maskops.pretrained import samples_of
+
+    source, *own = _OPTIONS[samples_of(system)]
     given = {name: value for name, value in given.items() if value is not None}
-    samples = samples_of(system.value)
-    source, *own = _OPTIONS[samples]
     other = [name for name in given if name not in (source, *own)]
     if other:
-        _fail(f"--system {system.value} trains on {source}: leave out {', '.join(other)}", 2)
+        _fail(f"--system {system} trains on {source}: leave out {', '.join(other)}", 2)
     changes = {name[2:].replace("-", "_"): given[name] for name in own if name in given}
-    if "seconds" in changes:
-        changes["frames"] = round(100 * changes.pop("seconds"))
-    if mask_ratio is not None:
-        changes["mask_ratio"] = mask_ratio
+    if source == "--sounds":
+        _need("soundfile", "scipy", "transformers")
+        changes = {"frames": round(100 * changes["seconds"])} if changes else {}
     if source == "--images":
         changes["norm_pix"] = norm_pix
-    if samples == "sounds":
-        _need("soundfile", "scipy", "transformers")
-    default_lr = 1e-3 if samples == "text" else 1.5e-4
-    _pretrain_samples(
-        system.value, size, changes, source, data=given.get(source), out=out, epochs=epochs, batch_size=batch_size,
-        lr=default_lr if lr is None else lr, seed=seed, workers=workers, bf16=bf16, resume=resume,
-        warmup_epochs=0.05 * epochs if warmup_epochs is None else warmup_epochs, save_every=save_every,
-    )  # fmt: skip
+    return source, changes | ({} if mask_ratio is None else {"mask_ratio": mask_ratio})
 
 
 def _pretrain_samples(
@@ -176,6 +175,8 @@ def _pretrain_samples(
     from maskops.train import pretrain as train
 
     _check_epochs(settings["epochs"])
+    usual = {"lr": 1e-3 if source == "--text" else 1.5e-4, "warmup_epochs": 0.05 * settings["epochs"]}
+    settings |= {name: value for name, value in usual.items() if settings[name] is None}
     try:
         if data is None:
             raise ValueError(f"{source} must be given with --system {system}")

@@ -88,8 +88,9 @@ class FileFolder(Dataset):
 
     def __init__(self, folder: str | Path, seed: int = 0) -> None:
         self.folder, self.seed = Path(folder), seed
-        if not self.folder.is_dir():
-            raise EmptyFolderError(f"{self.folder} is not a folder")
+        for folder in (self.folder, self.searched()):
+            if not folder.is_dir():
+                raise EmptyFolderError(f"{folder} is not a folder")
         found = sorted(p for p in self.searched().rglob("*") if p.suffix.lower() in self.suffixes and p.is_file())
         self.unreadable = {path: reason for path in found if (reason := self.why_unreadable(path))}
         self.paths = [path for path in found if path not in self.unreadable]

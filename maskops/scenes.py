@@ -53,14 +53,16 @@ class SceneFolder(ImageFolder):
         depth, classes = (self._image(path, part) for part in PARTS[1:])
         with Image.open(depth) as image:
             # By way of numpy: Pillow clips 16 bits when it converts them.
-            found = Image.fromarray(np.asarray(image, dtype=np.float32))
+            values = np.asarray(image, dtype=np.float32)
+        if not np.isfinite(values).all():
+            raise ValueError(f"{depth} is not finite")
         with Image.open(classes) as image:
-            return load_rgb(path), found, Image.fromarray(np.asarray(image).astype(np.int32))
+            return load_rgb(path), Image.fromarray(values), Image.fromarray(np.asarray(image).astype(np.int32))
 
     def _image(self, path: Path, part: str) -> Path | None:
         """The image of this name in a part's folder."""
         if part == PARTS[0]:
             return path
         place = (self.folder / part / path.relative_to(self.searched())).with_suffix("")
-        found = (place.with_name(place.name + suffix) for suffix in sorted(self.suffixes))
-        return next((p for p in found if p.is_file()), None)
+        suffixes = (path.suffix, *sorted(self.suffixes), *(suffix.upper() for suffix in sorted(self.suffixes)))
+        return next((p for p in (place.with_name(place.name + suffix) for suffix in suffixes) if p.is_file()), None)

@@ -53,6 +53,8 @@ class SoundFolder(FileFolder):
             common = math.gcd(RATE, file.samplerate)
             sound = resample_poly(sound, RATE // common, file.samplerate // common)
         found = fbank(torch.from_numpy(sound), self.bins)[: self.frames]
+        if len(found) < self.least or not found.isfinite().all():
+            raise ValueError(f"{self.paths[index]} is cut off, or not finite")
         return torch.nn.functional.pad(found, (0, 0, 0, self.frames - len(found)), value=math.nan)
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from maskops.data import Crop, Key, to_pixels
+from maskops.data import Crop, EmptyFolderError, Key, to_pixels
 from maskops.scenes import SceneFolder
 
 
@@ -63,6 +63,17 @@ def test_what_does_not_fit_together_is_told(folder: Path) -> None:
     assert reasons == {
         "none": "no depth/none.*", "small": "sizes differ: 64 x 48, 10 x 10, 64 x 48", "rgb": "semseg has 3 channels, not one",
     }  # fmt: skip
+
+
+def test_suffixes_of_either_case_and_what_is_not_finite(folder: Path) -> None:
+    (folder / "semseg" / "a.png").rename(folder / "semseg" / "a.PNG")
+    Image.fromarray(np.full((48, 64), np.nan, np.float32)).save(folder / "depth" / "sub" / "b.tif")
+    (folder / "depth" / "sub" / "b.png").unlink()
+    data = SceneFolder(folder, Crop((8, 8)))
+    assert len(data) == 2 and data[Key(0, 0)][1] == -1
+    assert data[Key(0, 1)][1] == 1, "found when it is its turn"
+    with pytest.raises(EmptyFolderError, match="rgb is not a folder"):
+        SceneFolder(folder / "depth", Crop((8, 8)))
 
 
 def test_multimae_learns_from_a_folder_of_scenes(folder: Path, tmp_path: Path) -> None:

@@ -83,6 +83,8 @@ def test_unreadable_recordings_are_told(folder: Path, tmp_path: Path) -> None:
     data = SoundFolder(folder, frames=50)
     reasons = {path.name: reason for path, reason in data.unreadable.items()}
     assert reasons["e.wav"] == "0.1 s of sound, but a patch has 0.175 s" and set(reasons) == {"d.wav", "e.wav"}
+    soundfile.write(folder / "f.wav", np.full(16000, np.nan), 16000, subtype="FLOAT")
+    assert SoundFolder(folder, frames=50)[Key(0, 2)][1] == 2, "found when it is its turn"
     (tmp_path / "empty").mkdir()
     with pytest.raises(EmptyFolderError, match=r"no sounds \(looked for \.aif"):
         SoundFolder(tmp_path / "empty", frames=50)

@@ -12,7 +12,10 @@ the start, the mean of 2 batches.
 In trials seeds 2 to 6 had 0.982, 0.966, 0.992, 0.982 and 0.974. With targets normalised by patch no difference was seen (seeds
 0 to 2: 0.8720, 0.8736, 0.8795 against 0.8724, 0.8736, 0.8796), nor did the network learn much then: each patch's own mean has
 0.882.
-Not shown: better features. No probe was trained, neither of the views nor of the visible branch.
+Not shown: better features. Linear probes of the class token on digits (24 x 24, 9 cells, 200 steps, seeds 0 to 2), with the latents
+of a trained classifier as targets in place of pixels: 0.858, 0.853, 0.781 after disjoint and 0.848, 0.841, 0.769 after independent
+views, 0.822, 0.829, 0.816 without the visible branch; an untrained network has 0.848. With pixels or histograms of gradients as
+targets the probes of both kinds of views are within 0.01, and without the visible branch they are as good or better.
 """
 
 import pytest

@@ -8,7 +8,7 @@ training can learn the values by heart; new texts give the keys other values, wh
       prediction (NTP) + 0.25; the means > 0.5 and < 0.3
     NLL of new words of pydoc < 1.03 of NTP's, mean        1.013 (1.008, 1.016, 1.015)
 
-Broken on purpose: the mask's token keeps the word's embedding beside its own (nothing is hidden), TODO.
+Broken on purpose: BROKEN
 With other values in a fifth of the texts and two facts to a text, both learn to look back, and NTP sooner (0.94 and 0.78 after 1500
 steps): masks help where memory would do.
 """

@@ -1,6 +1,6 @@
 """MEAP: the mask is exact, the future never leaks, and what a text says is looked up (the Works check).
 
-Words of pydoc between a fact, "key K has value V .", and the same fact again. A key has the same value in 49 of 50 texts, so that
+Words of pydoc between a fact, "key K has value V .", and the same fact again. A key has its usual value in 99 of 100 texts, so that
 training can learn the values by heart; new texts give the keys other values, which only looking back tells.
 
     claim, each of 3 seeds, equal steps                    measured (each), one thread
@@ -8,7 +8,7 @@ training can learn the values by heart; new texts give the keys other values, wh
       prediction (NTP) + 0.25; the means > 0.5 and < 0.3
     NLL of new words of pydoc < 1.03 of NTP's, mean        1.013 (1.008, 1.016, 1.015)
 
-Broken on purpose: BROKEN
+Broken on purpose: nine tenths masked in training retrieve 0.09 and raise the NLL to 1.20. Nothing masked is NTP itself.
 With other values in a fifth of the texts and two facts to a text, both learn to look back, and NTP sooner (0.94 and 0.78 after 1500
 steps): masks help where memory would do.
 """

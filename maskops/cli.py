@@ -107,8 +107,10 @@ def pretrain(
         int | None,
         typer.Option(min=4, help="Tokens of a text: bytes, and the special tokens of dupmae and cm3. Default: 128."),
     ] = None,
-    seconds: Annotated[float | None, typer.Option(min=0.2, help="Of a clip of sound. Default: 10.")] = None,
-    classes: Annotated[int | None, typer.Option(min=1, help="multimae: of semseg. Default: the 133 of COCO.")] = None,
+    seconds: Annotated[float | None, typer.Option(min=0.2, max=600.0, help="Of a clip of sound. Default: 10.")] = None,
+    classes: Annotated[
+        int | None, typer.Option(min=1, max=65536, help="multimae: of semseg. Default: the 133 of COCO.")
+    ] = None,
     patch_size: Annotated[
         int | None,
         typer.Option(min=1, help="Height and width of a patch. Default: 16; of spark the stride of the CNN, 32."),
@@ -131,15 +133,15 @@ def pretrain(
     """Pre-train a model on images, text or sounds. On several processes or machines: `accelerate launch -m maskops pretrain ...`.
     maskgit trains in one process on --data and takes --size, --epochs, --batch-size, --lr, --seed, --resume and --save-every.
     """
-    if system is System.maskgit:
-        refused = any(source is not None for source in (images, text, sounds)) or bf16
-        rest = (epochs, batch_size, lr, seed, resume, save_every or 500)
-        return _pretrain_maskgit(refused, out, data.value, size, *rest)
-    _need("accelerate", "safetensors", "PIL", "rich")
     given = {
         "--images": images, "--image-size": image_size, "--patch-size": patch_size, "--classes": classes, "--text": text,
         "--context": context, "--sounds": sounds, "--seconds": seconds,
     }  # fmt: skip
+    if system is System.maskgit:
+        refused = bf16 or any(value is not None for value in (*given.values(), mask_ratio, warmup_epochs))
+        rest = (epochs, batch_size, lr, seed, resume, save_every or 500)
+        return _pretrain_maskgit(refused, out, data.value, size, *rest)
+    _need("accelerate", "safetensors", "PIL", "rich")
     source, changes = _chosen(system.value, given, norm_pix, mask_ratio)
     _pretrain_samples(
         system.value, size, changes, source, data=given[source], out=out, epochs=epochs, batch_size=batch_size, lr=lr, seed=seed,
@@ -184,7 +186,9 @@ def _pretrain_samples(
             raise ValueError(f"--mask-ratio must be above 0 and below 1, got {changes['mask_ratio']:g}")
         result = train(model_class(system).Config.of_size(size, **changes), Settings(data, out, **settings))
     except (EmptyFolderError, CheckpointError, ValueError, OSError) as error:
-        _fail(error, 2)
+        # Of an error in a process that loads samples, torch gives the traceback; what it says is the last line.
+        lines = str(error).rstrip().splitlines()
+        _fail(lines[-1].partition(": ")[2] if "Original Traceback" in str(error) else error, 2)
     except TrainingError as error:
         _fail(error, 1)
     except KeyboardInterrupt:
@@ -209,7 +213,10 @@ def _pretrain_maskgit(
     refused: bool, out: Path, data: str, size: str, epochs: float, batch_size: int, lr: float | None, *rest: int
 ) -> None:
     if refused:
-        _fail("--system maskgit trains on --data, in float32: leave out --images, --text, --sounds and --bf16", 2)
+        _fail(
+            "--system maskgit trains on --data, in float32: it takes the options that `maskops pretrain --help` lists for it",
+            2,
+        )
     _need("safetensors", "rich", *(("sklearn",) if data == "digits" else ("skimage",)))
     from maskops.checkpoint import CheckpointError
     from maskops.maskgit import Settings

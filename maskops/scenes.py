@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from maskops.data import ImageFolder, load_rgb, to_tensor
+from maskops.data import Crop, ImageFolder, load_rgb, to_tensor
 
 PARTS = ("rgb", "depth", "semseg")
 
@@ -21,6 +21,10 @@ class SceneFolder(ImageFolder):
     """
 
     unit, file = "scenes", "scene"
+
+    def __init__(self, folder: str | Path, crop: Crop, seed: int = 0, cache_mb: int = 256) -> None:
+        self._parts = {part: self._images(Path(folder) / part) for part in PARTS[1:]}
+        super().__init__(folder, crop, seed, cache_mb)
 
     def searched(self) -> Path:
         return self.folder / PARTS[0]
@@ -57,12 +61,17 @@ class SceneFolder(ImageFolder):
         if not np.isfinite(values).all():
             raise ValueError(f"{depth} is not finite")
         with Image.open(classes) as image:
-            return load_rgb(path), Image.fromarray(values), Image.fromarray(np.asarray(image).astype(np.int32))
+            ids = np.asarray(image)
+        if not (np.isfinite(ids) & (ids == np.floor(ids)) & (np.abs(ids) < 2**24)).all():
+            raise ValueError(f"{classes} holds no whole numbers below 2^24")
+        return load_rgb(path), Image.fromarray(values), Image.fromarray(ids.astype(np.int32))
 
     def _image(self, path: Path, part: str) -> Path | None:
         """The image of this name in a part's folder."""
-        if part == PARTS[0]:
-            return path
-        place = (self.folder / part / path.relative_to(self.searched())).with_suffix("")
-        suffixes = (path.suffix, *sorted(self.suffixes), *(suffix.upper() for suffix in sorted(self.suffixes)))
-        return next((p for p in (place.with_name(place.name + suffix) for suffix in suffixes) if p.is_file()), None)
+        return path if part == PARTS[0] else self._parts[part].get(path.relative_to(self.searched()).with_suffix(""))
+
+    @classmethod
+    def _images(cls, folder: Path) -> dict[Path, Path]:
+        """The images below a folder by their names without the suffix; of two, the last one."""
+        found = (p for p in sorted(folder.rglob("*")) if p.suffix.lower() in cls.suffixes and p.is_file())
+        return {p.relative_to(folder).with_suffix(""): p for p in found}

@@ -43,7 +43,7 @@ class SoundFolder(FileFolder):
         except self.errors as error:
             return str(error)
         seconds, needed = info.frames / info.samplerate, _samples(self.least) / RATE
-        return "" if seconds >= needed else f"{seconds:.3g} s of sound, but a patch has {needed:.3g} s"
+        return "" if seconds >= needed else f"{seconds:.5g} s of sound, but a patch has {needed:.5g} s"
 
     def sample(self, index: int, rng: random.Random) -> Tensor:
         with soundfile.SoundFile(self.paths[index]) as file:

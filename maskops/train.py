@@ -124,6 +124,10 @@ def pretrain(config: Any, settings: Settings) -> Result:
     all_kept = hasattr(config, "num_tokens") and config.num_keep == config.num_tokens
     if not 0 < getattr(config, "mask_ratio", 0.5) < 1 or all_kept:
         raise ValueError(f"pretrain: mask_ratio must be in (0, 1), got {config.mask_ratio}, which masks nothing")
+    if getattr(config, "num_keep", 1) == 0:
+        raise ValueError(
+            f"pretrain: mask_ratio must keep a patch, got {config.mask_ratio} of {config.num_tokens} patches"
+        )
     accelerator = Accelerator(mixed_precision="bf16" if settings.bf16 else None)
     if accelerator.scaler is not None:
         raise TrainingError("mixed precision must be bf16 or off, got fp16")

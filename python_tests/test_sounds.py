@@ -90,6 +90,26 @@ def test_unreadable_recordings_are_told(folder: Path, tmp_path: Path) -> None:
         SoundFolder(tmp_path / "empty", frames=50)
 
 
+def test_wrong_use_is_one_line(folder: Path, tmp_path: Path) -> None:
+    from maskops.testing.forks import Forked
+
+    def fails(*more: object) -> str:
+        command = ["pretrain", "--system", "openbeats", "--out", tmp_path / "run", "--size", "tiny", *more]
+        done = Forked("maskops", list(map(str, command)), {"OMP_NUM_THREADS": "1"}, tmp_path / "output").wait(
+            timeout=100
+        )
+        assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+        return done.stderr
+
+    (tmp_path / "bad").mkdir()
+    soundfile.write(tmp_path / "bad" / "a.wav", np.full(16000, np.nan), 16000, subtype="FLOAT")
+    assert "none of 1 sounds can be decoded" in fails("--sounds", tmp_path / "bad", "--workers", 1)
+    assert "0.001, which masks nothing" in fails("--sounds", folder, "--mask-ratio", 0.001)
+    assert "must keep a patch, got 0.99 of 48 patches" in fails(
+        "--sounds", folder, "--mask-ratio", 0.99, "--seconds", 1
+    )
+
+
 def test_openbeats_learns_from_a_folder_of_recordings(folder: Path, tmp_path: Path) -> None:
     from maskops.pretrained import load_pretrained
     from maskops.testing.forks import Forked

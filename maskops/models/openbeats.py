@@ -69,6 +69,16 @@ class OpenBEATsConfig:
         if not 0 <= self.mask_ratio <= 1:
             raise ValueError(f"OpenBEATsConfig: mask_ratio must be in [0, 1], got {self.mask_ratio}")
 
+    @property
+    def num_tokens(self) -> int:
+        """Patches of a whole clip."""
+        return self.frames // self.patch[0] * (self.bins // self.patch[1])
+
+    @property
+    def num_keep(self) -> int:
+        """How many of them stay visible: rounded, as published."""
+        return round((1 - self.mask_ratio) * self.num_tokens)
+
     @classmethod
     def of_size(cls, size: str, **changes: Any) -> OpenBEATsConfig:
         """The config of a size in SIZES, with single fields changed."""
@@ -124,6 +134,9 @@ class OpenBEATs(nn.Module):
     def encode(self, spectrogram: Tensor, lengths: Tensor | None = None) -> Tensor:
         """What is left after pre-training: all patches.  float [B, T, F], frames int64 [B] -> [B, N, D]."""
         images = self._images(spectrogram)
+        if lengths is not None and (lengths.dtype != torch.int64 or lengths.shape != images.shape[:1]):
+            got = f"{lengths.dtype} {list(lengths.shape)}"
+            raise ValueError(f"OpenBEATs: lengths must be int64 [B] = [{len(images)}], got {got}")
         real = self.patches(
             torch.full((len(images),), images.shape[2], device=images.device) if lengths is None else lengths
         )

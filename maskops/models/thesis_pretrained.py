@@ -177,8 +177,8 @@ class SUNDAEConfig:
     unroll: int = 2
 
     def __post_init__(self) -> None:
-        if self.unroll < 1:
-            raise ValueError(f"SUNDAEConfig: unroll must be at least 1, got {self.unroll}")
+        if not isinstance(self.unroll, int) or self.unroll < 1:
+            raise ValueError(f"SUNDAEConfig: unroll must be an int of at least 1, got {self.unroll}")
 
 
 class SUNDAE(nn.Module):
@@ -207,8 +207,7 @@ class SUNDAE(nn.Module):
 
     def encode(self, text: Tensor) -> Tensor:
         """int64 [B, T] -> [B, T, D]."""
-        if text.shape[1] > self.config.context:
-            raise ValueError(f"SUNDAE: text must have at most {self.config.context} tokens, got {text.shape[1]}")
+        self._check(text)
         return self.trunk(self.embed(text) + self.positions[: text.shape[1]])
 
     def forward(self, text: Tensor) -> Tensor:
@@ -217,6 +216,7 @@ class SUNDAE(nn.Module):
 
     def corrupt(self, text: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Uniform tokens, at a rate of its own for every text.  int64 [B, T]."""
+        self._check(text)
         rates = torch.rand(len(text), 1, generator=generator, device=text.device)
         hidden = maskops.bernoulli_masking(*text.shape, rates, generator=generator)
         return maskops.corrupt_tokens(
@@ -239,6 +239,11 @@ class SUNDAE(nn.Module):
         for _ in range(steps):
             text = self._denoise(text, text, generator, temperature)[1]
         return text
+
+    def _check(self, text: Tensor) -> None:
+        if text.dim() != 2 or text.dtype != torch.int64 or text.shape[1] > self.config.context:
+            expected = f"int64 [B, T] with at most {self.config.context} tokens"
+            raise ValueError(f"SUNDAE: text must be {expected}, got {text.dtype} {list(text.shape)}")
 
     def _denoise(
         self, seen: Tensor, clean: Tensor, generator: torch.Generator | None, temperature: float = 1.0

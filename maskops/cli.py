@@ -138,7 +138,8 @@ def pretrain(
         "--context": context, "--sounds": sounds, "--seconds": seconds,
     }  # fmt: skip
     if system is System.maskgit:
-        refused = bf16 or any(value is not None for value in (*given.values(), mask_ratio, warmup_epochs))
+        given |= {"--mask-ratio": mask_ratio, "--warmup-epochs": warmup_epochs, "--bf16": bf16 or None}
+        refused = [name for name, value in given.items() if value is not None]
         rest = (epochs, batch_size, lr, seed, resume, save_every or 500)
         return _pretrain_maskgit(refused, out, data.value, size, *rest)
     _need("accelerate", "safetensors", "PIL", "rich")
@@ -210,13 +211,10 @@ def _check_epochs(epochs: float) -> None:
 
 
 def _pretrain_maskgit(
-    refused: bool, out: Path, data: str, size: str, epochs: float, batch_size: int, lr: float | None, *rest: int
+    refused: list[str], out: Path, data: str, size: str, epochs: float, batch_size: int, lr: float | None, *rest: int
 ) -> None:
     if refused:
-        _fail(
-            "--system maskgit trains on --data, in float32: it takes the options that `maskops pretrain --help` lists for it",
-            2,
-        )
+        _fail(f"--system maskgit trains on --data, in float32: leave out {', '.join(refused)}", 2)
     _need("safetensors", "rich", *(("sklearn",) if data == "digits" else ("skimage",)))
     from maskops.checkpoint import CheckpointError
     from maskops.maskgit import Settings

@@ -1,4 +1,4 @@
-"""Files of a folder as training samples: images, and what their systems share with scenes and sounds.
+"""Files of a folder as training samples: images, what scenes and sounds share with them, and which samples each process takes.
 
 Everything is a function of (seed, position), never of a running generator: a resumed run, a run on several processes and any number
 of DataLoader workers see the same crops in the same order.

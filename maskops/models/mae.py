@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import maskops
 from maskops import TokenSplit
 from maskops.models.images import ImageConfig, paint_masked, rows_of
+from maskops.models.sizes import fields_of
 from maskops.nn import PatchEmbed
 from maskops.nn.transformer import Block, init_linear_and_norm, sincos_positions
 
@@ -62,9 +63,7 @@ class MAEConfig(ImageConfig):
     @classmethod
     def of_size(cls, size: str, **changes: object) -> MAEConfig:
         """The config of a size in SIZES, with single fields changed."""
-        if size not in SIZES:
-            raise ValueError(f"MAEConfig: size must be one of {list(SIZES)}, got {size!r}")
-        return cls(**{**SIZES[size], **changes})  # type: ignore[arg-type]
+        return cls(**fields_of(cls, SIZES, size, changes))
 
     @property
     def num_keep(self) -> int:

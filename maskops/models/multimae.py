@@ -19,6 +19,7 @@ from torch import Tensor, nn
 import maskops
 from maskops import TokenSplit
 from maskops.models.images import ImageConfig, rows_of
+from maskops.models.sizes import fields_of
 from maskops.nn import PatchEmbed
 from maskops.nn.transformer import CrossBlock, Transformer, init_linear_and_norm, sincos_positions
 
@@ -73,11 +74,9 @@ class MultiMAEConfig(ImageConfig):
     @classmethod
     def of_size(cls, size: str, **changes: Any) -> MultiMAEConfig:
         """The config of a size in SIZES, with single fields changed.  mask_ratio: of all patches, 5/6 as published."""
-        if size not in SIZES:
-            raise ValueError(f"MultiMAEConfig: size must be one of {list(SIZES)}, got {size!r}")
-        ratio = changes.setdefault("mask_ratio", 5 / 6)
-        tokens = cls(**{**SIZES[size], **changes, "num_keep": 1}).num_tokens
-        return cls(**{**SIZES[size], "num_keep": round(tokens * (1 - ratio)), **changes})
+        fields = {"mask_ratio": 5 / 6, **fields_of(cls, SIZES, size, changes)}
+        tokens = cls(**{**fields, "num_keep": 1}).num_tokens
+        return cls(**{"num_keep": round(tokens * (1 - fields["mask_ratio"])), **fields})
 
 
 # base is published; the others are the usual ViT sizes with a decoder to match.

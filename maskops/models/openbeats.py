@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 import maskops
 from maskops import AttentionMask, TokenSplit
+from maskops.models.sizes import fields_of
 from maskops.nn import PatchEmbed
 from maskops.nn.transformer import Attention, Mlp, init_linear_and_norm
 
@@ -82,9 +83,7 @@ class OpenBEATsConfig:
     @classmethod
     def of_size(cls, size: str, **changes: Any) -> OpenBEATsConfig:
         """The config of a size in SIZES, with single fields changed."""
-        if size not in SIZES:
-            raise ValueError(f"OpenBEATsConfig: size must be one of {list(SIZES)}, got {size!r}")
-        return cls(**{**SIZES[size], **changes})
+        return cls(**fields_of(cls, SIZES, size, changes))
 
 
 class OpenBEATsOutput(NamedTuple):

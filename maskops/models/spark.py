@@ -16,6 +16,7 @@ import maskops
 from maskops import TokenSplit
 from maskops.models.cnn import ConvNeXt, Permute, ResNet, maps_of
 from maskops.models.images import ImageConfig, paint_masked, rows_of
+from maskops.models.sizes import fields_of
 from maskops.nn import MaskedLayerNorm2d, SyncedBatchNorm2d, block_mask, to_block_masked
 
 if TYPE_CHECKING:
@@ -69,9 +70,7 @@ class SparKConfig(ImageConfig):
     @classmethod
     def of_size(cls, size: str, **changes: object) -> SparKConfig:
         """The config of a size in SIZES, with single fields changed."""
-        if size not in SIZES:
-            raise ValueError(f"SparKConfig: size must be one of {list(SIZES)}, got {size!r}")
-        return cls(**{**SIZES[size], **changes})  # type: ignore[arg-type]
+        return cls(**fields_of(cls, SIZES, size, changes))
 
     @property
     def num_keep(self) -> int:

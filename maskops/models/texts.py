@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any, ClassVar
+
+from maskops.models.sizes import fields_of
 
 BYTES = 256
 
@@ -29,12 +30,8 @@ class ByteText:
     @classmethod
     def of_size(cls, size: str, **changes: Any) -> Any:
         """The config of a size in SIZES for text as bytes, with single fields changed."""
-        if size not in SIZES:
-            raise ValueError(f"{cls.__name__}: size must be one of {list(SIZES)}, got {size!r}")
-        unknown = sorted(set(changes) - {field.name for field in dataclasses.fields(cls)})  # type: ignore[arg-type]
-        if unknown:
-            raise ValueError(f"{cls.__name__} has no {', '.join(unknown)}")
-        fields = {"vocabulary": BYTES + cls.specials + 1, "context": 128, **cls.on_bytes, **SIZES[size], **changes}
+        usual = {"vocabulary": BYTES + cls.specials + 1, "context": 128, **cls.on_bytes}
+        fields = {**usual, **fields_of(cls, SIZES, size, changes)}
         config = cls(**fields)
         if config.window < 1:
             least = fields["context"] - config.window + 1

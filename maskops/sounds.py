@@ -34,9 +34,6 @@ class SoundFolder(FileFolder):
         self.frames, self.bins, self.least = frames, bins, least
         super().__init__(folder, seed)
 
-    def identity(self) -> dict[str, object]:
-        return {"frames": self.frames} | super().identity()
-
     def why_unreadable(self, path: Path) -> str:
         try:
             info = soundfile.info(path)

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 import maskops
 from maskops import AttentionMask, TokenSplit
-from maskops.nn.transformer import Block, Transformer, init_linear_and_norm, sincos_positions
+from maskops.models.texts import TextModel
+from maskops.nn.transformer import Block, Transformer, init_linear_and_norm
 
 PAD = -1  # the label of an empty slot
 
@@ -59,22 +60,18 @@ class DrBERTOutput(NamedTuple):
     split: TokenSplit
 
 
-class Encoder(nn.Module):
+class Encoder(TextModel):
     """BERT: all that is left after pre-training.  tokens int64 [B, N], lengths int64 [B] or None -> [B, N, D]."""
 
+    called = "DrBERT"
+
     def __init__(self, config: DrBERTConfig) -> None:
-        super().__init__()
         c = config
-        self.embed = nn.Embedding(c.vocabulary, c.dim)
-        # Small beside the positions, as in the published BERT: heads first learn to look at neighbours.
-        nn.init.normal_(self.embed.weight, std=0.1)
-        self.positions = nn.Parameter(sincos_positions((1, c.context), c.dim))
+        super().__init__(c.vocabulary, c.context, c.dim)
         self.blocks = Transformer(c.dim, c.depth, c.heads)
 
     def forward(self, tokens: Tensor, lengths: Tensor | None = None) -> Tensor:
-        if tokens.shape[1] > len(self.positions):
-            raise ValueError(f"DrBERT: tokens must have at most {len(self.positions)} a row, got {tokens.shape[1]}")
-        return self.blocks(self.embed(tokens) + self.positions[: tokens.shape[1]], _real(lengths))
+        return self.blocks(self._embed(tokens), _real(lengths))
 
 
 class DrBERT(nn.Module):

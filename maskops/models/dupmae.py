@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 import maskops
 from maskops import AttentionMask
-from maskops.models.texts import ByteText
-from maskops.nn.transformer import CrossBlock, Transformer, init_linear_and_norm, sincos_positions
+from maskops.models.texts import ByteText, TextModel
+from maskops.nn.transformer import CrossBlock, Transformer, init_linear_and_norm
 
 if TYPE_CHECKING:
     from maskops.train import Step
@@ -55,7 +55,7 @@ class DupMAEOutput(NamedTuple):
     encoder_loss: Tensor
 
 
-class DupMAE(nn.Module):
+class DupMAE(TextModel):
     """Masked auto-encoder of texts with two decoders.
 
         x = encoder(masked tokens);  encoder_loss = cross-entropy at the masked tokens
@@ -73,11 +73,9 @@ class DupMAE(nn.Module):
     Config = DupMAEConfig
 
     def __init__(self, config: DupMAEConfig) -> None:
-        super().__init__()
-        c = self.config = config
-        self.embed = nn.Embedding(c.vocabulary, c.dim)
-        nn.init.normal_(self.embed.weight, std=0.1)
-        self.positions = nn.Parameter(sincos_positions((1, c.context), c.dim))
+        c = config
+        super().__init__(c.vocabulary, c.context, c.dim)
+        self.config = c
         self.encoder = Transformer(c.dim, c.depth, c.heads)
         self.decoder = CrossBlock(c.dim, c.heads, 4 * c.dim).apply(init_linear_and_norm)
         self.norm = nn.LayerNorm(c.dim)
@@ -157,8 +155,3 @@ class DupMAE(nn.Module):
         part = (torch.arange(words.shape[1], device=tokens.device) % top).expand_as(words)
         parts = words.new_zeros(len(words), top).scatter_reduce(1, part, words, "amax")
         return torch.cat([first, nn.functional.normalize(parts, dim=1).to(first.dtype)], 1)
-
-    def _embed(self, tokens: Tensor) -> Tensor:
-        if tokens.shape[1] > self.config.context:
-            raise ValueError(f"DupMAE: tokens must have at most {self.config.context} a row, got {tokens.shape[1]}")
-        return self.embed(tokens) + self.positions[: tokens.shape[1]]

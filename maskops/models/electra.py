@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 import maskops
 from maskops import AttentionMask
-from maskops.models.texts import ByteText
-from maskops.nn.transformer import Transformer, init_linear_and_norm, sincos_positions
+from maskops.models.texts import ByteText, TextModel
+from maskops.nn.transformer import Transformer, init_linear_and_norm
 
 if TYPE_CHECKING:
     from maskops.train import Step
@@ -59,7 +59,7 @@ class ELECTRAOutput(NamedTuple):
     mask: Tensor
 
 
-class ELECTRA(nn.Module):
+class ELECTRA(TextModel):
     """Replaced-token detection.
 
         loss, sample = cross-entropy of the generator at the masked tokens, and a draw from its softmax, in one pass
@@ -76,13 +76,11 @@ class ELECTRA(nn.Module):
     Config = ELECTRAConfig
 
     def __init__(self, config: ELECTRAConfig) -> None:
-        super().__init__()
-        c = self.config = config
+        c = config
+        super().__init__(c.vocabulary, c.context, c.dim)
+        self.config = c
         heads = max(1, round(c.heads * c.generator_size))
         width = max(heads, round(c.dim * c.generator_size) // heads * heads)
-        self.embed = nn.Embedding(c.vocabulary, c.dim)
-        nn.init.normal_(self.embed.weight, std=0.1)
-        self.positions = nn.Parameter(sincos_positions((1, c.context), c.dim))
         self.to_generator = nn.Linear(c.dim, width)
         self.generator = Transformer(width, c.depth, heads)
         self.generator_head = nn.Sequential(nn.Linear(width, c.dim), nn.GELU(), nn.LayerNorm(c.dim))
@@ -143,11 +141,6 @@ class ELECTRA(nn.Module):
     def training_loss(self, texts: Tensor, step: Step) -> Tensor:
         """The loss of this process's rows of a step of maskops.train.  texts: bytes, int64 [B, window]."""
         return self(texts, generator=step.generator()).loss
-
-    def _embed(self, tokens: Tensor) -> Tensor:
-        if tokens.shape[1] > self.config.context:
-            raise ValueError(f"ELECTRA: tokens must have at most {self.config.context} a row, got {tokens.shape[1]}")
-        return self.embed(tokens) + self.positions[: tokens.shape[1]]
 
 
 def _real(lengths: Tensor | None) -> AttentionMask | None:

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 import maskops
 from maskops import AttentionMask
-from maskops.models.texts import ByteText
-from maskops.nn.transformer import Transformer, init_linear_and_norm, sincos_positions
+from maskops.models.texts import ByteText, TextModel
+from maskops.nn.transformer import Transformer, init_linear_and_norm
 
 LEFT, FINE, EMPTY = 0, 1, 2  # parts of the input: the shortened text, one slot for each masked token, empty slots
 SEES = (
@@ -105,7 +105,7 @@ class ERNIEGramOutput(NamedTuple):
     slots: Slots
 
 
-class ERNIEGram(nn.Module):
+class ERNIEGram(TextModel):
     """Explicit n-gram masking, and with a generator also replaced n-grams.
 
         text  = tokens, each masked n-gram ONE mask token, or with a generator a draw from its softmax over V + G
@@ -124,11 +124,9 @@ class ERNIEGram(nn.Module):
     Config = ERNIEGramConfig
 
     def __init__(self, config: ERNIEGramConfig) -> None:
-        super().__init__()
-        c = self.config = config
-        self.embed = nn.Embedding(c.vocabulary + c.ngrams, c.dim)
-        nn.init.normal_(self.embed.weight, std=0.1)
-        self.positions = nn.Parameter(sincos_positions((1, c.context), c.dim))
+        c = config
+        super().__init__(c.vocabulary + c.ngrams, c.context, c.dim)
+        self.config = c
         self.slots = nn.Parameter(
             0.1 * torch.randn(c.longest, c.dim)
         )  # the mask tokens [M1], [M2], ... of single tokens
@@ -195,9 +193,8 @@ class ERNIEGram(nn.Module):
 
     def encode(self, tokens: Tensor, lengths: Tensor | None = None) -> Tensor:
         """What is left after pre-training.  tokens int64 [B, N] -> [B, N, D]."""
-        self._check(tokens)
         real = None if lengths is None else AttentionMask.key_padding(lengths)
-        return self.encoder(self.embed(tokens) + self.positions[: tokens.shape[1]], real)
+        return self.encoder(self._embed(tokens), real)
 
     def forward(
         self, tokens: Tensor, lengths: Tensor | None = None, *, mask: Tensor | None = None, seed: int | Tensor | None = None,
@@ -254,10 +251,6 @@ class ERNIEGram(nn.Module):
     def training_loss(self, texts: Tensor, step: Step) -> Tensor:
         """The loss of this process's rows of a step of maskops.train.  texts: bytes, int64 [B, window]."""
         return self(texts, generator=step.generator()).loss
-
-    def _check(self, tokens: Tensor) -> None:
-        if tokens.shape[1] > self.config.context:
-            raise ValueError(f"ERNIEGram: tokens must have at most {self.config.context} a row, got {tokens.shape[1]}")
 
 
 def arrange(segments: Segments, mask: Tensor) -> Slots:

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 import maskops
 from maskops import AttentionMask
-from maskops.nn.transformer import Transformer, sincos_positions
+from maskops.models.texts import TextModel
+from maskops.nn.transformer import Transformer
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class MEAPConfig:
         return self.vocabulary - 1
 
 
-class MEAP(nn.Module):
+class MEAP(TextModel):
     """A causal language model that trains on masked inputs; with mask_ratio 0 it is plain next-token prediction.
 
         input = text[:, :-1] with int(mask_ratio T) tokens replaced by the mask token, the last one never
@@ -53,21 +54,17 @@ class MEAP(nn.Module):
     """
 
     def __init__(self, config: MEAPConfig) -> None:
-        super().__init__()
-        c = self.config = config
-        self.embed = nn.Embedding(c.vocabulary, c.dim)
-        self.positions = nn.Parameter(sincos_positions((1, c.context), c.dim))
+        c = config
+        super().__init__(c.vocabulary, c.context, c.dim, std=None)
+        self.config = c
         self.decoder = Transformer(c.dim, c.depth, c.heads)
         self.head = nn.Linear(c.dim, c.vocabulary, bias=False)
         nn.init.normal_(self.head.weight, std=0.02)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """tokens int64 [B, T] with T up to the context -> logits [B, T, V]."""
-        length = tokens.shape[1]
-        if length > self.config.context:
-            raise ValueError(f"MEAP: tokens must have at most {self.config.context} a row, got {length}")
         causal = AttentionMask.causal().to(tokens.device)
-        return self.head(self.decoder(self.embed(tokens) + self.positions[:length], causal))
+        return self.head(self.decoder(self._embed(tokens), causal))
 
     def mask_input(
         self, tokens: Tensor, *, seed: int | Tensor | None = None, generator: torch.Generator | None = None

@@ -23,8 +23,9 @@ from torch import Tensor, nn
 import maskops
 from maskops import AttentionMask
 from maskops.models.byte_lm import BYTES
+from maskops.models.texts import TextModel
 from maskops.nn.rotary import rotary
-from maskops.nn.transformer import Block, Transformer, sincos_positions
+from maskops.nn.transformer import Block, Transformer
 
 
 @dataclass(frozen=True)
@@ -181,7 +182,7 @@ class SUNDAEConfig:
             raise ValueError(f"SUNDAEConfig: unroll must be an int of at least 1, got {self.unroll}")
 
 
-class SUNDAE(nn.Module):
+class SUNDAE(TextModel):
     """Step-unrolled denoising autoencoder: a bidirectional model that is trained on what it makes itself.
 
         corrupt: each text has a rate of its own, uniform in [0, 1]; each token becomes a uniform one with that chance
@@ -197,18 +198,15 @@ class SUNDAE(nn.Module):
     """
 
     def __init__(self, config: SUNDAEConfig) -> None:
-        super().__init__()
-        c = self.config = config
-        self.embed = nn.Embedding(c.vocabulary, c.dim)
-        nn.init.normal_(self.embed.weight, std=0.02)
-        self.positions = nn.Parameter(sincos_positions((1, c.context), c.dim))
+        c = config
+        super().__init__(c.vocabulary, c.context, c.dim, std=0.02)
+        self.config = c
         self.trunk = Transformer(c.dim, c.depth, c.heads)
         self.head = nn.Linear(c.dim, c.vocabulary)
 
     def encode(self, text: Tensor) -> Tensor:
         """int64 [B, T] -> [B, T, D]."""
-        self._check(text)
-        return self.trunk(self.embed(text) + self.positions[: text.shape[1]])
+        return self.trunk(self._embed(text))
 
     def forward(self, text: Tensor) -> Tensor:
         """Logits of the clean text: int64 [B, T] -> [B, T, V]."""
@@ -239,11 +237,6 @@ class SUNDAE(nn.Module):
         for _ in range(steps):
             text = self._denoise(text, text, generator, temperature)[1]
         return text
-
-    def _check(self, text: Tensor) -> None:
-        if text.dim() != 2 or text.dtype != torch.int64 or text.shape[1] > self.config.context:
-            expected = f"int64 [B, T] with at most {self.config.context} tokens"
-            raise ValueError(f"SUNDAE: text must be {expected}, got {text.dtype} {list(text.shape)}")
 
     def _denoise(
         self, seen: Tensor, clean: Tensor, generator: torch.Generator | None, temperature: float = 1.0

@@ -216,7 +216,5 @@ def test_a_certain_model_refines_to_what_it_knows_and_rates_are_uniform() -> Non
 def test_errors_of_sundae() -> None:
     with pytest.raises(ValueError, match="unroll must be an int of at least 1, got 0"):
         SUNDAEConfig(20, 12, unroll=0)
-    with pytest.raises(
-        ValueError, match=r"text must be int64 \[B, T\] with at most 12 tokens, got torch.int64 \[1, 13\]"
-    ):
+    with pytest.raises(ValueError, match="SUNDAE: tokens must have at most 12 a row, got 13"):
         SUNDAE(SUNDAEConfig(20, 12, dim=32))(torch.zeros(1, 13, dtype=torch.long))

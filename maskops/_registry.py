@@ -38,6 +38,7 @@ class OpSpec:
             argument whether its gradient is wanted.
         constants: names of floating arguments that no gradient flows to.
         cuda: whether csrc/cuda has a kernel; without one the native op on a GPU is the Triton kernel.
+        triton: whether kernels/ has a launcher; an op with neither is for the CPU.
         autocast: "preserve" (dtypes as they come), "promote" (to the widest floating dtype), "lower" (to autocast's dtype).
         autocast_skips: names of arguments that autocast leaves as they come.
     """
@@ -52,6 +53,7 @@ class OpSpec:
     backward: Callable | None = None
     constants: tuple[str, ...] = ()
     cuda: bool = True
+    triton: bool = True
     autocast: str = "preserve"
     autocast_skips: tuple[str, ...] = ()
     arguments: tuple[str, ...] = field(init=False)
@@ -101,7 +103,7 @@ def dynamic_size() -> torch.SymInt:
 def register_triton(key: str, namespace: str = "maskops_triton") -> None:
     """Register the Triton launchers for a dispatch key ("CUDA", "XPU", or "CPU" for the interpreter), where it has no kernel."""
     for spec in OPS.values():
-        if torch._C._dispatch_has_kernel_for_dispatch_key(f"{namespace}::{spec.name}", key):
+        if not spec.triton or torch._C._dispatch_has_kernel_for_dispatch_key(f"{namespace}::{spec.name}", key):
             continue
         _LIBRARIES[namespace].impl(spec.name, _checked(spec, _launcher(spec)), key)
 
@@ -139,7 +141,7 @@ def _fake(spec: OpSpec) -> Callable:
 
 def _register_gradient(namespace: str, library: torch.library.Library, spec: OpSpec) -> None:
     if spec.backward is None:
-        if spec.name.startswith("_"):
+        if spec.name.startswith("_") and not spec.mutates:
             torch.library.register_autograd(f"{namespace}::{spec.name}", _no_double_backward(spec), lib=library)
         return
 

@@ -29,6 +29,8 @@ def supported(backend: str, op: str, dtype: torch.dtype) -> bool:
     if backend == "emulated":
         return OPS[op].cuda
     if backend == "triton":
+        if not OPS[op].triton:
+            return False
         limits = importlib.import_module(f"maskops.kernels.{OPS[op].family}").LIMITS.get(op)
         return limits is None or not testing.takes_floats(op) or dtype in limits["dtypes"]
     return True
@@ -114,7 +116,7 @@ def test_value_and_gradient(sample: Sample, variant: str, dtype: torch.dtype) ->
 @pytest.mark.parametrize("op", sorted(OPS))
 def test_kernel_is_registered(op: str, backend: str) -> None:
     """Without this, a test of a missing native kernel would silently test the reference."""
-    expected = OPS[op].cuda if backend == "emulated" else True
+    expected = {"emulated": OPS[op].cuda, "triton": OPS[op].triton}.get(backend, True)
     assert has_kernel(backend, op, "cpu") == expected
 
 
@@ -125,7 +127,7 @@ def test_values_are_compared_on_every_backend(op: str, backend: str) -> None:
     cases = [case.values for case in VALUE_CASES]
     found = {d for s, v, d in cases if s.op == op and v.split("-")[0] == backend}
     assert found == {d for d in dtypes_of(op) if supported(backend, op, d)}
-    assert (torch.float32 in found) == (backend != "emulated" or OPS[op].cuda)
+    assert (torch.float32 in found) == {"emulated": OPS[op].cuda, "triton": OPS[op].triton}.get(backend, True)
 
 
 @pytest.mark.parametrize("op", sorted(OPS))
@@ -184,7 +186,7 @@ ONCE_DIFFERENTIABLE = (
     "visible_tokens_embed", "masked_loss_patch", "nm_matmul_linear", "nm_matmul_bitmask", "nm_matmul_soft",
     "masked_attention", "feature_reuse_attention", "sparse_conv_block", "sparse_conv_block_max_pool", "sparse_conv_block_norm",
     "sparse_conv_block_layer_norm",
-    "masked_loss_linear", "masked_loss_regression", "masked_loss_contrast", "masked_loss_max_pool",
+    "masked_loss_linear", "masked_loss_linear_kept", "masked_loss_regression", "masked_loss_contrast", "masked_loss_max_pool",
 )  # fmt: skip
 
 

@@ -20,6 +20,28 @@ void parallel_for(int64_t count, int64_t work, const Body& body) {
   torch::stable::parallel_for(0, count, grain, body);
 }
 
+// The next of `count` items that no thread has taken.
+class NextItem {
+ public:
+  NextItem(std::atomic<int64_t>& left, int64_t count) : left_(left), count_(count) {}
+  bool operator()(int64_t* item) const { return (*item = left_.fetch_add(1)) < count_; }
+
+ private:
+  std::atomic<int64_t>& left_;
+  int64_t count_;
+};
+
+// body(next) on each thread, for items of unequal cost: what an item computes must not depend on who takes it.
+template <class Body>
+void share_out(int64_t count, int64_t work, const Body& body) {
+  std::atomic<int64_t> left{0};
+  const NextItem next(left, count);
+  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), count);
+  parallel_for(threads, count * work / std::max<int64_t>(1, threads), [&](int64_t begin, int64_t end) {
+    if (begin < end) body(next);
+  });
+}
+
 // Keeps the smallest position at which something was wrong, from any thread.
 class FirstFault {
  public:

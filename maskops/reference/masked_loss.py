@@ -120,6 +120,45 @@ def _masked_loss_linear_backward(
     return grad_hidden, grad_weight, slope.sum(0).to(weight.dtype)
 
 
+def tiles_of(classes: int) -> int:
+    """Tiles of 96 classes."""
+    return -(-classes // 96)
+
+
+def _kept_rows(counted: Tensor, width: int) -> Tensor:
+    """int64 [K], the rows of which masked_loss_linear_kept keeps the powers."""
+    rows = counted.any(1).nonzero()[:, 0]
+    return rows if len(rows) <= width else rows[: width // 64 * 64]
+
+
+def masked_loss_linear_kept(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, ignore: int, scale: float, smoothing: float,
+    z_loss: float,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    counted = target != ignore
+    logits = linear_logits(hidden, weight, bias, counted, scale)
+    powers, (books, classes, width) = weight.new_zeros(weight.shape), weight.shape
+    tops = logits.new_zeros(books, tiles_of(classes), width)
+    picked = logits.new_zeros(target.shape)
+    if classes:
+        picked = torch.where(counted, logits.gather(2, torch.where(counted, target, 0)[:, :, None])[:, :, 0], 0)
+        kept = logits[_kept_rows(counted, width)].permute(1, 2, 0)
+        padded = torch.nn.functional.pad(kept, (0, 0, 0, tops.shape[1] * 96 - classes), value=-torch.inf)
+        high = padded.unflatten(1, (-1, 96)).amax(2)
+        powers[:, :, : kept.shape[2]] = (kept - high.repeat_interleave(96, 1)[:, :classes]).exp().to(weight.dtype)
+        tops[:, :, : kept.shape[2]] = high
+    return *_linear_loss(logits, target, counted, smoothing, z_loss), picked, powers, tops
+
+
+def _masked_loss_linear_kept_backward_(
+    grad: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, lse: Tensor, picked: Tensor,
+    powers: Tensor, tops: Tensor, grad_hidden: Tensor, grad_bias: Tensor, *options: float,
+) -> None:  # fmt: skip
+    found = _masked_loss_linear_backward(grad, hidden, weight, bias, target, lse, *options)
+    for to, x in zip((grad_hidden, powers, grad_bias), found, strict=True):
+        to.copy_(x)
+
+
 def masked_loss_sample(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, seed: Tensor, ignore: int,
     scale: float, smoothing: float, z_loss: float, temperature: float,

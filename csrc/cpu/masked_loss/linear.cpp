@@ -20,6 +20,7 @@
 namespace maskops {
 namespace {
 
+constexpr const char* kOp = "linear_cross_entropy";
 constexpr int64_t kRowUnit = LinearLoss::kRowUnit;
 constexpr int64_t kSuperTileBytes = int64_t{1} << 20;  // of a thread, about
 
@@ -77,6 +78,11 @@ class LinearRun {
     }
   }
 
+  // Codebook g of x [G, ..].
+  static void* part(const Tensor& x, int64_t g) {
+    return static_cast<char*>(x.mutable_data_ptr()) + g * (x.numel() / x.size(0)) * static_cast<int64_t>(x.element_size());
+  }
+
   // x [N, G] of codebook g from [M].
   template <class S>
   void scatter(const void* from, int64_t g, Tensor& x) const {
@@ -116,7 +122,18 @@ Tensor zeros_like_device(const Tensor& like, std::initializer_list<int64_t> size
   return torch::stable::zero_(x);
 }
 
-void run_forward(LinearRun& run, Tensor& loss, Tensor& lse, Tensor* sample) {
+// What masked_loss_linear_kept returns besides: the logit of the target [N, G], powers [G, V, D], tops [G, tiles, D].
+struct Kept {
+  Tensor picked, powers, tops;
+
+  void use(LinearRun& run, int64_t g) const {
+    LinearLoss& args = run.args;
+    args.kept = args.M <= args.D ? args.M : args.D / LinearLoss::kPanel * LinearLoss::kPanel;
+    args.powers = run.part(powers, g), args.tops = run.part(tops, g);
+  }
+};
+
+void run_forward(LinearRun& run, Tensor& loss, Tensor& lse, Tensor* sample, Kept* kept) {
   LinearLoss& args = run.args;
   if (run.empty()) return;
   const int64_t ranges = args.ranges();
@@ -129,6 +146,7 @@ void run_forward(LinearRun& run, Tensor& loss, Tensor& lse, Tensor* sample) {
   const int64_t bytes = run.kernels().bytes(args, false).thread;
   for (int64_t g = 0; g < args.books; ++g) {
     run.use_book(g);
+    if (kept != nullptr) kept->use(run, g);
     parallel_for(ranges, args.M * args.D * args.V / ranges, [&](int64_t begin, int64_t end) {
       const Buffer buffer(bytes);
       run.kernels().forward(args, sample != nullptr, begin, end, buffer.get());
@@ -136,22 +154,40 @@ void run_forward(LinearRun& run, Tensor& loss, Tensor& lse, Tensor* sample) {
     run.kernels().finish(args, sample != nullptr, out.get());
     run.scatter_sums(out.get(), g, loss);
     run.scatter_sums(args.lse, g, lse);
+    if (kept != nullptr) run.scatter_sums(args.picked, g, kept->picked);
     if (sample != nullptr) run.scatter<int64_t>(args.sample, g, *sample);
   }
 }
 
-std::tuple<Tensor, Tensor> masked_loss_linear(const Tensor& hidden, const Tensor& weight, std::optional<Tensor> bias,
-                                              const Tensor& target_any, int64_t ignore, double scale, double smoothing, double z_loss) {
-  const char* op = "linear_cross_entropy";
-  check_linear_loss(op, hidden, weight, bias, target_any, scale, smoothing, z_loss);
+// Loss and lse [N, G]; their inputs are checked here.
+std::tuple<Tensor, Tensor> forward_of(const Tensor& hidden, const Tensor& weight, const std::optional<Tensor>& bias,
+                                      const Tensor& target_any, int64_t ignore, double scale, double smoothing, double z_loss, Kept* kept) {
+  check_linear_loss(kOp, hidden, weight, bias, target_any, scale, smoothing, z_loss);
   const Tensor target = contiguous_or_copy(target_any);
-  check_linear_target(op, static_cast<const int64_t*>(target.const_data_ptr()), hidden.size(0), weight.size(0), ignore, weight.size(1));
+  check_linear_target(kOp, static_cast<const int64_t*>(target.const_data_ptr()), hidden.size(0), weight.size(0), ignore, weight.size(1));
   const ScalarType type = accumulation_type(hidden.scalar_type());
-  Tensor loss = zeros_like_device(hidden, {hidden.size(0), weight.size(0)}, type);
-  Tensor lse = zeros_like_device(hidden, {hidden.size(0), weight.size(0)}, type);
+  const int64_t N = hidden.size(0), books = weight.size(0), V = weight.size(1), D = weight.size(2);
+  Tensor loss = zeros_like_device(hidden, {N, books}, type), lse = zeros_like_device(hidden, {N, books}, type);
+  if (kept != nullptr) {
+    const int64_t tiles = (V + LinearLoss::kTile - 1) / LinearLoss::kTile;
+    *kept = {zeros_like_device(hidden, {N, books}, type), empty_like_device(weight, {books, V, D}), empty_like_device(weight, {books, tiles, D}, type)};
+  }
   LinearRun run(hidden, weight, bias, target, ignore, scale, smoothing, z_loss, false);
-  run_forward(run, loss, lse, nullptr);
+  run_forward(run, loss, lse, nullptr, kept);
   return {loss, lse};
+}
+
+std::tuple<Tensor, Tensor> masked_loss_linear(const Tensor& hidden, const Tensor& weight, std::optional<Tensor> bias,
+                                              const Tensor& target, int64_t ignore, double scale, double smoothing, double z_loss) {
+  return forward_of(hidden, weight, bias, target, ignore, scale, smoothing, z_loss, nullptr);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> masked_loss_linear_kept(const Tensor& hidden, const Tensor& weight, std::optional<Tensor> bias,
+                                                                           const Tensor& target, int64_t ignore, double scale,
+                                                                           double smoothing, double z_loss) {
+  Kept kept;
+  auto [loss, lse] = forward_of(hidden, weight, bias, target, ignore, scale, smoothing, z_loss, &kept);
+  return {loss, lse, kept.picked, kept.powers, kept.tops};
 }
 
 std::tuple<Tensor, Tensor, Tensor> masked_loss_sample(const Tensor& hidden, const Tensor& weight, std::optional<Tensor> bias,
@@ -172,67 +208,125 @@ std::tuple<Tensor, Tensor, Tensor> masked_loss_sample(const Tensor& hidden, cons
   const int64_t* words = static_cast<const int64_t*>(seed.const_data_ptr());
   run.args.key = PhiloxKey::of(words[0], words[1]);
   run.args.inverse_temperature = 1 / temperature;
-  run_forward(run, loss, lse, &sample);
+  run_forward(run, loss, lse, &sample, nullptr);
   return {loss, lse, sample};
 }
 
-std::tuple<Tensor, Tensor, Tensor> masked_loss_linear_backward(const Tensor& grad_any, const Tensor& hidden, const Tensor& weight,
-                                                               std::optional<Tensor> bias, const Tensor& target_any, const Tensor& lse_any,
-                                                               int64_t ignore, double scale, double smoothing, double z_loss) {
-  const char* op = "linear_cross_entropy";
-  check_linear_loss(op, hidden, weight, bias, target_any, scale, smoothing, z_loss);
-  const ScalarType type = accumulation_type(hidden.scalar_type());
-  check_tensor(op, "grad", grad_any, "[N, G]", {type}, {hidden.size(0), weight.size(0)}, hidden);
-  check_tensor(op, "lse", lse_any, "[N, G]", {type}, {hidden.size(0), weight.size(0)}, hidden);
-  const Tensor target = contiguous_or_copy(target_any), grad = contiguous_or_copy(grad_any), lse = contiguous_or_copy(lse_any);
-  check_linear_target(op, static_cast<const int64_t*>(target.const_data_ptr()), hidden.size(0), weight.size(0), ignore, weight.size(1));
-  const int64_t books = weight.size(0), V = weight.size(1), D = weight.size(2);
-  Tensor grad_hidden = zeros_like_device(hidden, {hidden.size(0), D}, hidden.scalar_type());
-  Tensor grad_weight = empty_like_device(weight, {books, V, D}), grad_bias = empty_like_device(weight, {books, V});
+// The arguments that all gradients share, checked.
+struct LinearGradient {
+  const Tensor &hidden, &weight;
+  std::optional<Tensor> bias;
+  Tensor target, grad, lse;
+  int64_t ignore;
+  double scale, smoothing, z_loss;
+
+  LinearGradient(const Tensor& grad_any, const Tensor& hidden_any, const Tensor& weight_any, const std::optional<Tensor>& bias_any,
+                 const Tensor& target_any, const Tensor& lse_any, int64_t ignore_index, double scale_of, double smoothing_of, double z_loss_of)
+      : hidden(hidden_any), weight(weight_any), bias(bias_any), ignore(ignore_index), scale(scale_of), smoothing(smoothing_of),
+        z_loss(z_loss_of) {
+    check_linear_loss(kOp, hidden, weight, bias, target_any, scale, smoothing, z_loss);
+    check_sums("grad", grad_any);
+    check_sums("lse", lse_any);
+    target = contiguous_or_copy(target_any), grad = contiguous_or_copy(grad_any), lse = contiguous_or_copy(lse_any);
+    const int64_t* targets = static_cast<const int64_t*>(target.const_data_ptr());
+    check_linear_target(kOp, targets, hidden.size(0), weight.size(0), ignore, weight.size(1));
+  }
+
+  void check_sums(const char* name, const Tensor& x) const {
+    check_tensor(kOp, name, x, "[N, G]", {accumulation_type(hidden.scalar_type())}, {hidden.size(0), weight.size(0)}, hidden);
+  }
+
+  // grad_hidden [N, D] is 0 before; grad_weight [G, V, D] may be what was kept.
+  void run(Tensor& grad_hidden, Tensor& grad_weight, Tensor& grad_bias, const Kept* kept) const;
+};
+
+void LinearGradient::run(Tensor& grad_hidden, Tensor& grad_weight, Tensor& grad_bias, const Kept* kept) const {
   LinearRun run(hidden, weight, bias, target, ignore, scale, smoothing, z_loss, true);
   LinearLoss& args = run.args;
   if (run.empty()) {
-    return {grad_hidden, torch::stable::zero_(grad_weight), torch::stable::zero_(grad_bias)};
+    torch::stable::zero_(grad_weight), torch::stable::zero_(grad_bias);
+    return;
   }
-  args.lse = run.vector(0), args.slope = run.vector(1);
+  args.lse = run.vector(0), args.slope = run.vector(1), args.picked = run.vector(2);
   const LinearBytes bytes = run.kernels().bytes(args, true);
   std::memset(args.grad_hidden, 0, static_cast<size_t>(bytes.grad_hidden));
-  // What a super tile holds does not change the sums: they run over the classes in order. Threads wait for each other at its end.
+  // What a super tile holds does not change the sums: they run over the classes in order. While one is added to grad_hidden the
+  // next one is made, so there are two.
   const int64_t threads = torch::stable::get_num_threads(), fitting = kSuperTileBytes / (bytes.panels + bytes.logits);
-  const int64_t together = std::min(args.tiles(), threads * std::clamp<int64_t>(fitting, 1, 4));
-  const Buffer tiles(together * (bytes.panels + bytes.logits));
-  args.together = together, args.panels = tiles.get(), args.logits = static_cast<char*>(tiles.get()) + together * bytes.panels;
-  const int64_t item = static_cast<int64_t>(weight.element_size());
+  args.together = std::min(args.tiles(), threads * std::clamp<int64_t>(fitting, 1, 4));
+  const int64_t super_bytes = args.together * (bytes.panels + bytes.logits);
+  const Buffer tiles(2 * super_bytes);
   std::vector<std::unique_ptr<Buffer>> buffers;
-  for (int64_t i = 0; i < together; ++i) buffers.push_back(std::make_unique<Buffer>(bytes.thread));
-  for (int64_t g = 0; g < books; ++g) {
+  for (int64_t i = 0; i < args.together; ++i) buffers.push_back(std::make_unique<Buffer>(bytes.thread));
+  for (int64_t g = 0; g < args.books; ++g) {
     run.use_book(g);
     run.gather_sums(lse, g, args.lse, 1e30, 1);
     run.gather_sums(grad, g, args.slope, 0, scale);
-    args.grad_weight = static_cast<char*>(grad_weight.mutable_data_ptr()) + g * V * D * item;
-    args.grad_bias = static_cast<char*>(grad_bias.mutable_data_ptr()) + g * V * item;
-    for (int64_t first = 0; first < args.tiles(); first += together) {
-      const int64_t count = std::min(together, args.tiles() - first), work = args.M * D * LinearLoss::kTile;
-      parallel_for(count, work, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) run.kernels().tile_gradient(args, i, first + i, buffers[i]->get());
+    if (kept != nullptr) run.gather_sums(kept->picked, g, args.picked, 0, 1), kept->use(run, g);
+    args.grad_weight = run.part(grad_weight, g), args.grad_bias = run.part(grad_bias, g);
+    LinearLoss now = args, before = args;
+    now.panels = tiles.get(), now.logits = static_cast<char*>(now.panels) + args.together * bytes.panels;
+    before.panels = static_cast<char*>(now.panels) + super_bytes, before.logits = static_cast<char*>(now.logits) + super_bytes;
+    const int64_t items = run.kernels().hidden_items(args), tile_work = args.M * args.D * LinearLoss::kTile;
+    int64_t added = 0;  // tiles of `before`, of which the first is `first - added`
+    for (int64_t first = 0; first < args.tiles() || added > 0; first += args.together) {
+      const int64_t count = std::clamp<int64_t>(args.tiles() - first, 0, args.together), adding = added > 0 ? items : 0;
+      share_out(count + adding, tile_work / std::max<int64_t>(1, adding), [&](const NextItem& next) {
+        for (int64_t i; next(&i);) {
+          if (i < count) run.kernels().tile_gradient(now, i, first + i, buffers[i]->get());
+          else run.kernels().add_hidden(before, first - added, added, i - count, i - count + 1);
+        }
       });
-      const int64_t items = run.kernels().hidden_items(args);
-      if (items == 0) continue;  // no width
-      parallel_for(items, count * work / items, [&](int64_t begin, int64_t end) { run.kernels().add_hidden(args, first, count, begin, end); });
+      std::swap(now.panels, before.panels), std::swap(now.logits, before.logits);
+      added = count;
     }
   }
-  parallel_for((args.M + kRowUnit - 1) / kRowUnit, D * 8 * kRowUnit, [&](int64_t begin, int64_t end) {
+  parallel_for((args.M + kRowUnit - 1) / kRowUnit, args.D * 8 * kRowUnit, [&](int64_t begin, int64_t end) {
     run.kernels().unpack(args, grad_hidden.mutable_data_ptr(), begin, end);
   });
+}
+
+std::tuple<Tensor, Tensor, Tensor> masked_loss_linear_backward(const Tensor& grad, const Tensor& hidden, const Tensor& weight,
+                                                               std::optional<Tensor> bias, const Tensor& target, const Tensor& lse,
+                                                               int64_t ignore, double scale, double smoothing, double z_loss) {
+  const LinearGradient gradient(grad, hidden, weight, bias, target, lse, ignore, scale, smoothing, z_loss);
+  const int64_t books = weight.size(0), V = weight.size(1), D = weight.size(2);
+  Tensor grad_hidden = zeros_like_device(hidden, {hidden.size(0), D}, hidden.scalar_type());
+  Tensor grad_weight = empty_like_device(weight, {books, V, D}), grad_bias = empty_like_device(weight, {books, V});
+  gradient.run(grad_hidden, grad_weight, grad_bias, nullptr);
   return {grad_hidden, grad_weight, grad_bias};
+}
+
+void masked_loss_linear_kept_backward(const Tensor& grad, const Tensor& hidden, const Tensor& weight, std::optional<Tensor> bias,
+                                      const Tensor& target, const Tensor& lse, const Tensor& picked_any, Tensor powers_any,
+                                      const Tensor& tops_any, Tensor grad_hidden_any, Tensor grad_bias_any, int64_t ignore, double scale,
+                                      double smoothing, double z_loss) {
+  const LinearGradient gradient(grad, hidden, weight, bias, target, lse, ignore, scale, smoothing, z_loss);
+  const int64_t books = weight.size(0), V = weight.size(1), D = weight.size(2), tiles = (V + LinearLoss::kTile - 1) / LinearLoss::kTile;
+  const ScalarType type = weight.scalar_type(), sums = accumulation_type(type);
+  gradient.check_sums("picked", picked_any);
+  check_tensor(kOp, "powers", powers_any, "[G, V, D]", {type}, {books, V, D}, hidden);
+  check_tensor(kOp, "tops", tops_any, "[G, tiles, D]", {sums}, {books, tiles, D}, hidden);
+  check_tensor(kOp, "grad_hidden", grad_hidden_any, "[N, D]", {type}, {hidden.size(0), D}, hidden);
+  check_tensor(kOp, "grad_bias", grad_bias_any, "[G, V]", {type}, {books, V}, hidden);
+  Tensor powers = contiguous_or_copy(powers_any), grad_hidden = contiguous_or_copy(grad_hidden_any);
+  Tensor grad_bias = contiguous_or_copy(grad_bias_any);
+  torch::stable::zero_(grad_hidden);
+  const Kept kept{contiguous_or_copy(picked_any), powers, contiguous_or_copy(tops_any)};
+  gradient.run(grad_hidden, powers, grad_bias, &kept);
+  if (!powers_any.is_contiguous()) torch::stable::copy_(powers_any, powers);
+  if (!grad_hidden_any.is_contiguous()) torch::stable::copy_(grad_hidden_any, grad_hidden);
+  if (!grad_bias_any.is_contiguous()) torch::stable::copy_(grad_bias_any, grad_bias);
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(maskops, CPU, m) {
   m.impl("masked_loss_linear", TORCH_BOX(&masked_loss_linear));
+  m.impl("masked_loss_linear_kept", TORCH_BOX(&masked_loss_linear_kept));
   m.impl("masked_loss_sample", TORCH_BOX(&masked_loss_sample));
   m.impl("_masked_loss_linear_backward", TORCH_BOX(&masked_loss_linear_backward));
+  m.impl("_masked_loss_linear_kept_backward_", TORCH_BOX(&masked_loss_linear_kept_backward));
 }
 
 }  // namespace maskops

@@ -23,10 +23,13 @@ struct LinearLoss {
   void *panels;                        // weight of a super tile: per tile [panels of D][kTile][64]
   void *grad_hidden;                   // [panels of D][stride][64] sums
   void *grad_weight, *grad_bias;       // [V, D], [V]
+  // Where the gradient of the weight is to lie, [V, D]: until then exp(logit - top) of the first `kept` rows, a row per class; and
+  // the highest logit of each tile, [tiles][D]. Null: the backward pass multiplies again.
+  void *powers, *tops;
   void *best;                          // [ranges][stride]: highest noisy logit,
   int64_t* sample;                     // [ranges][stride]: and its class
   PhiloxKey key;
-  int64_t hidden_stride, weight_stride, M, D, V, stride, book, books;
+  int64_t hidden_stride, weight_stride, M, D, V, stride, book, books, kept;
   int64_t together;  // tiles of a super tile
   double scale, smoothing, z_loss, inverse_temperature;
   int dtype;

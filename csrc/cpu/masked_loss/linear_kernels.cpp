@@ -22,37 +22,50 @@ struct Loss {
 
   // ---- logits
 
-  void add_bias(int64_t tile, S* logits) const {
+  // Of the rows from `first` on.
+  void add_bias(int64_t tile, int64_t first, S* logits) const {
     const int64_t count = classes(tile);
     if (a.bias == nullptr && a.scale == 1) return;
     const V scale = V::all(S(a.scale));
     for (int64_t v = 0; v < count; ++v) {
       const V bias = V::all(a.bias == nullptr ? S(0) : S(to_float(static_cast<const T*>(a.bias)[tile * kTile + v])));
       S* row = logits + v * a.stride;
-      for (int64_t m = 0; m < a.stride; m += V::width) ((V::load(row + m) + bias) * scale).store(row + m);
+      for (int64_t m = first; m < a.stride; m += V::width) ((V::load(row + m) + bias) * scale).store(row + m);
     }
   }
 
   // ---- forward
 
-  // Folds a tile into the running values of a range.
-  void reduce(int64_t tile, const S* logits, S* highest, S* total, S* sums) const {
+  // Folds a tile into the running values of a range; leaves exp(logit - highest of the tile) in its place where that is kept.
+  template <bool kKept>
+  void reduce(int64_t tile, S* logits, S* highest, S* total, S* sums) const {
     const int64_t count = classes(tile);
     const V lowest = V::all(S(-3e38f));
     for (int64_t m = 0; m < a.stride; m += V::width) {
-      V top = V::load(highest + m), all = V::zero(), sum = V::load(sums + m);
-      const V before = top;
+      V top = V::all(S(-__builtin_inff())), all = V::zero(), sum = V::load(sums + m);
       for (int64_t v = 0; v < count; ++v) top = max(V::load(logits + v * a.stride + m), top);
       const V base = max(top, lowest);  // no infinity minus infinity
       for (int64_t v = 0; v < count; ++v) {
-        const V x = V::load(logits + v * a.stride + m);
-        all = all + exp_below_zero(x - base);
+        const V x = V::load(logits + v * a.stride + m), power = exp_below_zero(x - base);
+        if constexpr (kKept) power.store(logits + v * a.stride + m);
+        all = all + power;
         sum = sum + x;
       }
-      const V decay = exp_below_zero(max(before, lowest) - base);
-      fma(V::load(total + m), decay, all).store(total + m);
-      top.store(highest + m);
+      if (kKept && m < a.kept) base.store_n(at<S>(a.tops, tile * a.D + m), min_of<int64_t>(V::width, a.kept - m));
+      const V before = V::load(highest + m), joint = max(top, before), joined = max(joint, lowest);
+      const V decay = exp_below_zero(max(before, lowest) - joined), share = exp_below_zero(base - joined);
+      fma(V::load(total + m), decay, all * share).store(total + m);
+      joint.store(highest + m);
       sum.store(sums + m);
+    }
+  }
+
+  void keep(int64_t tile, const S* powers) const {
+    T* to = static_cast<T*>(a.powers) + tile * kTile * a.D;
+    for (int64_t v = 0; v < classes(tile); ++v, to += a.D, powers += a.stride) {
+      int64_t m = 0;
+      for (; m + V::width <= a.kept; m += V::width) V::load(powers + m).store(to + m);
+      if (m < a.kept) V::load(powers + m).store_n(to + m, a.kept - m);
     }
   }
 
@@ -99,10 +112,15 @@ struct Loss {
     }
     for (int64_t tile = range * tiles / ranges; tile < (range + 1) * tiles / ranges; ++tile) {
       S* logits = products.logits(tile, buffer);
-      add_bias(tile, logits);
-      reduce(tile, logits, highest, total, sums);
+      add_bias(tile, 0, logits);
       pick(tile, logits);
       if (sampled) draw(tile, logits, at<S>(a.best, range * a.stride), a.sample + range * a.stride);
+      if (a.powers == nullptr) {
+        reduce<false>(tile, logits, highest, total, sums);
+      } else {
+        reduce<true>(tile, logits, highest, total, sums);
+        keep(tile, logits);
+      }
     }
   }
 
@@ -138,7 +156,7 @@ struct Loss {
   // The highest logit of each sample and the first token that has it.
   void pool(const MaxPool& samples, int64_t tile, void* buffer) const {
     S* logits = products.logits(tile, buffer);
-    add_bias(tile, logits);
+    add_bias(tile, 0, logits);
     alignas(64) S first[V::width], values[V::width], rows[V::width];
     for (int64_t i = 0; i < V::width; ++i) first[i] = S(i);
     for (int64_t v = 0; v < classes(tile); ++v) {
@@ -179,35 +197,73 @@ struct Loss {
 
   // ---- backward
 
-  // slope (weight_of_lse exp(logit - lse) - smoothing / V), less (1 - smoothing) slope at the target; 0 in rows that do not count.
-  void slopes(int64_t tile, S* logits, S* grad_bias) const {
+  // x slope, and 0 where that is 0, whatever x is: rows that do not count.
+  static V sloped(V x, V slope) {
+    const V zero = V::zero(), size = abs(slope);
+    return where_less(zero, size, x * slope, where_less(size, V::all(1), zero, size));
+  }
+
+  V factor_of(V lse) const { return fma(V::all(S(2 * a.z_loss)), lse, V::all(1)); }
+  S even() const { return S(a.smoothing / double(a.V)); }
+
+  // Logits of the rows from `first` on to slope (factor exp(logit - lse) - smoothing / V), less (1 - smoothing) slope at the target.
+  void slopes(int64_t tile, int64_t first, S* logits) const {
     const int64_t count = classes(tile);
-    const V even = V::all(S(a.smoothing / double(a.V))), zero = V::zero(), twice = V::all(S(2 * a.z_loss)), one = V::all(1);
-    for (int64_t m = 0; m < a.stride; m += V::width) {
-      const V lse = V::load(at<S>(a.lse, m)), slope = V::load(at<S>(a.slope, m));
-      const V factor = fma(twice, lse, one), size = abs(slope);
+    const V even = V::all(this->even()), zero = V::zero();
+    for (int64_t m = first; m < a.stride; m += V::width) {
+      const V lse = V::load(at<S>(a.lse, m)), slope = V::load(at<S>(a.slope, m)), factor = factor_of(lse);
       for (int64_t v = 0; v < count; ++v) {
         S* x = logits + v * a.stride + m;
         const V weight = exp_below_zero(min(zero, V::load(x) - lse));
-        where_less(zero, size, (factor * weight - even) * slope, where_less(size, one, zero, size)).store(x);
+        sloped(factor * weight - even, slope).store(x);
       }
     }
-    for (int64_t m = 0; m < a.M; ++m) {
+    for (int64_t m = first; m < a.M; ++m) {
       const int64_t v = a.target[m] - tile * kTile;
       if (v >= 0 && v < count) logits[v * a.stride + m] -= S(1 - a.smoothing) * at<S>(a.slope, m)[0];
     }
-    for (int64_t v = 0; v < count; ++v) {
-      V sum = V::zero();
-      for (int64_t m = 0; m < a.stride; m += V::width) sum = sum + V::load(logits + v * a.stride + m);
-      grad_bias[v] = sum.sum();
+  }
+
+  // The same of the rows that were kept, from their powers; the target's from its logit, since 1 less a rounded power near 1 is little.
+  void kept_slopes(int64_t tile, S* out, S* factors) const {
+    const int64_t count = classes(tile), whole = a.kept / V::width * V::width, rest = a.kept - whole;
+    const V even = V::all(this->even()), zero = V::zero();
+    for (int64_t m = 0; m < a.kept; m += V::width) {
+      const V lse = V::load(at<S>(a.lse, m)), top = V::load_n(at<S>(a.tops, tile * a.D + m), min_of<int64_t>(V::width, a.kept - m));
+      (factor_of(lse) * exp_below_zero(min(zero, top - lse))).store(factors + m);
+    }
+    const T* powers = static_cast<const T*>(a.powers) + tile * kTile * a.D;
+    for (int64_t v = 0; v < count; ++v, powers += a.D) {
+      S* row = out + v * a.stride;
+      const auto put = [&](V power, int64_t m) {
+        sloped(fma(power, V::load(factors + m), zero - even), V::load(at<S>(a.slope, m))).store(row + m);
+      };
+      for (int64_t m = 0; m < whole; m += V::width) put(V::load(powers + m), m);
+      if (rest > 0) put(V::load_n(powers + whole, rest), whole);
+      if (a.kept < a.M) continue;
+      for (int64_t m = whole + (rest > 0 ? V::width : 0); m < a.stride; m += V::width) zero.store(row + m);
+    }
+    for (int64_t m = 0; m < a.kept; ++m) {
+      const int64_t v = a.target[m] - tile * kTile;
+      const S slope = at<S>(a.slope, m)[0];
+      if (v < 0 || v >= count || slope == 0) continue;
+      const double lse = at<S>(a.lse, m)[0], weight = __builtin_exp(at<S>(a.picked, m)[0] - lse);
+      out[v * a.stride + m] = S(((1 + 2 * a.z_loss * lse) * weight - a.smoothing / double(a.V) - (1 - a.smoothing)) * slope);
     }
   }
 
   void tile_gradient(int64_t i, int64_t tile, void* buffer) const {
     alignas(64) S bias[kTile];
-    S* logits = products.kept_logits(i, tile, buffer);
-    add_bias(tile, logits);
-    slopes(tile, logits, bias);
+    const int64_t first = a.kept < a.M ? a.kept : a.stride;  // row whose logits are made again
+    S* logits = products.shared_logits(i, tile, first, buffer);
+    if (a.kept > 0) kept_slopes(tile, logits, static_cast<S*>(buffer));
+    add_bias(tile, first, logits);
+    slopes(tile, first, logits);
+    for (int64_t v = 0; v < classes(tile); ++v) {
+      V sum = V::zero();
+      for (int64_t m = 0; m < a.stride; m += V::width) sum = sum + V::load(logits + v * a.stride + m);
+      bias[v] = sum.sum();
+    }
     products.weight_gradient(i, tile, logits, buffer);
     for (int64_t v = 0; v < classes(tile); ++v) from_float(bias[v], static_cast<T*>(a.grad_bias) + tile * kTile + v);
   }

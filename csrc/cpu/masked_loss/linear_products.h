@@ -82,20 +82,22 @@ struct FloatLoss {
   // Logits of a tile without bias and scale, in a buffer of panels and logits.
   S* logits(int64_t tile, void* buffer) const {
     S *panels = static_cast<S*>(buffer), *to = panels + tile_panels();
-    fill(tile, panels, to);
+    fill(tile, 0, panels, to);
     return to;
   }
-  // The same of the i-th of a super tile, where the other products find it.
-  S* kept_logits(int64_t i, int64_t tile, void*) const {
+  // The same of the i-th of a super tile, where the other products find it; rows from `first` on, 64 of them or all before it.
+  S* shared_logits(int64_t i, int64_t tile, int64_t first, void*) const {
     S* to = at<S>(a.logits, i * kTile * a.stride);
-    fill(tile, at<S>(a.panels, i * tile_panels()), to);
+    fill(tile, first, at<S>(a.panels, i * tile_panels()), to);
     return to;
   }
 
   // The gradient of the weight of a tile; buffer: [kTile, whole panels of D].
   void weight_gradient(int64_t, int64_t tile, S* slopes, void* buffer) const {
     const int64_t count = classes(tile), wide = round_up(a.D, kPanel);
-    S* sums = static_cast<S*>(buffer);
+    T* out = static_cast<T*>(a.grad_weight) + tile * kTile * a.D;
+    constexpr bool kSame = sizeof(S) == sizeof(T);
+    S* sums = kSame && wide == a.D ? reinterpret_cast<S*>(out) : static_cast<S*>(buffer);
     for (int64_t q = 0; q < a.d_panels(); ++q) {
       const S* along = at<S>(a.along, q * a.stride * kPanel);
       for (int64_t m = 0; m < a.stride; m += kSteps) {
@@ -103,7 +105,7 @@ struct FloatLoss {
                             StridedC<S>{sums + q * kPanel, wide, m > 0});
       }
     }
-    T* out = static_cast<T*>(a.grad_weight) + tile * kTile * a.D;
+    if (kSame && wide == a.D) return;
     for (int64_t v = 0; v < count; ++v) {
       const S* from = sums + v * wide;
       int64_t d = 0;
@@ -136,11 +138,11 @@ struct FloatLoss {
   }
 
  private:
-  void fill(int64_t tile, S* panels, S* logits) const {
+  void fill(int64_t tile, int64_t first, S* panels, S* logits) const {
     pack_weight(tile, panels);
     const int64_t count = classes(tile);
     if (a.D == 0) memset(logits, 0, size_t(count * a.stride) * sizeof(S));  // no product writes them
-    for (int64_t p = 0; p < a.row_panels(); ++p) {
+    for (int64_t p = parts_of(first, kPanel); p < a.row_panels(); ++p) {
       const int64_t rows = min_of(kPanel, a.stride - p * kPanel);
       const S* across = at<S>(a.across, p * a.D * kPanel);
       for (int64_t q = 0; q < a.d_panels(); ++q) {
@@ -203,8 +205,18 @@ struct AmxLoss {
     }
   }
 
-  S* logits(int64_t tile, void* buffer) const {
+  S* logits(int64_t tile, void* buffer) const { return fill(tile, 0, buffer); }
+
+  S* shared_logits(int64_t i, int64_t tile, int64_t first, void* buffer) const {
+    const bf16* weight = static_cast<const bf16*>(a.weight) + tile * kTile * a.weight_stride;
+    amx_transpose_rows(weight, a.weight_stride, classes(tile), a.D, kTile, width, at<bf16>(a.panels, i * kTile), a.together * kTile);
+    return fill(tile, first, buffer);
+  }
+
+  S* fill(int64_t tile, int64_t first, void* buffer) const {
     const int64_t count = classes(tile), rows = round_up(count, kAmxRows);
+    S* to = reinterpret_cast<S*>(static_cast<bf16*>(buffer) + kTile * depth);
+    if (first >= a.stride) return to;
     const bf16* weight = static_cast<const bf16*>(a.weight) + tile * kTile * a.weight_stride;
     AmxA left{weight, a.weight_stride};
     bf16* copy = static_cast<bf16*>(buffer);
@@ -212,19 +224,12 @@ struct AmxLoss {
       amx_copy_rows(weight, a.weight_stride, count, a.D, rows, depth, copy);
       left = {copy, depth};
     }
-    S* to = reinterpret_cast<S*>(copy + kTile * depth);
-    for (int64_t m = 0; m < a.stride; m += kColumns) {
+    for (int64_t m = first; m < a.stride; m += kColumns) {
       amx_multiply(rows, min_of(kColumns, a.stride - m), depth, left, {at<uint32_t>(a.across, m * depth / 2), kColumns},
                    {to + m, a.stride, false});
     }
     return to;
   }
-  S* kept_logits(int64_t i, int64_t tile, void* buffer) const {
-    const bf16* weight = static_cast<const bf16*>(a.weight) + tile * kTile * a.weight_stride;
-    amx_transpose_rows(weight, a.weight_stride, classes(tile), a.D, kTile, width, at<bf16>(a.panels, i * kTile), a.together * kTile);
-    return logits(tile, buffer);
-  }
-
   void weight_gradient(int64_t i, int64_t tile, S* slopes, void* buffer) const {
     const int64_t count = classes(tile), rows = round_up(count, kAmxRows);
     bf16* left = reinterpret_cast<bf16*>(static_cast<char*>(buffer) + kTile * depth * 2 + kTile * a.stride * 4);

@@ -16,17 +16,12 @@
 namespace maskops {
 namespace {
 
-using Items = std::atomic<int64_t>;
-
-// Items of unequal cost, each by the next thread that is free: what an item computes does not depend on who takes it.
+// body(item, buffer), items of unequal cost
 template <class Body>
 void share_items(int64_t count, int64_t work, int64_t bytes, const Body& body) {
-  Items next{0};
-  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), count);
-  parallel_for(threads, count * work / std::max<int64_t>(1, threads), [&](int64_t begin, int64_t end) {
-    if (begin == end) return;
+  share_out(count, work, [&](const NextItem& next) {
     const Buffer buffer(bytes);
-    for (int64_t item; (item = next.fetch_add(1)) < count;) body(item, buffer.get());
+    for (int64_t item; next(&item);) body(item, buffer.get());
   });
 }
 

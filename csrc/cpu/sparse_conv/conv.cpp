@@ -30,27 +30,6 @@ ConvArgs args_of(const Tensor& x, const Tensor& map, int64_t columns, int64_t gr
   return args;
 }
 
-// Items of unequal cost: each thread takes the next one that is left. What an item computes does not depend on who takes it.
-class NextItem {
- public:
-  NextItem(std::atomic<int64_t>& left, int64_t count) : left_(left), count_(count) {}
-  bool operator()(int64_t* item) const { return (*item = left_.fetch_add(1)) < count_; }
-
- private:
-  std::atomic<int64_t>& left_;
-  int64_t count_;
-};
-
-template <class Body>
-void share_out(int64_t count, int64_t work, const Body& body) {
-  std::atomic<int64_t> left{0};
-  const NextItem next(left, count);
-  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), count);
-  parallel_for(threads, count * work / std::max<int64_t>(1, threads), [&](int64_t begin, int64_t end) {
-    if (begin < end) body(next);
-  });
-}
-
 [[noreturn]] void fail_map(const ConvArgs& args) {
   for (int64_t i = 0;; ++i) {
     if (args.map[i] >= -1 && args.map[i] < args.N) continue;

@@ -87,8 +87,11 @@ def linear_cross_entropy(
     scale = 1 / above_zero(FUNCTION, "temperature", temperature)
     smoothing, z_loss = number(FUNCTION, "label_smoothing", label_smoothing), finite(FUNCTION, "z_loss", z_loss)
     check_reduced(FUNCTION, rows.counted, weight_per_token, reduction, denominator, "target's shape")
-    op = find_op("masked_loss_linear", hidden.device.type, backend)
-    loss, _ = op(rows.hidden, rows.weight, rows.bias, rows.target, rows.ignore, scale, smoothing, z_loss)
+    # The CPU keeps the exponentials where the gradient of the weight will be; torch.compile would copy what it writes over.
+    native = hidden.device.type == "cpu" and backend in ("auto", "native") and not torch.compiler.is_compiling()
+    kept = native and torch.is_grad_enabled() and rows.weight.requires_grad
+    op = find_op("masked_loss_linear_kept" if kept else "masked_loss_linear", hidden.device.type, backend)
+    loss = op(rows.hidden, rows.weight, rows.bias, rows.target, rows.ignore, scale, smoothing, z_loss)[0]
     return reduced(rows.of_target(loss), rows.counted, weight_per_token, reduction, denominator)
 
 
@@ -297,7 +300,7 @@ def linear_gradients(ops: Any, ctx: Any, grad: Tensor, options: tuple) -> tuple:
     return found[0], found[1], grad_bias, *[None] * (len(ctx.needs) - 3)
 
 
-def _check_backward(
+def check_linear_backward(
     grad: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, lse: Tensor, *options: Any
 ) -> None:
     check_linear(FUNCTION, hidden, weight, bias, target, *options)
@@ -334,7 +337,7 @@ define_op(
         " -> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)",
         family="masked_loss",
         reference=reference._masked_loss_linear_backward,
-        check=_check_backward,
+        check=check_linear_backward,
         check_data=lambda grad, hidden, weight, bias, target, lse, ignore, *rest: check_target(
             FUNCTION, target, ignore, weight.shape[1]
         ),

@@ -11,6 +11,7 @@ from maskops.testing import ErrorSample, Sample, randn
 
 G = torch.Generator
 LOSS, BACKWARD, DRAWN = "masked_loss_linear", "_masked_loss_linear_backward", "masked_loss_sample"
+KEPT, KEPT_BACKWARD = "masked_loss_linear_kept", "_masked_loss_linear_kept_backward_"
 IGNORE = -100
 
 
@@ -40,6 +41,19 @@ def _backward(*args: object, **options: object) -> Callable:
     return make
 
 
+def _kept_backward(*args: object, **options: object) -> Callable:
+    forward = _loss(*args, **options)
+
+    def make(dtype: torch.dtype, g: G) -> tuple:
+        hidden, weight, bias, target, *rest = forward(dtype, g)
+        loss, lse, *kept = reference.masked_loss_linear_kept(hidden, weight, bias, target, *rest)
+        grads = torch.full_like(hidden, math.nan), weight.new_full(weight.shape[:2], math.nan)
+        grad = torch.randn(loss.shape, generator=g).to(loss.dtype)
+        return grad, hidden, weight, bias, target, lse, *kept, *grads, *rest
+
+    return make
+
+
 def _drawn(*args: object, temperature: float = 1.0, **options: object) -> Callable:
     forward = _loss(*args, **options)
 
@@ -61,6 +75,12 @@ SAMPLES = [
     Sample(LOSS, "one_class", _loss(3, 1, 1)),
     Sample(BACKWARD, "plain", _backward(21, 24, 37)),
     Sample(BACKWARD, "books", _backward(9, 20, 101, books=2, smoothing=0.2, z_loss=0.1)),
+    # As many rows as columns, whose powers are all defined, and more.
+    Sample(KEPT, "square", _loss(20, 20, 197, counted=1.0, smoothing=0.1)),
+    Sample(KEPT, "more", _loss(150, 64, 100, books=2, counted=1.0, bias=False, z_loss=0.01)),
+    Sample(KEPT_BACKWARD, "some", _kept_backward(21, 24, 197, scale=2.0)),
+    Sample(KEPT_BACKWARD, "more", _kept_backward(150, 70, 100, books=2, counted=0.8, smoothing=0.1, z_loss=0.1)),
+    Sample(KEPT_BACKWARD, "narrow", _kept_backward(9, 5, 37, counted=1.0, bias=False)),
     Sample(DRAWN, "plain", _drawn(21, 24, 37)),
     Sample(DRAWN, "books", _drawn(19, 8, 211, books=2, temperature=0.5, smoothing=0.1)),
     Sample(DRAWN, "none", _drawn(5, 16, 32, counted=0.0)),
@@ -88,6 +108,20 @@ ERRORS = [
 ]  # fmt: skip
 
 
+def _spoilt_kept(name: str, index: int, value: Callable, match: str) -> ErrorSample:
+    return ErrorSample(KEPT_BACKWARD, name, at(index, value), ValueError, f"linear_cross_entropy: {match}")
+
+
+ERRORS += [
+    ErrorSample(KEPT, "target", at(3, lambda t: t + 999), IndexError, "linear_cross_entropy: target"),
+    _spoilt_kept("picked", 6, lambda x: x[1:], "picked must have shape"),
+    _spoilt_kept("powers", 7, lambda x: x[:, 1:], "powers must have shape"),
+    _spoilt_kept("tops", 8, lambda x: x.half(), "tops must be float32"),
+    _spoilt_kept("grad_hidden", 9, lambda x: x[1:], "grad_hidden must have shape"),
+    _spoilt_kept("grad_bias", 10, lambda x: x.double(), "grad_bias must be float32"),
+]
+
+
 def _bytes(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *rest: object) -> int:
     counted = int((target != IGNORE).any(1).sum())
     return (counted * hidden.shape[1] + weight.numel()) * hidden.element_size() + target.numel() * 16
@@ -99,4 +133,4 @@ def _backward_bytes(
     return 2 * _bytes(hidden, weight, bias, target)
 
 
-TRAFFIC = {LOSS: _bytes, BACKWARD: _backward_bytes, DRAWN: _bytes}
+TRAFFIC = {LOSS: _bytes, KEPT: _bytes, BACKWARD: _backward_bytes, DRAWN: _bytes}

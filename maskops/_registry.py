@@ -177,7 +177,7 @@ def _autocast_kernel(namespace: str, spec: OpSpec, device: str, key: str) -> Cal
 
     def kernel(_keyset: Any, *args: Any) -> Any:
         # Trailing arguments that equal their default are missing from args.
-        cast = [_castable(a) and name not in spec.autocast_skips for a, name in zip(args, spec.arguments, strict=False)]
+        cast = [castable(a) and name not in spec.autocast_skips for a, name in zip(args, spec.arguments, strict=False)]
         floats = [a.dtype for a, wanted in zip(args, cast, strict=True) if wanted]
         if spec.autocast == "lower":
             dtype = torch.get_autocast_dtype(device)
@@ -190,5 +190,5 @@ def _autocast_kernel(namespace: str, spec: OpSpec, device: str, key: str) -> Cal
     return kernel
 
 
-def _castable(a: Any) -> bool:
+def castable(a: Any) -> bool:
     return isinstance(a, Tensor) and a.dtype in (torch.float32, torch.bfloat16, torch.float16)

@@ -186,7 +186,7 @@ ONCE_DIFFERENTIABLE = (
     "visible_tokens_embed", "masked_loss_patch", "nm_matmul_linear", "nm_matmul_bitmask", "nm_matmul_soft",
     "masked_attention", "feature_reuse_attention", "sparse_conv_block", "sparse_conv_block_max_pool", "sparse_conv_block_norm",
     "sparse_conv_block_layer_norm",
-    "masked_loss_linear", "masked_loss_linear_kept", "masked_loss_regression", "masked_loss_contrast", "masked_loss_max_pool",
+    "masked_loss_linear", "masked_loss_regression", "masked_loss_contrast", "masked_loss_max_pool",
 )  # fmt: skip
 
 

@@ -131,7 +131,7 @@ def _kept_rows(counted: Tensor, width: int) -> Tensor:
     return rows if len(rows) <= width else rows[: width // 64 * 64]
 
 
-def masked_loss_linear_kept(
+def _masked_loss_linear_kept(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, ignore: int, scale: float, smoothing: float,
     z_loss: float,
 ) -> tuple[Tensor, ...]:  # fmt: skip

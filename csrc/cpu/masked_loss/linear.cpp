@@ -28,7 +28,7 @@ constexpr int64_t kSuperTileBytes = int64_t{1} << 20;  // of a thread, about
 class LinearRun {
  public:
   LinearRun(const Tensor& hidden, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& target, int64_t ignore,
-            double scale, double smoothing, double z_loss, bool backward)
+            double scale, double smoothing, double z_loss, bool backward, bool kept)
       : hidden_(with_contiguous_rows(hidden)), weight_(contiguous_or_copy(weight)), target_(contiguous_or_copy(target)),
         bias_(bias ? std::optional<Tensor>(contiguous_or_copy(*bias)) : std::nullopt), ignore_(ignore), books_(weight.size(0)) {
     for (int64_t n = 0; n < hidden.size(0); ++n) {
@@ -37,6 +37,7 @@ class LinearRun {
     }
     args.rows = rows_.data(), args.M = static_cast<int64_t>(rows_.size());
     args.D = hidden.size(1), args.V = weight.size(1), args.books = books_;
+    if (kept) args.kept = args.M <= args.D ? args.M : args.D / LinearLoss::kPanel * LinearLoss::kPanel;
     // An odd number of units: rows of a tile below each other then fall into different sets of the caches.
     args.stride = (args.M + kRowUnit - 1) / kRowUnit | 1;
     args.stride *= kRowUnit;
@@ -54,7 +55,7 @@ class LinearRun {
                                        vectors * args.stride * element());
     char* next = static_cast<char*>(memory_->get());
     auto take = [&](int64_t size) { return std::exchange(next, next + aligned(size)); };
-    args.across = take(bytes.across);
+    if (bytes.across > 0) args.across = take(bytes.across);
     if (backward) args.along = take(bytes.along), args.grad_hidden = take(bytes.grad_hidden);
     vectors_ = next;
     parallel_for(args.row_panels(), args.D * LinearLoss::kPanel * 8, [&](int64_t begin, int64_t end) { kernels().pack(args, begin, end); });
@@ -127,9 +128,7 @@ struct Kept {
   Tensor picked, powers, tops;
 
   void use(LinearRun& run, int64_t g) const {
-    LinearLoss& args = run.args;
-    args.kept = args.M <= args.D ? args.M : args.D / LinearLoss::kPanel * LinearLoss::kPanel;
-    args.powers = run.part(powers, g), args.tops = run.part(tops, g);
+    run.args.powers = run.part(powers, g), run.args.tops = run.part(tops, g);
   }
 };
 
@@ -147,9 +146,9 @@ void run_forward(LinearRun& run, Tensor& loss, Tensor& lse, Tensor* sample, Kept
   for (int64_t g = 0; g < args.books; ++g) {
     run.use_book(g);
     if (kept != nullptr) kept->use(run, g);
-    parallel_for(ranges, args.M * args.D * args.V / ranges, [&](int64_t begin, int64_t end) {
+    share_out(ranges, args.M * args.D * args.V / ranges, [&](const NextItem& next) {
       const Buffer buffer(bytes);
-      run.kernels().forward(args, sample != nullptr, begin, end, buffer.get());
+      for (int64_t range; next(&range);) run.kernels().forward(args, sample != nullptr, range, range + 1, buffer.get());
     });
     run.kernels().finish(args, sample != nullptr, out.get());
     run.scatter_sums(out.get(), g, loss);
@@ -172,7 +171,7 @@ std::tuple<Tensor, Tensor> forward_of(const Tensor& hidden, const Tensor& weight
     const int64_t tiles = (V + LinearLoss::kTile - 1) / LinearLoss::kTile;
     *kept = {zeros_like_device(hidden, {N, books}, type), empty_like_device(weight, {books, V, D}), empty_like_device(weight, {books, tiles, D}, type)};
   }
-  LinearRun run(hidden, weight, bias, target, ignore, scale, smoothing, z_loss, false);
+  LinearRun run(hidden, weight, bias, target, ignore, scale, smoothing, z_loss, false, kept != nullptr);
   run_forward(run, loss, lse, nullptr, kept);
   return {loss, lse};
 }
@@ -204,12 +203,86 @@ std::tuple<Tensor, Tensor, Tensor> masked_loss_sample(const Tensor& hidden, cons
   Tensor lse = zeros_like_device(hidden, {hidden.size(0), weight.size(0)}, type);
   Tensor sample = empty_like_device(hidden, {hidden.size(0), weight.size(0)}, ScalarType::Long);
   std::fill_n(static_cast<int64_t*>(sample.mutable_data_ptr()), sample.numel(), int64_t{-1});
-  LinearRun run(hidden, weight, bias, target, ignore, scale, smoothing, z_loss, false);
+  LinearRun run(hidden, weight, bias, target, ignore, scale, smoothing, z_loss, false, false);
   const int64_t* words = static_cast<const int64_t*>(seed.const_data_ptr());
   run.args.key = PhiloxKey::of(words[0], words[1]);
   run.args.inverse_temperature = 1 / temperature;
   run_forward(run, loss, lse, &sample, nullptr);
   return {loss, lse, sample};
+}
+
+// Half of the classes, with a grad_hidden of its own: two threads then have nothing of each other's in their caches. Halves, whatever
+// the number of threads, and in them the classes in order, so that neither threads nor super tiles change the sums.
+class HalfOfClasses {
+ public:
+  HalfOfClasses(LinearRun& run, const LinearBytes& bytes, int64_t half, int64_t halves, int64_t threads)
+      : bytes_(bytes), begin_(half * run.args.tiles() / halves), end_((half + 1) * run.args.tiles() / halves),
+        kernels_(run.kernels()), sums_(half == 0 ? nullptr : std::make_unique<Buffer>(bytes.grad_hidden)) {
+    const int64_t fitting = kSuperTileBytes / (bytes.panels + bytes.logits);
+    together_ = std::min(end_ - begin_, threads * std::clamp<int64_t>(fitting, 1, 4));
+    tiles_ = std::make_unique<Buffer>(2 * together_ * (bytes.panels + bytes.logits));
+    for (int64_t i = 0; i < together_; ++i) buffers_.push_back(std::make_unique<Buffer>(bytes.thread));
+    if (sums_) std::memset(sums_->get(), 0, static_cast<size_t>(bytes.grad_hidden));
+  }
+
+  void begin(const LinearLoss& args) {
+    now_ = args, now_.together = together_, now_.panels = tiles_->get();
+    if (sums_) now_.grad_hidden = sums_->get();
+    now_.logits = static_cast<char*>(now_.panels) + 2 * together_ * bytes_.panels;
+    before_ = now_, before_.panels = static_cast<char*>(now_.panels) + together_ * bytes_.panels;
+    before_.logits = static_cast<char*>(now_.logits) + together_ * bytes_.logits;
+    first_ = begin_, added_ = 0;
+  }
+
+  // A step makes the next super tile and adds the one before to grad_hidden.
+  bool done() const { return first_ >= end_ && added_ == 0; }
+  int64_t making() const { return std::clamp<int64_t>(end_ - first_, 0, together_); }
+  int64_t items() const { return making() + (added_ > 0 ? kernels_.hidden_items(now_) : 0); }
+  void run(int64_t i) {
+    const int64_t tiles = making();
+    if (i < tiles) kernels_.tile_gradient(now_, i, first_ + i, buffers_[i]->get());
+    else kernels_.add_hidden(before_, first_ - together_, added_, i - tiles, i - tiles + 1);
+  }
+  void step() {
+    added_ = making(), first_ += together_;
+    std::swap(now_.panels, before_.panels), std::swap(now_.logits, before_.logits);
+  }
+
+  void add_to(LinearRun& run) const {
+    run.element() == 8 ? add<double>(run.args.grad_hidden) : add<float>(run.args.grad_hidden);
+  }
+
+ private:
+  template <class S>
+  void add(void* to) const {
+    for (int64_t i = 0; i < bytes_.grad_hidden / static_cast<int64_t>(sizeof(S)); ++i) {
+      static_cast<S*>(to)[i] += static_cast<const S*>(sums_->get())[i];
+    }
+  }
+
+  LinearBytes bytes_;
+  int64_t begin_, end_, first_ = 0, together_ = 0, added_ = 0;
+  const LinearLossKernels& kernels_;
+  std::unique_ptr<Buffer> sums_, tiles_;
+  std::vector<std::unique_ptr<Buffer>> buffers_;
+  LinearLoss now_{}, before_{};
+};
+
+// Each thread stays with one half while it has something left.
+void walk(const LinearRun& run, HalfOfClasses* halves, int64_t count) {
+  const int64_t threads = torch::stable::get_num_threads(), work = run.args.M * run.args.D * LinearLoss::kTile;
+  while (std::any_of(halves, halves + count, [](const HalfOfClasses& half) { return !half.done(); })) {
+    std::vector<std::atomic<int64_t>> next(count);
+    parallel_for(threads, work, [&](int64_t begin, int64_t end) {
+      for (int64_t thread = begin; thread < end; ++thread) {
+        for (int64_t h = 0; h < count; ++h) {
+          const int64_t mine = (thread + h) % count, items = halves[mine].items();
+          for (int64_t i; (i = next[mine].fetch_add(1)) < items;) halves[mine].run(i);
+        }
+      }
+    });
+    for (int64_t h = 0; h < count; ++h) halves[h].step();
+  }
 }
 
 // The arguments that all gradients share, checked.
@@ -241,7 +314,7 @@ struct LinearGradient {
 };
 
 void LinearGradient::run(Tensor& grad_hidden, Tensor& grad_weight, Tensor& grad_bias, const Kept* kept) const {
-  LinearRun run(hidden, weight, bias, target, ignore, scale, smoothing, z_loss, true);
+  LinearRun run(hidden, weight, bias, target, ignore, scale, smoothing, z_loss, true, kept != nullptr);
   LinearLoss& args = run.args;
   if (run.empty()) {
     torch::stable::zero_(grad_weight), torch::stable::zero_(grad_bias);
@@ -250,37 +323,23 @@ void LinearGradient::run(Tensor& grad_hidden, Tensor& grad_weight, Tensor& grad_
   args.lse = run.vector(0), args.slope = run.vector(1), args.picked = run.vector(2);
   const LinearBytes bytes = run.kernels().bytes(args, true);
   std::memset(args.grad_hidden, 0, static_cast<size_t>(bytes.grad_hidden));
-  // What a super tile holds does not change the sums: they run over the classes in order. While one is added to grad_hidden the
-  // next one is made, so there are two.
-  const int64_t threads = torch::stable::get_num_threads(), fitting = kSuperTileBytes / (bytes.panels + bytes.logits);
-  args.together = std::min(args.tiles(), threads * std::clamp<int64_t>(fitting, 1, 4));
-  const int64_t super_bytes = args.together * (bytes.panels + bytes.logits);
-  const Buffer tiles(2 * super_bytes);
-  std::vector<std::unique_ptr<Buffer>> buffers;
-  for (int64_t i = 0; i < args.together; ++i) buffers.push_back(std::make_unique<Buffer>(bytes.thread));
+  std::vector<HalfOfClasses> halves;
+  const int64_t count = std::min<int64_t>(args.tiles(), 2), threads = torch::stable::get_num_threads();
+  for (int64_t h = 0; h < count; ++h) halves.emplace_back(run, bytes, h, count, (threads + 1) / 2);
   for (int64_t g = 0; g < args.books; ++g) {
     run.use_book(g);
     run.gather_sums(lse, g, args.lse, 1e30, 1);
     run.gather_sums(grad, g, args.slope, 0, scale);
     if (kept != nullptr) run.gather_sums(kept->picked, g, args.picked, 0, 1), kept->use(run, g);
     args.grad_weight = run.part(grad_weight, g), args.grad_bias = run.part(grad_bias, g);
-    LinearLoss now = args, before = args;
-    now.panels = tiles.get(), now.logits = static_cast<char*>(now.panels) + args.together * bytes.panels;
-    before.panels = static_cast<char*>(now.panels) + super_bytes, before.logits = static_cast<char*>(now.logits) + super_bytes;
-    const int64_t items = run.kernels().hidden_items(args), tile_work = args.M * args.D * LinearLoss::kTile;
-    int64_t added = 0;  // tiles of `before`, of which the first is `first - added`
-    for (int64_t first = 0; first < args.tiles() || added > 0; first += args.together) {
-      const int64_t count = std::clamp<int64_t>(args.tiles() - first, 0, args.together), adding = added > 0 ? items : 0;
-      share_out(count + adding, tile_work / std::max<int64_t>(1, adding), [&](const NextItem& next) {
-        for (int64_t i; next(&i);) {
-          if (i < count) run.kernels().tile_gradient(now, i, first + i, buffers[i]->get());
-          else run.kernels().add_hidden(before, first - added, added, i - count, i - count + 1);
-        }
-      });
-      std::swap(now.panels, before.panels), std::swap(now.logits, before.logits);
-      added = count;
+    for (HalfOfClasses& half : halves) half.begin(args);
+    if (threads == 1) {
+      for (HalfOfClasses& half : halves) walk(run, &half, 1);
+    } else {
+      walk(run, halves.data(), count);
     }
   }
+  for (int64_t h = 1; h < count; ++h) halves[h].add_to(run);
   parallel_for((args.M + kRowUnit - 1) / kRowUnit, args.D * 8 * kRowUnit, [&](int64_t begin, int64_t end) {
     run.kernels().unpack(args, grad_hidden.mutable_data_ptr(), begin, end);
   });
@@ -323,7 +382,7 @@ void masked_loss_linear_kept_backward(const Tensor& grad, const Tensor& hidden, 
 
 STABLE_TORCH_LIBRARY_IMPL(maskops, CPU, m) {
   m.impl("masked_loss_linear", TORCH_BOX(&masked_loss_linear));
-  m.impl("masked_loss_linear_kept", TORCH_BOX(&masked_loss_linear_kept));
+  m.impl("_masked_loss_linear_kept", TORCH_BOX(&masked_loss_linear_kept));
   m.impl("masked_loss_sample", TORCH_BOX(&masked_loss_sample));
   m.impl("_masked_loss_linear_backward", TORCH_BOX(&masked_loss_linear_backward));
   m.impl("_masked_loss_linear_kept_backward_", TORCH_BOX(&masked_loss_linear_kept_backward));

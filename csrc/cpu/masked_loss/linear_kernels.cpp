@@ -64,9 +64,13 @@ struct Loss {
     T* to = static_cast<T*>(a.powers) + tile * kTile * a.D;
     for (int64_t v = 0; v < classes(tile); ++v, to += a.D, powers += a.stride) {
       int64_t m = 0;
+      if (can_stream<V>(to)) {
+        for (; m + V::width <= a.kept; m += V::width) V::load(powers + m).stream(to + m);
+      }
       for (; m + V::width <= a.kept; m += V::width) V::load(powers + m).store(to + m);
       if (m < a.kept) V::load(powers + m).store_n(to + m, a.kept - m);
     }
+    stream_fence();
   }
 
   void pick(int64_t tile, const S* logits) const {

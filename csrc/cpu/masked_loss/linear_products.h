@@ -31,9 +31,9 @@ struct FloatLoss {
   const LinearLoss& a;
 
   static LinearBytes bytes(const LinearLoss& a, bool backward) {
-    const int64_t element = sizeof(S), panels = a.d_panels() * kTile * kPanel, rows = a.d_panels() * a.stride * kPanel;
+    const int64_t element = sizeof(S), panels = round_up(a.D, backward ? kPanel : kSteps) * kTile, rows = a.d_panels() * a.stride * kPanel;
     LinearBytes bytes{};
-    bytes.across = a.row_panels() * a.D * kPanel * element;
+    bytes.across = backward && a.kept == a.M ? 0 : a.row_panels() * a.D * kPanel * element;
     bytes.along = bytes.grad_hidden = backward ? rows * element : 0;
     bytes.panels = backward ? panels * element : 0, bytes.logits = backward ? kTile * a.stride * element : 0;
     bytes.thread = (backward ? kTile * round_up(a.D, kPanel) : panels + kTile * a.stride) * element;
@@ -46,7 +46,7 @@ struct FloatLoss {
 
   void pack_rows(int64_t p) const {
     const int64_t first = p * kPanel, count = min_of(kPanel, a.stride - first);
-    S* across = at<S>(a.across, p * a.D * kPanel);
+    S* across = a.across == nullptr ? nullptr : at<S>(a.across, p * a.D * kPanel);
     for (int64_t r = 0; r < count; ++r) {
       const bool real = first + r < a.M;
       const T* from = real ? static_cast<const T*>(a.hidden) + a.rows[first + r] * a.hidden_stride : nullptr;
@@ -56,24 +56,24 @@ struct FloatLoss {
           const int64_t at = q * kPanel + d;
           const S value = real && at < a.D ? S(to_float(from[at])) : S(0);
           if (along != nullptr) along[d] = value;
-          if (at < a.D) across[at * kPanel + r] = value;
+          if (across != nullptr && at < a.D) across[at * kPanel + r] = value;
         }
       }
     }
   }
 
-  // The classes of a tile: [panels of D][kTile][64], zeros past D.
-  void pack_weight(int64_t tile, S* to) const {
+  // The classes of a tile: [panels of D][kTile][depth], zeros past D.
+  void pack_weight(int64_t tile, int64_t depth, S* to) const {
     const int64_t count = classes(tile);
     for (int64_t v = 0; v < count; ++v) {
       const T* from = static_cast<const T*>(a.weight) + (tile * kTile + v) * a.weight_stride;
-      for (int64_t q = 0; q < a.d_panels(); ++q) {
-        S* row = to + (q * kTile + v) * kPanel;
-        const int64_t real = min_of(kPanel, a.D - q * kPanel);
+      for (int64_t q = 0; q < parts_of(a.D, depth); ++q) {
+        S* row = to + (q * kTile + v) * depth;
+        const int64_t real = min_of(depth, a.D - q * depth);
         int64_t d = 0;
-        for (; d + V::width <= real; d += V::width) V::load(from + q * kPanel + d).store(row + d);
-        for (; d < kPanel; d += V::width) {
-          (d < real ? V::load_n(from + q * kPanel + d, real - d) : V::zero()).store(row + d);
+        for (; d + V::width <= real; d += V::width) V::load(from + q * depth + d).store(row + d);
+        for (; d < depth; d += V::width) {
+          (d < real ? V::load_n(from + q * depth + d, real - d) : V::zero()).store(row + d);
         }
       }
     }
@@ -81,14 +81,14 @@ struct FloatLoss {
 
   // Logits of a tile without bias and scale, in a buffer of panels and logits.
   S* logits(int64_t tile, void* buffer) const {
-    S *panels = static_cast<S*>(buffer), *to = panels + tile_panels();
-    fill(tile, 0, panels, to);
+    S *panels = static_cast<S*>(buffer), *to = panels + round_up(a.D, kSteps) * kTile;
+    fill(tile, 0, kSteps, panels, to);
     return to;
   }
   // The same of the i-th of a super tile, where the other products find it; rows from `first` on, 64 of them or all before it.
   S* shared_logits(int64_t i, int64_t tile, int64_t first, void*) const {
     S* to = at<S>(a.logits, i * kTile * a.stride);
-    fill(tile, first, at<S>(a.panels, i * tile_panels()), to);
+    fill(tile, first, kPanel, at<S>(a.panels, i * tile_panels()), to);
     return to;
   }
 
@@ -98,10 +98,11 @@ struct FloatLoss {
     T* out = static_cast<T*>(a.grad_weight) + tile * kTile * a.D;
     constexpr bool kSame = sizeof(S) == sizeof(T);
     S* sums = kSame && wide == a.D ? reinterpret_cast<S*>(out) : static_cast<S*>(buffer);
+    const int64_t steps = round_up(parts_of(a.stride, parts_of(a.stride, kSteps)), kRowUnit);  // parts of one size
     for (int64_t q = 0; q < a.d_panels(); ++q) {
       const S* along = at<S>(a.along, q * a.stride * kPanel);
-      for (int64_t m = 0; m < a.stride; m += kSteps) {
-        multiply_strided<V>(count, width(q), min_of(kSteps, a.stride - m), {slopes + m, a.stride, 1}, along + m * kPanel, kPanel,
+      for (int64_t m = 0; m < a.stride; m += steps) {
+        multiply_strided<V>(count, width(q), min_of(steps, a.stride - m), {slopes + m, a.stride, 1}, along + m * kPanel, kPanel,
                             StridedC<S>{sums + q * kPanel, wide, m > 0});
       }
     }
@@ -138,17 +139,16 @@ struct FloatLoss {
   }
 
  private:
-  void fill(int64_t tile, int64_t first, S* panels, S* logits) const {
-    pack_weight(tile, panels);
+  void fill(int64_t tile, int64_t first, int64_t depth, S* panels, S* logits) const {
+    pack_weight(tile, depth, panels);
     const int64_t count = classes(tile);
     if (a.D == 0) memset(logits, 0, size_t(count * a.stride) * sizeof(S));  // no product writes them
     for (int64_t p = parts_of(first, kPanel); p < a.row_panels(); ++p) {
       const int64_t rows = min_of(kPanel, a.stride - p * kPanel);
       const S* across = at<S>(a.across, p * a.D * kPanel);
-      for (int64_t q = 0; q < a.d_panels(); ++q) {
-        const int64_t steps = min_of(kPanel, a.D - q * kPanel);
-        multiply_strided<V>(count, rows, steps, {panels + q * kTile * kPanel, kPanel, 1}, across + q * kPanel * kPanel, kPanel,
-                            StridedC<S>{logits + p * kPanel, a.stride, q > 0});
+      for (int64_t d = 0; d < a.D; d += depth) {
+        multiply_strided<V>(count, rows, min_of(depth, a.D - d), {panels + d * kTile, depth, 1}, across + d * kPanel, kPanel,
+                            StridedC<S>{logits + p * kPanel, a.stride, d > 0});
       }
     }
   }
@@ -174,7 +174,7 @@ struct AmxLoss {
     const AmxLoss of(args);
     const int64_t weight = kTile * of.depth * 2, logits = kTile * args.stride * 4, slopes = kTile * of.steps * 2;
     LinearBytes bytes{};
-    bytes.across = of.depth * of.steps * 2;
+    bytes.across = backward && args.kept == args.M ? 0 : of.depth * of.steps * 2;
     if (backward) {
       bytes.along = of.depth * of.steps * 2, bytes.grad_hidden = of.width * args.stride * 4;
       bytes.panels = of.width * kTile * 2, bytes.logits = slopes;
@@ -197,8 +197,10 @@ struct AmxLoss {
       }
       for (int64_t m = p * kPanel; m < min_of((p + 1) * kPanel, steps); m += kColumns) {
         const bf16* part = rows + (m - p * kPanel) * kColumns;
-        uint32_t* across = at<uint32_t>(a.across, (m * depth + d * kColumns) / 2);
-        amx_transpose_words(part, kColumns, kColumns, kColumns, kColumns, kColumns, across, kColumns);
+        if (a.across != nullptr) {
+          uint32_t* across = at<uint32_t>(a.across, (m * depth + d * kColumns) / 2);
+          amx_transpose_words(part, kColumns, kColumns, kColumns, kColumns, kColumns, across, kColumns);
+        }
         if (a.along == nullptr) continue;
         amx_pair_rows(part, kColumns, kColumns, kColumns, kColumns, kColumns, at<uint32_t>(a.along, (d * steps + m * kColumns) / 2));
       }

@@ -3,7 +3,6 @@
 Each file names its size letters.
 """
 
-from maskops.ops.masked_loss import kept  # noqa: F401
 from maskops.ops.masked_loss.composed import pairwise_rank_loss, replaced_token_loss
 from maskops.ops.masked_loss.contrast import contrastive_loss
 from maskops.ops.masked_loss.linear import linear_cross_entropy

@@ -1,8 +1,8 @@
 """The gradient of linear_cross_entropy's weight has room for what it is made of. N rows, D width, G codebooks, V classes.
 
-powers [G, V, D], weight's dtype: row v holds exp(logit - top) of the first rows that count: of all, or of D // 64 * 64 where more than
-D count. tops [G, tiles, D]: the highest logit of 96 classes. What lies behind those rows is not defined. The gradient of the
-weight is then written where the powers are, tile by tile, so that nothing is multiplied twice and nothing else is stored.
+powers [G, V, D], weight's dtype: row v holds exp(logit - top) of the rows that count, or, where more than D count, of the first
+D // 64 * 64 of them. tops [G, tiles, D]: their highest logits of 96 classes. Columns past those rows are not defined. The gradient
+of the weight is then written where the powers are, tile by tile, so that nothing is multiplied twice and nothing else is stored.
 On the CPU alone: a GPU's programs would have to wait for each other before they write.
 """
 
@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from maskops._checks import check_tensor
-from maskops._registry import OpSpec, define_op
-from maskops.ops.masked_loss.linear import (
+from maskops._registry import OpSpec, castable, define_op
+from maskops.ops.masked_loss.linear_op import (
     FUNCTION,
     LINEAR,
     OPTIONS,
@@ -27,25 +28,46 @@ from maskops.reference import masked_loss as reference
 from maskops.reference.visible_tokens import accumulation_dtype
 
 
-def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
-    hidden, weight, bias, target, *ctx.options = inputs
-    _, lse, picked, powers, tops = output
-    ctx.save_for_backward(hidden, weight, bias, target, lse)
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.kept = picked, powers, tops  # not among the saved tensors, which nobody may write
+class KeptLoss(torch.autograd.Function):
+    """(hidden, weight, bias, target, *options) -> loss [N, G]. A Function on two ops, since what an op returns nobody may write."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *options: Any) -> Tensor:
+        loss, lse, *ctx.kept = torch.ops.maskops._masked_loss_linear_kept(hidden, weight, bias, target, *options)
+        ctx.options = options
+        ctx.save_for_backward(hidden, weight, bias, target, lse)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        if torch.is_grad_enabled():  # create_graph: this op refuses a second derivative
+            ctx.needs = ctx.needs_input_grad
+            return linear_gradients(torch.ops.maskops, ctx, grad, ctx.options)
+        hidden, weight, bias, target, lse = ctx.saved_tensors
+        kept, ctx.kept = ctx.kept, None
+        if kept is None:  # a retained graph, walked through once more
+            kept = torch.ops.maskops._masked_loss_linear_kept(hidden, weight, bias, target, *ctx.options)[2:]
+        grad_hidden, grad_bias = torch.empty_like(hidden), weight.new_empty(weight.shape[:2])
+        torch.ops.maskops._masked_loss_linear_kept_backward_(
+            grad, hidden, weight, bias, target, lse, *kept, grad_hidden, grad_bias, *ctx.options
+        )
+        return grad_hidden, kept[1], grad_bias if bias is not None else None, *[None] * (1 + len(ctx.options))
 
 
-def _backward(ops: Any, ctx: Any, grad: Tensor, *_: Tensor) -> tuple:
-    # A retained graph that is walked through again has lost them; with create_graph, the other op refuses a second derivative.
-    if ctx.kept is None or torch.is_grad_enabled():
-        return linear_gradients(ops, ctx, grad, ctx.options)
-    (picked, powers, tops), ctx.kept = ctx.kept, None
-    hidden, weight, bias, target, lse = ctx.saved_tensors
-    grad_hidden, grad_bias = torch.empty_like(hidden), weight.new_empty(weight.shape[:2])
-    ops._masked_loss_linear_kept_backward_(
-        grad, hidden, weight, bias, target, lse, picked, powers, tops, grad_hidden, grad_bias, *ctx.options
-    )
-    return grad_hidden, powers, grad_bias if bias is not None else None, *[None] * (len(ctx.needs) - 3)
+def keeps(weight: Tensor, backend: str) -> bool:
+    """Whether the CPU may keep the powers: a gradient of the weight is wanted, of a program that runs as it is written."""
+    if weight.device.type != "cpu" or backend not in ("auto", "native") or torch.compiler.is_compiling():
+        return False
+    # Private names: a Function has no rules for vmap and forward mode, the op refuses or has them.
+    transformed = torch._C._are_functorch_transforms_active() or getattr(forward_ad, "_current_level", -1) >= 0
+    return torch.is_grad_enabled() and weight.requires_grad and not transformed
+
+
+def kept_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *options: Any) -> Tensor:
+    if torch.is_autocast_enabled("cpu"):  # outside of the Function, where the casts are part of the graph
+        dtype = torch.get_autocast_dtype("cpu")
+        hidden, weight, bias = (x.to(dtype) if castable(x) else x for x in (hidden, weight, bias))
+    return KeptLoss.apply(hidden, weight, bias, target, *options)
 
 
 def _check_backward(
@@ -70,20 +92,17 @@ def _fake(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *
 
 define_op(
     OpSpec(
-        f"masked_loss_linear_kept({LINEAR}, {OPTIONS})"
+        f"_masked_loss_linear_kept({LINEAR}, {OPTIONS})"
         " -> (Tensor loss, Tensor lse, Tensor picked, Tensor powers, Tensor tops)",
         family="masked_loss",
-        reference=reference.masked_loss_linear_kept,
+        reference=reference._masked_loss_linear_kept,
         check=lambda *args: check_linear(FUNCTION, *args),
         check_data=lambda hidden, weight, bias, target, ignore, *rest: check_target(
             FUNCTION, target, ignore, weight.shape[1]
         ),
         fake=_fake,
-        setup=_setup,
-        backward=_backward,
         cuda=False,
         triton=False,
-        autocast="lower",
     )
 )
 define_op(

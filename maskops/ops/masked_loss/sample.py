@@ -9,18 +9,14 @@ from maskops._backends import find_op, public
 from maskops._checks import above_zero, check_tensor, finite, number
 from maskops._registry import OpSpec, define_op
 from maskops.ops.mask_sampling import INT64, Seed, seed_tensor
-from maskops.ops.masked_loss.linear import (
+from maskops.ops.masked_loss.linear import NATIVE, check_reduced, positive, reduced, rows_of
+from maskops.ops.masked_loss.linear_op import (
     LINEAR,
-    NATIVE,
     OPTIONS,
     check_linear,
-    check_reduced,
     check_target,
     fake_loss,
     linear_gradients,
-    positive,
-    reduced,
-    rows_of,
 )
 from maskops.reference import masked_loss as reference
 

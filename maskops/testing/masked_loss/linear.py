@@ -11,7 +11,7 @@ from maskops.testing import ErrorSample, Sample, randn
 
 G = torch.Generator
 LOSS, BACKWARD, DRAWN = "masked_loss_linear", "_masked_loss_linear_backward", "masked_loss_sample"
-KEPT, KEPT_BACKWARD = "masked_loss_linear_kept", "_masked_loss_linear_kept_backward_"
+KEPT, KEPT_BACKWARD = "_masked_loss_linear_kept", "_masked_loss_linear_kept_backward_"
 IGNORE = -100
 
 
@@ -46,7 +46,7 @@ def _kept_backward(*args: object, **options: object) -> Callable:
 
     def make(dtype: torch.dtype, g: G) -> tuple:
         hidden, weight, bias, target, *rest = forward(dtype, g)
-        loss, lse, *kept = reference.masked_loss_linear_kept(hidden, weight, bias, target, *rest)
+        loss, lse, *kept = reference._masked_loss_linear_kept(hidden, weight, bias, target, *rest)
         grads = torch.full_like(hidden, math.nan), weight.new_full(weight.shape[:2], math.nan)
         grad = torch.randn(loss.shape, generator=g).to(loss.dtype)
         return grad, hidden, weight, bias, target, lse, *kept, *grads, *rest
@@ -133,4 +133,4 @@ def _backward_bytes(
     return 2 * _bytes(hidden, weight, bias, target)
 
 
-TRAFFIC = {LOSS: _bytes, KEPT: _bytes, BACKWARD: _backward_bytes, DRAWN: _bytes}
+TRAFFIC = {LOSS: _bytes, BACKWARD: _backward_bytes, DRAWN: _bytes}

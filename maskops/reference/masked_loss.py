@@ -139,20 +139,18 @@ def _masked_loss_linear_kept(
     logits = linear_logits(hidden, weight, bias, counted, scale)
     powers, (books, classes, width) = weight.new_zeros(weight.shape), weight.shape
     tops = logits.new_zeros(books, tiles_of(classes), width)
-    picked = logits.new_zeros(target.shape)
     if classes:
-        picked = torch.where(counted, logits.gather(2, torch.where(counted, target, 0)[:, :, None])[:, :, 0], 0)
         kept = logits[_kept_rows(counted, width)].permute(1, 2, 0)
         padded = torch.nn.functional.pad(kept, (0, 0, 0, tops.shape[1] * 96 - classes), value=-torch.inf)
         high = padded.unflatten(1, (-1, 96)).amax(2)
         powers[:, :, : kept.shape[2]] = (kept - high.repeat_interleave(96, 1)[:, :classes]).exp().to(weight.dtype)
         tops[:, :, : kept.shape[2]] = high
-    return *_linear_loss(logits, target, counted, smoothing, z_loss), picked, powers, tops
+    return *_linear_loss(logits, target, counted, smoothing, z_loss), powers, tops
 
 
 def _masked_loss_linear_kept_backward_(
-    grad: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, lse: Tensor, picked: Tensor,
-    powers: Tensor, tops: Tensor, grad_hidden: Tensor, grad_bias: Tensor, *options: float,
+    grad: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, lse: Tensor, powers: Tensor,
+    tops: Tensor, grad_hidden: Tensor, grad_bias: Tensor, *options: float,
 ) -> None:  # fmt: skip
     found = _masked_loss_linear_backward(grad, hidden, weight, bias, target, lse, *options)
     for to, x in zip((grad_hidden, powers, grad_bias), found, strict=True):

@@ -1,6 +1,7 @@
-// linear_cross_entropy and linear_sample on the CPU: the rows that count are packed once, the classes stream by in tiles. The forward
-// pass is one product, the backward pass three, of which the first makes the logits again: 96 classes at a time they never leave
-// the caches. The floor is the multiply-adds: 2 M V D flops a product against 4 bytes of weight read (and written) per 2 M of them.
+// linear_cross_entropy and linear_sample on the CPU: the rows that count are packed once, the classes stream by in tiles of 96. The
+// forward pass is one product, the backward pass two, and a third where the logits are made again; else their exponentials lie where
+// the gradient of the weight will, which has D columns for them. The floor is the multiply-adds: 2 M V D flops a product against 4
+// bytes of weight read (and written) per 2 M of them.
 #include "cpu/masked_loss/linear.h"
 
 #if MASKOPS_ISA_LEVEL == 0
@@ -48,7 +49,7 @@ class LinearRun {
     targets_.resize(args.M);
     args.target = targets_.data();
     if (empty()) return;
-    const int64_t vectors = backward ? 3 : 2 + 4 * args.ranges();
+    const int64_t vectors = backward ? 2 : 2 + 4 * args.ranges();
     const LinearBytes bytes = kernels().bytes(args, backward);
     auto aligned = [](int64_t size) { return (size + 63) / 64 * 64; };
     memory_ = std::make_unique<Buffer>(aligned(bytes.across) + aligned(bytes.along) + aligned(bytes.grad_hidden) +
@@ -123,9 +124,9 @@ Tensor zeros_like_device(const Tensor& like, std::initializer_list<int64_t> size
   return torch::stable::zero_(x);
 }
 
-// What masked_loss_linear_kept returns besides: the logit of the target [N, G], powers [G, V, D], tops [G, tiles, D].
+// What _masked_loss_linear_kept returns besides loss and lse: powers [G, V, D], tops [G, tiles, D].
 struct Kept {
-  Tensor picked, powers, tops;
+  Tensor powers, tops;
 
   void use(LinearRun& run, int64_t g) const {
     run.args.powers = run.part(powers, g), run.args.tops = run.part(tops, g);
@@ -153,7 +154,6 @@ void run_forward(LinearRun& run, Tensor& loss, Tensor& lse, Tensor* sample, Kept
     run.kernels().finish(args, sample != nullptr, out.get());
     run.scatter_sums(out.get(), g, loss);
     run.scatter_sums(args.lse, g, lse);
-    if (kept != nullptr) run.scatter_sums(args.picked, g, kept->picked);
     if (sample != nullptr) run.scatter<int64_t>(args.sample, g, *sample);
   }
 }
@@ -169,7 +169,7 @@ std::tuple<Tensor, Tensor> forward_of(const Tensor& hidden, const Tensor& weight
   Tensor loss = zeros_like_device(hidden, {N, books}, type), lse = zeros_like_device(hidden, {N, books}, type);
   if (kept != nullptr) {
     const int64_t tiles = (V + LinearLoss::kTile - 1) / LinearLoss::kTile;
-    *kept = {zeros_like_device(hidden, {N, books}, type), empty_like_device(weight, {books, V, D}), empty_like_device(weight, {books, tiles, D}, type)};
+    *kept = {empty_like_device(weight, {books, V, D}), empty_like_device(weight, {books, tiles, D}, type)};
   }
   LinearRun run(hidden, weight, bias, target, ignore, scale, smoothing, z_loss, false, kept != nullptr);
   run_forward(run, loss, lse, nullptr, kept);
@@ -181,12 +181,12 @@ std::tuple<Tensor, Tensor> masked_loss_linear(const Tensor& hidden, const Tensor
   return forward_of(hidden, weight, bias, target, ignore, scale, smoothing, z_loss, nullptr);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> masked_loss_linear_kept(const Tensor& hidden, const Tensor& weight, std::optional<Tensor> bias,
-                                                                           const Tensor& target, int64_t ignore, double scale,
-                                                                           double smoothing, double z_loss) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> masked_loss_linear_kept(const Tensor& hidden, const Tensor& weight, std::optional<Tensor> bias,
+                                                                   const Tensor& target, int64_t ignore, double scale,
+                                                                   double smoothing, double z_loss) {
   Kept kept;
   auto [loss, lse] = forward_of(hidden, weight, bias, target, ignore, scale, smoothing, z_loss, &kept);
-  return {loss, lse, kept.picked, kept.powers, kept.tops};
+  return {loss, lse, kept.powers, kept.tops};
 }
 
 std::tuple<Tensor, Tensor, Tensor> masked_loss_sample(const Tensor& hidden, const Tensor& weight, std::optional<Tensor> bias,
@@ -320,7 +320,7 @@ void LinearGradient::run(Tensor& grad_hidden, Tensor& grad_weight, Tensor& grad_
     torch::stable::zero_(grad_weight), torch::stable::zero_(grad_bias);
     return;
   }
-  args.lse = run.vector(0), args.slope = run.vector(1), args.picked = run.vector(2);
+  args.lse = run.vector(0), args.slope = run.vector(1);
   const LinearBytes bytes = run.kernels().bytes(args, true);
   std::memset(args.grad_hidden, 0, static_cast<size_t>(bytes.grad_hidden));
   std::vector<HalfOfClasses> halves;
@@ -330,7 +330,7 @@ void LinearGradient::run(Tensor& grad_hidden, Tensor& grad_weight, Tensor& grad_
     run.use_book(g);
     run.gather_sums(lse, g, args.lse, 1e30, 1);
     run.gather_sums(grad, g, args.slope, 0, scale);
-    if (kept != nullptr) run.gather_sums(kept->picked, g, args.picked, 0, 1), kept->use(run, g);
+    if (kept != nullptr) kept->use(run, g);
     args.grad_weight = run.part(grad_weight, g), args.grad_bias = run.part(grad_bias, g);
     for (HalfOfClasses& half : halves) half.begin(args);
     if (threads == 1) {
@@ -357,13 +357,12 @@ std::tuple<Tensor, Tensor, Tensor> masked_loss_linear_backward(const Tensor& gra
 }
 
 void masked_loss_linear_kept_backward(const Tensor& grad, const Tensor& hidden, const Tensor& weight, std::optional<Tensor> bias,
-                                      const Tensor& target, const Tensor& lse, const Tensor& picked_any, Tensor powers_any,
-                                      const Tensor& tops_any, Tensor grad_hidden_any, Tensor grad_bias_any, int64_t ignore, double scale,
+                                      const Tensor& target, const Tensor& lse, Tensor powers_any, const Tensor& tops_any,
+                                      Tensor grad_hidden_any, Tensor grad_bias_any, int64_t ignore, double scale,
                                       double smoothing, double z_loss) {
   const LinearGradient gradient(grad, hidden, weight, bias, target, lse, ignore, scale, smoothing, z_loss);
   const int64_t books = weight.size(0), V = weight.size(1), D = weight.size(2), tiles = (V + LinearLoss::kTile - 1) / LinearLoss::kTile;
   const ScalarType type = weight.scalar_type(), sums = accumulation_type(type);
-  gradient.check_sums("picked", picked_any);
   check_tensor(kOp, "powers", powers_any, "[G, V, D]", {type}, {books, V, D}, hidden);
   check_tensor(kOp, "tops", tops_any, "[G, tiles, D]", {sums}, {books, tiles, D}, hidden);
   check_tensor(kOp, "grad_hidden", grad_hidden_any, "[N, D]", {type}, {hidden.size(0), D}, hidden);
@@ -371,7 +370,7 @@ void masked_loss_linear_kept_backward(const Tensor& grad, const Tensor& hidden, 
   Tensor powers = contiguous_or_copy(powers_any), grad_hidden = contiguous_or_copy(grad_hidden_any);
   Tensor grad_bias = contiguous_or_copy(grad_bias_any);
   torch::stable::zero_(grad_hidden);
-  const Kept kept{contiguous_or_copy(picked_any), powers, contiguous_or_copy(tops_any)};
+  const Kept kept{powers, contiguous_or_copy(tops_any)};
   gradient.run(grad_hidden, powers, grad_bias, &kept);
   if (!powers_any.is_contiguous()) torch::stable::copy_(powers_any, powers);
   if (!grad_hidden_any.is_contiguous()) torch::stable::copy_(grad_hidden_any, grad_hidden);

@@ -210,7 +210,7 @@ struct Loss {
   V factor_of(V lse) const { return fma(V::all(S(2 * a.z_loss)), lse, V::all(1)); }
   S even() const { return S(a.smoothing / double(a.V)); }
 
-  // Logits of the rows from `first` on to slope (factor exp(logit - lse) - smoothing / V), less (1 - smoothing) slope at the target.
+  // Logits of the rows from `first` on to slope (factor exp(logit - lse) - smoothing / V).
   void slopes(int64_t tile, int64_t first, S* logits) const {
     const int64_t count = classes(tile);
     const V even = V::all(this->even()), zero = V::zero();
@@ -222,13 +222,9 @@ struct Loss {
         sloped(factor * weight - even, slope).store(x);
       }
     }
-    for (int64_t m = first; m < a.M; ++m) {
-      const int64_t v = a.target[m] - tile * kTile;
-      if (v >= 0 && v < count) logits[v * a.stride + m] -= S(1 - a.smoothing) * at<S>(a.slope, m)[0];
-    }
   }
 
-  // The same of the rows that were kept, from their powers; the target's from its logit, since 1 less a rounded power near 1 is little.
+  // The same of the rows that were kept, from their powers. The highest is 1 in every dtype, so that 1 - p loses nothing where p is near 1.
   void kept_slopes(int64_t tile, S* out, S* factors) const {
     const int64_t count = classes(tile), whole = a.kept / V::width * V::width, rest = a.kept - whole;
     const V even = V::all(this->even()), zero = V::zero();
@@ -247,13 +243,6 @@ struct Loss {
       if (a.kept < a.M) continue;
       for (int64_t m = whole + (rest > 0 ? V::width : 0); m < a.stride; m += V::width) zero.store(row + m);
     }
-    for (int64_t m = 0; m < a.kept; ++m) {
-      const int64_t v = a.target[m] - tile * kTile;
-      const S slope = at<S>(a.slope, m)[0];
-      if (v < 0 || v >= count || slope == 0) continue;
-      const double lse = at<S>(a.lse, m)[0], weight = __builtin_exp(at<S>(a.picked, m)[0] - lse);
-      out[v * a.stride + m] = S(((1 + 2 * a.z_loss * lse) * weight - a.smoothing / double(a.V) - (1 - a.smoothing)) * slope);
-    }
   }
 
   void tile_gradient(int64_t i, int64_t tile, void* buffer) const {
@@ -263,6 +252,10 @@ struct Loss {
     if (a.kept > 0) kept_slopes(tile, logits, static_cast<S*>(buffer));
     add_bias(tile, first, logits);
     slopes(tile, first, logits);
+    for (int64_t m = 0; m < a.M; ++m) {
+      const int64_t v = a.target[m] - tile * kTile;
+      if (v >= 0 && v < classes(tile)) logits[v * a.stride + m] -= S(1 - a.smoothing) * at<S>(a.slope, m)[0];
+    }
     for (int64_t v = 0; v < classes(tile); ++v) {
       V sum = V::zero();
       for (int64_t m = 0; m < a.stride; m += V::width) sum = sum + V::load(logits + v * a.stride + m);

@@ -51,16 +51,15 @@ class KeptLoss(torch.autograd.Function):
         torch.ops.maskops._masked_loss_linear_kept_backward_(
             grad, hidden, weight, bias, target, lse, *kept, grad_hidden, grad_bias, *ctx.options
         )
-        return grad_hidden, kept[1], grad_bias if bias is not None else None, *[None] * (1 + len(ctx.options))
+        return grad_hidden, kept[0], grad_bias if bias is not None else None, *[None] * (1 + len(ctx.options))
 
 
 def keeps(weight: Tensor, backend: str) -> bool:
     """Whether the CPU may keep the powers: a gradient of the weight is wanted, of a program that runs as it is written."""
     if weight.device.type != "cpu" or backend not in ("auto", "native") or torch.compiler.is_compiling():
         return False
-    # Private names: a Function has no rules for vmap and forward mode, the op refuses or has them.
-    transformed = torch._C._are_functorch_transforms_active() or getattr(forward_ad, "_current_level", -1) >= 0
-    return torch.is_grad_enabled() and weight.requires_grad and not transformed
+    # A private name, as in find_op, whose op refuses tangents by their names.
+    return torch.is_grad_enabled() and weight.requires_grad and getattr(forward_ad, "_current_level", -1) < 0
 
 
 def kept_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *options: Any) -> Tensor:
@@ -71,13 +70,12 @@ def kept_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tenso
 
 
 def _check_backward(
-    grad: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, lse: Tensor, picked: Tensor,
-    powers: Tensor, tops: Tensor, grad_hidden: Tensor, grad_bias: Tensor, *options: Any,
+    grad: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, lse: Tensor, powers: Tensor,
+    tops: Tensor, grad_hidden: Tensor, grad_bias: Tensor, *options: Any,
 ) -> None:  # fmt: skip
     check_linear_backward(grad, hidden, weight, bias, target, lse, *options)
     books, classes, width = weight.shape
     sums, dtype = (accumulation_dtype(hidden.dtype),), (weight.dtype,)
-    check_tensor(FUNCTION, "picked", picked, "[N, G]", sums, target.shape, hidden)
     check_tensor(FUNCTION, "powers", powers, "[G, V, D]", dtype, weight.shape, hidden)
     check_tensor(FUNCTION, "tops", tops, "[G, tiles, D]", sums, (books, reference.tiles_of(classes), width), hidden)
     check_tensor(FUNCTION, "grad_hidden", grad_hidden, "[N, D]", dtype, hidden.shape, hidden)
@@ -87,13 +85,12 @@ def _check_backward(
 def _fake(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *_: Any) -> tuple:
     books, classes, width = weight.shape
     tops = hidden.new_empty((books, reference.tiles_of(classes), width), dtype=accumulation_dtype(hidden.dtype))
-    return *(fake_loss(hidden, target) for _ in range(3)), weight.new_empty(weight.shape), tops
+    return *(fake_loss(hidden, target) for _ in range(2)), weight.new_empty(weight.shape), tops
 
 
 define_op(
     OpSpec(
-        f"_masked_loss_linear_kept({LINEAR}, {OPTIONS})"
-        " -> (Tensor loss, Tensor lse, Tensor picked, Tensor powers, Tensor tops)",
+        f"_masked_loss_linear_kept({LINEAR}, {OPTIONS}) -> (Tensor loss, Tensor lse, Tensor powers, Tensor tops)",
         family="masked_loss",
         reference=reference._masked_loss_linear_kept,
         check=lambda *args: check_linear(FUNCTION, *args),
@@ -107,13 +104,13 @@ define_op(
 )
 define_op(
     OpSpec(
-        f"_masked_loss_linear_kept_backward_(Tensor grad, {LINEAR}, Tensor lse, Tensor picked, Tensor(a!) powers, Tensor tops,"
+        f"_masked_loss_linear_kept_backward_(Tensor grad, {LINEAR}, Tensor lse, Tensor(a!) powers, Tensor tops,"
         f" Tensor(b!) grad_hidden, Tensor(c!) grad_bias, {OPTIONS}) -> ()",
         family="masked_loss",
         reference=reference._masked_loss_linear_kept_backward_,
         check=_check_backward,
         check_data=lambda grad, hidden, weight, bias, target, *rest: check_target(
-            FUNCTION, target, rest[6], weight.shape[1]
+            FUNCTION, target, rest[5], weight.shape[1]
         ),
         fake=lambda *args: None,
         cuda=False,

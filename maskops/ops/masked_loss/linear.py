@@ -1,4 +1,4 @@
-"""linear_cross_entropy: cross-entropy of a linear layer, logits never stored. N rows, D width, G codebooks, V classes."""
+"""linear_cross_entropy: cross-entropy of a linear layer without memory for its logits. N rows, D width, G codebooks, V classes."""
 
 from typing import NamedTuple
 
@@ -36,7 +36,7 @@ def linear_cross_entropy(
     temperature: float = 1.0, cosine: bool = False, z_loss: float = 0.0, reduction: str = "mean",
     denominator: str | float | Tensor = "count", backend: str = "auto",
 ) -> Tensor:  # fmt: skip
-    """Take the cross-entropy of a linear layer at the masked positions, tile by tile: the logits are never stored.
+    """Take the cross-entropy of a linear layer at the masked positions, tile by tile, without memory for the logits.
 
         logits = (hidden weight^T + bias) / temperature;   of the unit vectors if cosine
         loss   = logsumexp(logits) - (1 - label_smoothing) logits[target] - label_smoothing mean(logits) + z_loss logsumexp^2
@@ -66,7 +66,9 @@ def linear_cross_entropy(
 
     Notes:
         Rows that do not count are never read: NaN there reaches neither the loss nor a gradient, which is 0 there. No row that
-        counts gives 0. Deterministic, for every number of threads too.
+        counts gives 0. Deterministic, for every number of threads too. Memory: the gradients' and some MB. On the CPU the
+        gradient of weight has its memory from the forward pass on, until the graph is freed: before it is one it holds the
+        exponentials of the logits, so that the backward pass does not multiply again (torch.compile and the GPU do).
 
     Raises:
         ValueError: wrong dtype, shape, device or option.  IndexError: a target that is no class, an id out of range or twice.

@@ -114,11 +114,10 @@ def _spoilt_kept(name: str, index: int, value: Callable, match: str) -> ErrorSam
 
 ERRORS += [
     ErrorSample(KEPT, "target", at(3, lambda t: t + 999), IndexError, "linear_cross_entropy: target"),
-    _spoilt_kept("picked", 6, lambda x: x[1:], "picked must have shape"),
-    _spoilt_kept("powers", 7, lambda x: x[:, 1:], "powers must have shape"),
-    _spoilt_kept("tops", 8, lambda x: x.half(), "tops must be float32"),
-    _spoilt_kept("grad_hidden", 9, lambda x: x[1:], "grad_hidden must have shape"),
-    _spoilt_kept("grad_bias", 10, lambda x: x.double(), "grad_bias must be float32"),
+    _spoilt_kept("powers", 6, lambda x: x[:, 1:], "powers must have shape"),
+    _spoilt_kept("tops", 7, lambda x: x.half(), "tops must be float32"),
+    _spoilt_kept("grad_hidden", 8, lambda x: x[1:], "grad_hidden must have shape"),
+    _spoilt_kept("grad_bias", 9, lambda x: x.double(), "grad_bias must be float32"),
 ]
 
 

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from typing import NamedTuple
 
 # Their tests show a part of what is to be shown, and say so.
-PARTS = {"electra", "dmjd", "cm3"}
+PARTS = {"dmjd"}
 FAMILIES = {
     "S": "mask_sampling", "G": "visible_tokens", "A": "masked_attention", "C": "masked_loss", "R": "masked_loss",
     "W": "nm_matmul", "F": "feature_reuse", "V": "sparse_conv",

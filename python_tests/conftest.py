@@ -32,7 +32,7 @@ def poisoned_memory() -> Iterator[None]:
 # What takes longest starts first, so that no process is left alone with it at the end (make test keeps this order).
 FIRST = (
     "test_sanitizers.py", "test_contract.py", "test_triton_aot.py", "test_contract_compile.py", "test_train.py", "test_recap.py",
-    "test_dupmae.py", "test_spark.py", "test_meap.py", "test_thesis_pretrained.py",
+    "test_dupmae.py", "test_spark.py", "test_meap.py", "test_thesis_pretrained.py", "test_electra.py", "test_cm3.py",
 )  # fmt: skip
 
 

@@ -1,6 +1,11 @@
-"""What the Works checks of the models share: a short training, and crops of photos."""
+"""What the Works checks of the models share: a short training, crops of photos, a text of many like phrases."""
 
 import math
+import random
+import re
+import sys
+import unicodedata
+from collections import Counter
 from collections.abc import Callable, Iterable
 
 import torch
@@ -36,3 +41,19 @@ def grey_crops(count: int, rows: tuple[float, float], seed: int, size: int = 32)
         y, x = (torch.randint(n, (count // len(photos),), generator=generator) for n in squares.shape[:2])
         found.append(squares[y, x])
     return torch.cat(found)[:, None]
+
+
+def character_names() -> list[list[str]]:
+    """The words of Unicode's names of characters that Python ships, as LATIN SMALL LETTER A, shuffled; without the names that only
+    count, of ideographs and syllables. A text whose words depend on their neighbours, and short enough to learn in seconds."""
+    counted = re.compile("CJK|HANGUL SYLL|TANGUT|NUSHU|KHITAN")
+    names = [unicodedata.name(chr(code), "") for code in range(sys.maxunicode + 1)]
+    words = [re.findall(r"[A-Z]+|[0-9]+|-", name) for name in names if name and not counted.search(name)]
+    random.Random(0).shuffle(words)
+    return words
+
+
+def word_ids(words: list[str], known: int) -> list[int]:
+    """The most frequent words as 0 .. known - 1, the others as known."""
+    ids = {word: i for i, (word, _) in enumerate(Counter(words).most_common(known))}
+    return [ids.get(word, known) for word in words]

@@ -1,45 +1,35 @@
-"""CM3: moved spans come back exactly, gaps are filled from both sides (the Works check, in part).
+"""CM3 (the Works check): moved spans come back exactly, gaps are filled from both sides.
 
-Real documents, digits as 16 squares and their class; 500 steps each; new documents, over a left-only causal model of the same size.
+Real text, the names of characters of six words, its 510 most frequent words and one id for the others; 1500 steps each; new names,
+over a left-only causal model of the same size.
 
-    claim, mean of 2 seeds                              measured (each), one thread   broken
-    NLL of hidden spans, left and right known, < 0.98   0.955 (0.975, 0.935)          1.17: right side of another document, which
-      of left-only's, which knows the left alone                                        the test asks for, too (> 1.05)
-    NLL of whole documents < 1.06 of left-only's        1.020 (1.027, 1.013)          3.20, seed 0: only moved tokens counted
+    claim, each of seeds 0 and 1                            measured, one thread   broken, seed 0
+    NLL of hidden spans, left and right known, < 0.9        0.837, 0.839           1.61: right side of another name, which
+      of left-only's, which knows the left alone                                     the test asks for, too (> 1.2)
+    NLL of whole names < 1.06 of left-only's                0.992, 0.981           3.19: only moved tokens counted
 
-Seed 2 had 0.964 and 1.031. In trials with seed 0 left-only was no better after 300 or 800 steps than after 500.
-
-Not shown: the same on text. In trials with seed 0 hidden spans had 1.29 of left-only's NLL on letters of pydoc (windows of 10, 3000
-steps), 1.05 on its words (windows of 16, 800 steps), and 1.22 on these digits when a token did not tell its square (800 steps). It
-seems that so small a model does not learn in that time to look up what stands around a sentinel; tokens that tell their square make
-that needless.
+Left-only is no better stopped earlier: seed 0 has 1.278 after 800 steps and 1.296 after 1500, where CM3 has 1.084. CM3 needs the
+time: 1.06 of left-only's after 800 steps with half the batch. Longer texts take longer: 1.29 on letters of pydoc (windows of 10,
+3000 steps) and 1.05 on its words (windows of 16, 800 steps). On digits as 16 squares and their class it had 0.955.
 """
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import maskops
 from maskops.models.cm3 import CM3, CM3Config
-from maskops.testing.works import train
+from maskops.testing.works import character_names, train, word_ids
 
-SEEDS = (0, 1)
-LEVELS, SQUARES, STEPS, SPANS = 9, 16, 500, 1
-N = SQUARES + 1
+N, WORDS, STEPS, BATCH, SPANS = 6, 510, 1500, 64, 1
 
 
 def documents() -> tuple[Tensor, Tensor]:
-    """Digits as documents: the brightness of each of 4 x 4 squares, then the digit.  1400 and 397 rows, int64 [B, 17].
-
-    A token tells its square as well, as a tag of a page tells what it is about: 9 brightnesses of each square.
-    """
-    digits = pytest.importorskip("sklearn.datasets").load_digits()
-    images, classes = torch.tensor(digits.images).float(), torch.tensor(digits.target)
-    squares = F.avg_pool2d(images[:, None], 2).flatten(1).div(2).round().long() + LEVELS * torch.arange(SQUARES)
-    rows = torch.cat([squares, LEVELS * SQUARES + classes[:, None]], 1)
-    rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))]
-    return rows[:1400], rows[1400:]
+    """Nine tenths of the names and the last tenth, int64 [B, 6]."""
+    names = [name for name in character_names() if len(name) == N]
+    rows = torch.tensor(word_ids([word for name in names for word in name], WORDS)).view(-1, N)
+    cut = len(rows) * 9 // 10
+    return rows[:cut], rows[cut:]
 
 
 def no_spans(count: int) -> Tensor:
@@ -48,11 +38,11 @@ def no_spans(count: int) -> Tensor:
 
 def pretrain(seed: int, moved: bool) -> CM3:
     torch.manual_seed(seed)
-    config = CM3Config(LEVELS * SQUARES + 10, N + 2 * SPANS + 1, dim=64, depth=1, heads=4, max_spans=SPANS)
+    config = CM3Config(WORDS + 1, N + 2 * SPANS + 1, dim=64, depth=1, heads=4, max_spans=SPANS)
     model, (rows, _) = CM3(config), documents()
 
     def loss(step: int) -> Tensor:
-        batch = rows[torch.randint(len(rows), (32,))]
+        batch = rows[torch.randint(len(rows), (BATCH,))]
         return model.loss(batch, spans=None if moved else no_spans(len(batch)), seed=step)
 
     train(model.parameters(), loss, STEPS, 6e-3)
@@ -77,23 +67,17 @@ def other_right_sides(text: Tensor, spans: Tensor) -> Tensor:
     return torch.where((at >= spans[:, 0, 1:]) & ~inside, text.roll(1, 0), text)
 
 
-def test_gaps_are_filled_from_both_sides() -> None:
+@pytest.mark.parametrize("seed", [0, 1])
+def test_gaps_are_filled_from_both_sides(seed: int) -> None:
     _, new = documents()
     spans = maskops.draw_spans(torch.full((len(new),), N), max_spans=SPANS, seed=99)
-    ratios = []
-    for seed in SEEDS:
-        both, left = pretrain(seed, True), pretrain(seed, False)
-        before = span_loss(left, new, False, spans)
-        ratios.append(
-            [
-                span_loss(both, new, True, spans) / before,
-                span_loss(both, other_right_sides(new, spans), True, spans) / before,
-                plain_loss(both, new) / plain_loss(left, new),
-            ]
-        )
-    print(ratios)
-    infill, misled, plain = torch.tensor(ratios).mean(0).tolist()
-    assert infill < 0.98 and misled > 1.05 and plain < 1.06, ratios
+    both, left = pretrain(seed, True), pretrain(seed, False)
+    before = span_loss(left, new, False, spans)
+    infill = span_loss(both, new, True, spans) / before
+    misled = span_loss(both, other_right_sides(new, spans), True, spans) / before
+    plain = plain_loss(both, new) / plain_loss(left, new)
+    print(before, infill, misled, plain)
+    assert infill < 0.9 and misled > 1.2 and plain < 1.06, (infill, misled, plain)
 
 
 # ---------------------------------------------------------------- exact

@@ -28,7 +28,8 @@ def test_powers_over_tops_are_the_softmax(counted: float) -> None:
     )
     target = torch.randint(211, (19, 2), generator=g)
     target[torch.rand(19, 2, generator=g) >= counted] = -100
-    _, lse, powers, tops = torch.ops.maskops._masked_loss_linear_kept(hidden, weight, bias, target, -100, 0.7, 0.0, 0.0)
+    args = hidden, weight, bias, target, None, -100, 0.7, 0.0, 0.0, 1.0
+    _, lse, _, powers, tops = torch.ops.maskops._masked_loss_linear_kept(*args)
     rows = (target != -100).any(1).nonzero()[:, 0]
     logits = 0.7 * (torch.einsum("nd,gvd->gvn", hidden[rows], weight) + bias[:, :, None])
     kept = powers[:, :, : len(rows)].log() + tops.repeat_interleave(96, 1)[:, :211, : len(rows)]
@@ -67,6 +68,17 @@ def test_a_gradient_that_is_kept_is_that_of_the_op() -> None:
         grads = [torch.autograd.grad(x, (hidden, weight), torch.ones_like(x)) for x in (ours, plain)]
         for a, b in zip(*grads, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_a_sample_whose_loss_is_kept_is_that_of_the_op() -> None:
+    hidden, weight, target = kept_case()
+    loss, sample = maskops.linear_sample(hidden, weight, target, seed=5, sample_temperature=0.7)
+    with torch.no_grad():
+        plain, drawn = maskops.linear_sample(hidden, weight, target, seed=5, sample_temperature=0.7)
+    assert loss == plain and torch.equal(sample, drawn) and not sample.requires_grad
+    want = torch.autograd.grad(maskops.linear_cross_entropy(hidden, weight, target), (hidden, weight))
+    for a, b in zip(torch.autograd.grad(loss, (hidden, weight)), want, strict=True):
+        assert torch.equal(a, b)
 
 
 def test_no_second_derivative_of_a_kept_loss() -> None:

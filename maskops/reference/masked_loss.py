@@ -132,9 +132,14 @@ def _kept_rows(counted: Tensor, width: int) -> Tensor:
 
 
 def _masked_loss_linear_kept(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, ignore: int, scale: float, smoothing: float,
-    z_loss: float,
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, seed: Tensor | None, ignore: int, scale: float,
+    smoothing: float, z_loss: float, temperature: float,
 ) -> tuple[Tensor, ...]:  # fmt: skip
+    options = ignore, scale, smoothing, z_loss
+    loss, lse = masked_loss_linear(hidden, weight, bias, target, *options)
+    sample = target.new_empty(0)
+    if seed is not None:
+        sample = masked_loss_sample(hidden, weight, bias, target, seed, *options, temperature)[2]
     counted = target != ignore
     logits = linear_logits(hidden, weight, bias, counted, scale)
     powers, (books, classes, width) = weight.new_zeros(weight.shape), weight.shape
@@ -145,7 +150,7 @@ def _masked_loss_linear_kept(
         high = padded.unflatten(1, (-1, 96)).amax(2)
         powers[:, :, : kept.shape[2]] = (kept - high.repeat_interleave(96, 1)[:, :classes]).exp().to(weight.dtype)
         tops[:, :, : kept.shape[2]] = high
-    return *_linear_loss(logits, target, counted, smoothing, z_loss), powers, tops
+    return loss, lse, sample, powers, tops
 
 
 def _masked_loss_linear_kept_backward_(

@@ -124,7 +124,7 @@ Tensor zeros_like_device(const Tensor& like, std::initializer_list<int64_t> size
   return torch::stable::zero_(x);
 }
 
-// What _masked_loss_linear_kept returns besides loss and lse: powers [G, V, D], tops [G, tiles, D].
+// What the backward pass writes over: powers [G, V, D], tops [G, tiles, D].
 struct Kept {
   Tensor powers, tops;
 
@@ -133,82 +133,88 @@ struct Kept {
   }
 };
 
-void run_forward(LinearRun& run, Tensor& loss, Tensor& lse, Tensor* sample, Kept* kept) {
+struct Forward {
+  Tensor loss, lse;              // [N, G]
+  std::optional<Tensor> sample;  // [N, G], -1 where nothing counts
+  std::optional<Kept> kept;
+};
+
+void run_forward(LinearRun& run, Forward& result) {
   LinearLoss& args = run.args;
   if (run.empty()) return;
+  const bool sampled = result.sample.has_value();
   const int64_t ranges = args.ranges();
   args.picked = run.vector(0), args.lse = run.vector(1);
   args.highest = run.vector(2), args.total = run.vector(2 + ranges), args.sums = run.vector(2 + 2 * ranges);
   args.best = run.vector(2 + 3 * ranges);
-  std::vector<int64_t> drawn(sample == nullptr ? 0 : ranges * args.stride);
+  std::vector<int64_t> drawn(sampled ? ranges * args.stride : 0);
   args.sample = drawn.data();
   const Buffer out(args.stride * run.element());
   const int64_t bytes = run.kernels().bytes(args, false).thread;
   for (int64_t g = 0; g < args.books; ++g) {
     run.use_book(g);
-    if (kept != nullptr) kept->use(run, g);
+    if (result.kept) result.kept->use(run, g);
     share_out(ranges, args.M * args.D * args.V / ranges, [&](const NextItem& next) {
       const Buffer buffer(bytes);
-      for (int64_t range; next(&range);) run.kernels().forward(args, sample != nullptr, range, range + 1, buffer.get());
+      for (int64_t range; next(&range);) run.kernels().forward(args, sampled, range, range + 1, buffer.get());
     });
-    run.kernels().finish(args, sample != nullptr, out.get());
-    run.scatter_sums(out.get(), g, loss);
-    run.scatter_sums(args.lse, g, lse);
-    if (sample != nullptr) run.scatter<int64_t>(args.sample, g, *sample);
+    run.kernels().finish(args, sampled, out.get());
+    run.scatter_sums(out.get(), g, result.loss);
+    run.scatter_sums(args.lse, g, result.lse);
+    if (sampled) run.scatter<int64_t>(args.sample, g, *result.sample);
   }
 }
 
-// Loss and lse [N, G]; their inputs are checked here.
-std::tuple<Tensor, Tensor> forward_of(const Tensor& hidden, const Tensor& weight, const std::optional<Tensor>& bias,
-                                      const Tensor& target_any, int64_t ignore, double scale, double smoothing, double z_loss, Kept* kept) {
-  check_linear_loss(kOp, hidden, weight, bias, target_any, scale, smoothing, z_loss);
+// Checks its inputs; with a seed it samples.
+Forward forward_of(const Tensor& hidden, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& target_any,
+                   const std::optional<Tensor>& seed_any, int64_t ignore, double scale, double smoothing, double z_loss, double temperature,
+                   bool keep) {
+  const char* op = seed_any ? "linear_sample" : kOp;
+  check_linear_loss(op, hidden, weight, bias, target_any, scale, smoothing, z_loss);
+  if (seed_any) check_tensor(op, "seed", *seed_any, "[2]", kInt64, {2}, hidden);
+  if (seed_any && !(temperature > 0)) fail(op, "sample_temperature", "be above 0", temperature);
   const Tensor target = contiguous_or_copy(target_any);
-  check_linear_target(kOp, static_cast<const int64_t*>(target.const_data_ptr()), hidden.size(0), weight.size(0), ignore, weight.size(1));
+  check_linear_target(op, static_cast<const int64_t*>(target.const_data_ptr()), hidden.size(0), weight.size(0), ignore, weight.size(1));
   const ScalarType type = accumulation_type(hidden.scalar_type());
   const int64_t N = hidden.size(0), books = weight.size(0), V = weight.size(1), D = weight.size(2);
-  Tensor loss = zeros_like_device(hidden, {N, books}, type), lse = zeros_like_device(hidden, {N, books}, type);
-  if (kept != nullptr) {
+  Forward result{zeros_like_device(hidden, {N, books}, type), zeros_like_device(hidden, {N, books}, type), {}, {}};
+  if (keep) {
     const int64_t tiles = (V + LinearLoss::kTile - 1) / LinearLoss::kTile;
-    *kept = {empty_like_device(weight, {books, V, D}), empty_like_device(weight, {books, tiles, D}, type)};
+    result.kept = Kept{empty_like_device(weight, {books, V, D}), empty_like_device(weight, {books, tiles, D}, type)};
   }
-  LinearRun run(hidden, weight, bias, target, ignore, scale, smoothing, z_loss, false, kept != nullptr);
-  run_forward(run, loss, lse, nullptr, kept);
-  return {loss, lse};
+  LinearRun run(hidden, weight, bias, target, ignore, scale, smoothing, z_loss, false, keep);
+  if (seed_any) {
+    result.sample = empty_like_device(hidden, {N, books}, ScalarType::Long);
+    std::fill_n(static_cast<int64_t*>(result.sample->mutable_data_ptr()), N * books, int64_t{-1});
+    const Tensor seed = contiguous_or_copy(*seed_any);
+    const int64_t* words = static_cast<const int64_t*>(seed.const_data_ptr());
+    run.args.key = PhiloxKey::of(words[0], words[1]);
+    run.args.inverse_temperature = 1 / temperature;
+  }
+  run_forward(run, result);
+  return result;
 }
 
 std::tuple<Tensor, Tensor> masked_loss_linear(const Tensor& hidden, const Tensor& weight, std::optional<Tensor> bias,
                                               const Tensor& target, int64_t ignore, double scale, double smoothing, double z_loss) {
-  return forward_of(hidden, weight, bias, target, ignore, scale, smoothing, z_loss, nullptr);
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor> masked_loss_linear_kept(const Tensor& hidden, const Tensor& weight, std::optional<Tensor> bias,
-                                                                   const Tensor& target, int64_t ignore, double scale,
-                                                                   double smoothing, double z_loss) {
-  Kept kept;
-  auto [loss, lse] = forward_of(hidden, weight, bias, target, ignore, scale, smoothing, z_loss, &kept);
-  return {loss, lse, kept.powers, kept.tops};
+  const Forward found = forward_of(hidden, weight, bias, target, {}, ignore, scale, smoothing, z_loss, 1, false);
+  return {found.loss, found.lse};
 }
 
 std::tuple<Tensor, Tensor, Tensor> masked_loss_sample(const Tensor& hidden, const Tensor& weight, std::optional<Tensor> bias,
-                                                      const Tensor& target_any, const Tensor& seed_any, int64_t ignore, double scale,
+                                                      const Tensor& target, const Tensor& seed, int64_t ignore, double scale,
                                                       double smoothing, double z_loss, double temperature) {
-  const char* op = "linear_sample";
-  check_linear_loss(op, hidden, weight, bias, target_any, scale, smoothing, z_loss);
-  check_tensor(op, "seed", seed_any, "[2]", kInt64, {2}, hidden);
-  if (!(temperature > 0)) fail(op, "sample_temperature", "be above 0", temperature);
-  const Tensor target = contiguous_or_copy(target_any), seed = contiguous_or_copy(seed_any);
-  check_linear_target(op, static_cast<const int64_t*>(target.const_data_ptr()), hidden.size(0), weight.size(0), ignore, weight.size(1));
-  const ScalarType type = accumulation_type(hidden.scalar_type());
-  Tensor loss = zeros_like_device(hidden, {hidden.size(0), weight.size(0)}, type);
-  Tensor lse = zeros_like_device(hidden, {hidden.size(0), weight.size(0)}, type);
-  Tensor sample = empty_like_device(hidden, {hidden.size(0), weight.size(0)}, ScalarType::Long);
-  std::fill_n(static_cast<int64_t*>(sample.mutable_data_ptr()), sample.numel(), int64_t{-1});
-  LinearRun run(hidden, weight, bias, target, ignore, scale, smoothing, z_loss, false, false);
-  const int64_t* words = static_cast<const int64_t*>(seed.const_data_ptr());
-  run.args.key = PhiloxKey::of(words[0], words[1]);
-  run.args.inverse_temperature = 1 / temperature;
-  run_forward(run, loss, lse, &sample, nullptr);
-  return {loss, lse, sample};
+  const Forward found = forward_of(hidden, weight, bias, target, seed, ignore, scale, smoothing, z_loss, temperature, false);
+  return {found.loss, found.lse, *found.sample};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> masked_loss_linear_kept(const Tensor& hidden, const Tensor& weight,
+                                                                           std::optional<Tensor> bias, const Tensor& target,
+                                                                           std::optional<Tensor> seed, int64_t ignore, double scale,
+                                                                           double smoothing, double z_loss, double temperature) {
+  const Forward found = forward_of(hidden, weight, bias, target, seed, ignore, scale, smoothing, z_loss, temperature, true);
+  const Tensor none = empty_like_device(hidden, {0}, ScalarType::Long);
+  return {found.loss, found.lse, found.sample.value_or(none), found.kept->powers, found.kept->tops};
 }
 
 // Half of the classes, with a grad_hidden of its own: two threads then have nothing of each other's in their caches. Halves, whatever

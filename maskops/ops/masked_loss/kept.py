@@ -20,6 +20,7 @@ from maskops.ops.masked_loss.linear_op import (
     OPTIONS,
     check_linear,
     check_linear_backward,
+    check_sample,
     check_target,
     fake_loss,
     linear_gradients,
@@ -29,29 +30,36 @@ from maskops.reference.visible_tokens import accumulation_dtype
 
 
 class KeptLoss(torch.autograd.Function):
-    """(hidden, weight, bias, target, *options) -> loss [N, G]. A Function on two ops, since what an op returns nobody may write."""
+    """(hidden, weight, bias, target, seed, options, temperature) -> loss, sample [N, G]. A Function on two ops, since what an op
+    returns nobody may write."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *options: Any) -> Tensor:
-        loss, lse, *ctx.kept = torch.ops.maskops._masked_loss_linear_kept(hidden, weight, bias, target, *options)
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, seed: Tensor | None, options: tuple,
+        temperature: float,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        args = hidden, weight, bias, target
+        loss, lse, sample, *ctx.kept = torch.ops.maskops._masked_loss_linear_kept(*args, seed, *options, temperature)
         ctx.options = options
-        ctx.save_for_backward(hidden, weight, bias, target, lse)
-        return loss
+        ctx.save_for_backward(*args, lse)
+        ctx.mark_non_differentiable(sample)
+        return loss, sample
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple:
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple:
         if torch.is_grad_enabled():  # create_graph: this op refuses a second derivative
             ctx.needs = ctx.needs_input_grad
             return linear_gradients(torch.ops.maskops, ctx, grad, ctx.options)
         hidden, weight, bias, target, lse = ctx.saved_tensors
         kept, ctx.kept = ctx.kept, None
         if kept is None:  # a retained graph, walked through once more
-            kept = torch.ops.maskops._masked_loss_linear_kept(hidden, weight, bias, target, *ctx.options)[2:]
+            args = hidden, weight, bias, target, None
+            kept = torch.ops.maskops._masked_loss_linear_kept(*args, *ctx.options, 1.0)[3:]
         grad_hidden, grad_bias = torch.empty_like(hidden), weight.new_empty(weight.shape[:2])
         torch.ops.maskops._masked_loss_linear_kept_backward_(
             grad, hidden, weight, bias, target, lse, *kept, grad_hidden, grad_bias, *ctx.options
         )
-        return grad_hidden, kept[0], grad_bias if bias is not None else None, *[None] * (1 + len(ctx.options))
+        return grad_hidden, kept[0], grad_bias if bias is not None else None, *[None] * 4
 
 
 def keeps(weight: Tensor, backend: str) -> bool:
@@ -62,11 +70,28 @@ def keeps(weight: Tensor, backend: str) -> bool:
     return torch.is_grad_enabled() and weight.requires_grad and getattr(forward_ad, "_current_level", -1) < 0
 
 
-def kept_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *options: Any) -> Tensor:
+def kept_loss(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, ignore: int, scale: float, smoothing: float,
+    z_loss: float, seed: Tensor | None = None, temperature: float = 1.0,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """loss and sample [N, G]; the sample is empty without a seed."""
     if torch.is_autocast_enabled("cpu"):  # outside of the Function, where the casts are part of the graph
         dtype = torch.get_autocast_dtype("cpu")
         hidden, weight, bias = (x.to(dtype) if castable(x) else x for x in (hidden, weight, bias))
-    return KeptLoss.apply(hidden, weight, bias, target, *options)
+    return KeptLoss.apply(hidden, weight, bias, target, seed, (ignore, scale, smoothing, z_loss), temperature)
+
+
+def _function(seed: Tensor | None) -> str:
+    return FUNCTION if seed is None else "linear_sample"
+
+
+def check_forward(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, seed: Tensor | None, ignore: int, scale: float,
+    smoothing: float, z_loss: float, temperature: float,
+) -> None:  # fmt: skip
+    check_linear(_function(seed), hidden, weight, bias, target, ignore, scale, smoothing, z_loss)
+    if seed is not None:
+        check_sample(_function(seed), hidden, seed, temperature)
 
 
 def _check_backward(
@@ -82,20 +107,22 @@ def _check_backward(
     check_tensor(FUNCTION, "grad_bias", grad_bias, "[G, V]", dtype, weight.shape[:2], hidden)
 
 
-def _fake(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *_: Any) -> tuple:
+def _fake(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, seed: Tensor | None, *_: Any) -> tuple:
     books, classes, width = weight.shape
+    sample = target.new_empty(target.shape if seed is not None else (0,))
     tops = hidden.new_empty((books, reference.tiles_of(classes), width), dtype=accumulation_dtype(hidden.dtype))
-    return *(fake_loss(hidden, target) for _ in range(2)), weight.new_empty(weight.shape), tops
+    return *(fake_loss(hidden, target) for _ in range(2)), sample, weight.new_empty(weight.shape), tops
 
 
 define_op(
     OpSpec(
-        f"_masked_loss_linear_kept({LINEAR}, {OPTIONS}) -> (Tensor loss, Tensor lse, Tensor powers, Tensor tops)",
+        f"_masked_loss_linear_kept({LINEAR}, Tensor? seed, {OPTIONS}, float temperature)"
+        " -> (Tensor loss, Tensor lse, Tensor sample, Tensor powers, Tensor tops)",
         family="masked_loss",
         reference=reference._masked_loss_linear_kept,
-        check=lambda *args: check_linear(FUNCTION, *args),
-        check_data=lambda hidden, weight, bias, target, ignore, *rest: check_target(
-            FUNCTION, target, ignore, weight.shape[1]
+        check=check_forward,
+        check_data=lambda hidden, weight, bias, target, seed, ignore, *rest: check_target(
+            _function(seed), target, ignore, weight.shape[1]
         ),
         fake=_fake,
         cuda=False,

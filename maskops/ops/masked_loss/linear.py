@@ -89,7 +89,7 @@ def linear_cross_entropy(
     check_reduced(FUNCTION, rows.counted, weight_per_token, reduction, denominator, "target's shape")
     args = rows.hidden, rows.weight, rows.bias, rows.target, rows.ignore, scale, smoothing, z_loss
     op = find_op("masked_loss_linear", hidden.device.type, backend)
-    loss = kept_loss(*args) if keeps(rows.weight, backend) else op(*args)[0]
+    loss = kept_loss(*args)[0] if keeps(rows.weight, backend) else op(*args)[0]
     return reduced(rows.of_target(loss), rows.counted, weight_per_token, reduction, denominator)
 
 
@@ -242,10 +242,3 @@ def divided(total: Tensor, counted: Tensor, weight: Tensor | None, denominator: 
     else:
         return total / number("reduced", "denominator", denominator)
     return torch.where(by == 0, 0, total / torch.where(by == 0, 1, by))
-
-
-def positive(op: str, name: str, value: float) -> float:
-    value = number(op, name, value)
-    if not value > 0:
-        fail(op, name, "be above 0", f"{value:g}")
-    return value

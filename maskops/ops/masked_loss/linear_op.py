@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from maskops._checks import FLOATS, check_tensor, fail
+from maskops._checks import FLOATS, check_tensor, fail, number
 from maskops._registry import OpSpec, define_op
 from maskops.reference import masked_loss as reference
 from maskops.reference.visible_tokens import accumulation_dtype
@@ -29,6 +29,18 @@ def check_linear(
         fail(op, "z_loss", "be at least 0", f"{z_loss:g}")
     if not scale > 0:
         fail(op, "scale", "be above 0", f"{scale:g}")
+
+
+def positive(op: str, name: str, value: float) -> float:
+    value = number(op, name, value)
+    if not value > 0:
+        fail(op, name, "be above 0", f"{value:g}")
+    return value
+
+
+def check_sample(op: str, hidden: Tensor, seed: Tensor, temperature: float) -> None:
+    check_tensor(op, "seed", seed, "[2]", INT64, (2,), hidden)
+    positive(op, "sample_temperature", temperature)
 
 
 def check_target(op: str, target: Tensor, ignore: int, classes: int) -> None:

@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 
 from maskops._backends import find_op, public
-from maskops._checks import above_zero, check_tensor, finite, number
+from maskops._checks import above_zero, finite, number
 from maskops._registry import OpSpec, define_op
-from maskops.ops.mask_sampling import INT64, Seed, seed_tensor
-from maskops.ops.masked_loss.linear import NATIVE, check_reduced, positive, reduced, rows_of
+from maskops.ops.mask_sampling import Seed, seed_tensor
+from maskops.ops.masked_loss.kept import check_forward, keeps, kept_loss
+from maskops.ops.masked_loss.linear import NATIVE, check_reduced, reduced, rows_of
 from maskops.ops.masked_loss.linear_op import (
     LINEAR,
     OPTIONS,
-    check_linear,
     check_target,
     fake_loss,
     linear_gradients,
@@ -31,7 +31,7 @@ def linear_sample(
     denominator: str | float | Tensor = "count", sample_temperature: float = 1.0, seed: Seed = None,
     generator: torch.Generator | None = None, backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Take the cross-entropy of a linear layer and sample from its softmax in the same pass: the logits are never stored.
+    """Take the cross-entropy of a linear layer and sample from its softmax in the same pass, without memory for the logits.
 
         loss   = linear_cross_entropy(hidden, weight, target, ...)
         sample = argmax over V of logits / sample_temperature + noise,   noise = -log(-log(uniform))
@@ -72,23 +72,16 @@ def linear_sample(
     check_reduced(FUNCTION, rows.counted, weight_per_token, reduction, denominator, "target's shape")
     words = seed_tensor(seed, generator, hidden.device, FUNCTION)
     op = find_op("masked_loss_sample", hidden.device.type, backend)
-    loss, _, sample = op(
-        rows.hidden, rows.weight, rows.bias, rows.target, words, rows.ignore, scale, smoothing, z_loss, cool
-    )
+    args, options = (rows.hidden, rows.weight, rows.bias, rows.target), (rows.ignore, scale, smoothing, z_loss)
+    if keeps(rows.weight, backend):
+        loss, sample = kept_loss(*args, *options, words, cool)
+    else:
+        loss, _, sample = op(*args, words, *options, cool)
     loss = reduced(rows.of_target(loss), rows.counted, weight_per_token, reduction, denominator)
     return loss, rows.of_target(sample, -1)
 
 
 # ---------------------------------------------------------------- the op
-
-
-def _check(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, seed: Tensor, ignore: int, scale: float,
-    smoothing: float, z_loss: float, temperature: float,
-) -> None:  # fmt: skip
-    check_linear(FUNCTION, hidden, weight, bias, target, ignore, scale, smoothing, z_loss)
-    check_tensor(FUNCTION, "seed", seed, "[2]", INT64, (2,), hidden)
-    positive(FUNCTION, "sample_temperature", temperature)
 
 
 def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -108,7 +101,7 @@ define_op(
         " -> (Tensor loss, Tensor lse, Tensor sample)",
         family="masked_loss",
         reference=reference.masked_loss_sample,
-        check=_check,
+        check=check_forward,
         check_data=lambda hidden, weight, bias, target, seed, ignore, *rest: check_target(
             FUNCTION, target, ignore, weight.shape[1]
         ),

@@ -41,12 +41,22 @@ def _backward(*args: object, **options: object) -> Callable:
     return make
 
 
+def _kept(*args: object, seed: list[int] | None = None, **options: object) -> Callable:
+    forward = _loss(*args, **options)
+
+    def make(dtype: torch.dtype, g: G) -> tuple:
+        hidden, weight, bias, target, *rest = forward(dtype, g)
+        return hidden, weight, bias, target, None if seed is None else torch.tensor(seed), *rest, 0.5
+
+    return make
+
+
 def _kept_backward(*args: object, **options: object) -> Callable:
     forward = _loss(*args, **options)
 
     def make(dtype: torch.dtype, g: G) -> tuple:
         hidden, weight, bias, target, *rest = forward(dtype, g)
-        loss, lse, *kept = reference._masked_loss_linear_kept(hidden, weight, bias, target, *rest)
+        loss, lse, _, *kept = reference._masked_loss_linear_kept(hidden, weight, bias, target, None, *rest, 1.0)
         grads = torch.full_like(hidden, math.nan), weight.new_full(weight.shape[:2], math.nan)
         grad = torch.randn(loss.shape, generator=g).to(loss.dtype)
         return grad, hidden, weight, bias, target, lse, *kept, *grads, *rest
@@ -76,8 +86,9 @@ SAMPLES = [
     Sample(BACKWARD, "plain", _backward(21, 24, 37)),
     Sample(BACKWARD, "books", _backward(9, 20, 101, books=2, smoothing=0.2, z_loss=0.1)),
     # As many rows as columns, whose powers are all defined, and more.
-    Sample(KEPT, "square", _loss(20, 20, 197, counted=1.0, smoothing=0.1)),
-    Sample(KEPT, "more", _loss(150, 64, 100, books=2, counted=1.0, bias=False, z_loss=0.01)),
+    Sample(KEPT, "square", _kept(20, 20, 197, counted=1.0, smoothing=0.1)),
+    Sample(KEPT, "drawn", _kept(20, 20, 197, counted=1.0, seed=[7, 3])),
+    Sample(KEPT, "more", _kept(150, 64, 100, books=2, counted=1.0, bias=False, z_loss=0.01)),
     Sample(KEPT_BACKWARD, "some", _kept_backward(21, 24, 197, scale=2.0)),
     Sample(KEPT_BACKWARD, "more", _kept_backward(150, 70, 100, books=2, counted=0.8, smoothing=0.1, z_loss=0.1)),
     Sample(KEPT_BACKWARD, "narrow", _kept_backward(9, 5, 37, counted=1.0, bias=False)),

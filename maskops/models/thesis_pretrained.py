@@ -188,7 +188,7 @@ class SUNDAE(TextModel):
         corrupt: each text has a rate of its own, uniform in [0, 1]; each token becomes a uniform one with that chance
         repeat `unroll` times: loss += cross-entropy of the clean text at all positions; text <- sample of the logits, no gradient
 
-    There is no mask token. Loss and sample come from the same pass over the logits, which are never stored.
+    There is no mask token. Loss and sample come from the same pass over the logits, which take no memory of their own.
 
     Example:
         >>> model = SUNDAE(SUNDAEConfig(vocabulary=256, context=16, dim=32, depth=1, heads=2))

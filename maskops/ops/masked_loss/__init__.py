@@ -1,4 +1,4 @@
-"""The family masked_loss: losses on the positions that a mask selects; logits and targets are never whole in memory.
+"""The family masked_loss: losses on the positions that a mask selects; logits and targets take no memory of their own.
 
 Each file names its size letters.
 """

@@ -94,6 +94,12 @@ def check_forward(
         check_sample(_function(seed), hidden, seed, temperature)
 
 
+def check_forward_data(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, seed: Tensor | None, ignore: int, *_: float
+) -> None:
+    check_target(_function(seed), target, ignore, weight.shape[1])
+
+
 def _check_backward(
     grad: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, lse: Tensor, powers: Tensor,
     tops: Tensor, grad_hidden: Tensor, grad_bias: Tensor, *options: Any,
@@ -121,9 +127,7 @@ define_op(
         family="masked_loss",
         reference=reference._masked_loss_linear_kept,
         check=check_forward,
-        check_data=lambda hidden, weight, bias, target, seed, ignore, *rest: check_target(
-            _function(seed), target, ignore, weight.shape[1]
-        ),
+        check_data=check_forward_data,
         fake=_fake,
         cuda=False,
         triton=False,

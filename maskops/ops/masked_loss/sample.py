@@ -9,12 +9,11 @@ from maskops._backends import find_op, public
 from maskops._checks import above_zero, finite, number
 from maskops._registry import OpSpec, define_op
 from maskops.ops.mask_sampling import Seed, seed_tensor
-from maskops.ops.masked_loss.kept import check_forward, keeps, kept_loss
+from maskops.ops.masked_loss.kept import check_forward, check_forward_data, keeps, kept_loss
 from maskops.ops.masked_loss.linear import NATIVE, check_reduced, reduced, rows_of
 from maskops.ops.masked_loss.linear_op import (
     LINEAR,
     OPTIONS,
-    check_target,
     fake_loss,
     linear_gradients,
 )
@@ -102,9 +101,7 @@ define_op(
         family="masked_loss",
         reference=reference.masked_loss_sample,
         check=check_forward,
-        check_data=lambda hidden, weight, bias, target, seed, ignore, *rest: check_target(
-            FUNCTION, target, ignore, weight.shape[1]
-        ),
+        check_data=check_forward_data,
         fake=lambda hidden, weight, bias, target, *rest: (
             fake_loss(hidden, target), fake_loss(hidden, target), target.new_empty(target.shape)
         ),

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from maskops._backends import has_kernel
 from maskops._checks import check_tensor
 from maskops._registry import OpSpec, castable, define_op
 from maskops.ops.masked_loss.linear_op import (
@@ -65,6 +66,8 @@ class KeptLoss(torch.autograd.Function):
 def keeps(weight: Tensor, backend: str) -> bool:
     """Whether the CPU may keep the powers: a gradient of the weight is wanted, of a program that runs as it is written."""
     if weight.device.type != "cpu" or backend not in ("auto", "native") or torch.compiler.is_compiling():
+        return False
+    if not has_kernel("native", "_masked_loss_linear_kept", "cpu"):  # the reference would only store more
         return False
     # A private name, as in find_op, whose op refuses tangents by their names.
     return torch.is_grad_enabled() and weight.requires_grad and getattr(forward_ad, "_current_level", -1) < 0

@@ -90,35 +90,35 @@ def why_not(backend: str, name: str, device: str) -> str:
     return f"no native kernel for {device}: {library} is {_extension.status().get(library, 'not loaded')}"
 
 
-def find_op(name: str, device: str, backend: str, function: str = "") -> Any:
+def find_op(name: str, device: str, backend: str, function: str = "", *, grad: bool = True) -> Any:
     """The op to call. auto: the native namespace, which falls back on the reference where no kernel exists.
 
     The overload, not the packet of overloads: finding one by its arguments costs as much as a small gather.
-    function: what errors name, where it is not the public function of this op.
+    function: what errors name, where it is not the public function of this op; grad: whether an argument may ask for a gradient.
     """
     if backend == "auto":
-        return _in_mode(getattr(torch.ops.maskops, name).default, name)
+        return _in_mode(getattr(torch.ops.maskops, name).default, name, grad)
     if not isinstance(backend, str) or backend not in NAMESPACES:
         error = ValueError if isinstance(backend, str) else TypeError
         raise error(f"{function or _function_of(name)}: backend must be one of {BACKENDS}, got {backend!r}")
     reason = why_not(backend, name, device)
     if reason:
         raise RuntimeError(f"{function or _function_of(name)}: backend {backend!r} cannot run here: {reason}")
-    return _in_mode(getattr(getattr(torch.ops, NAMESPACES[backend]), name).default, name)
+    return _in_mode(getattr(getattr(torch.ops, NAMESPACES[backend]), name).default, name, grad)
 
 
 def _function_of(op: str) -> str:
     return next((function for function, name in PUBLIC.items() if name == op), op)
 
 
-def _in_mode(op: Any, name: str) -> Callable:
+def _in_mode(op: Any, name: str, grad: bool) -> Callable:
     """The op as it is where a gradient may be asked for, else past autograd's Python layer, which costs 5 to 10 us a call."""
     if torch.compiler.is_compiling():
         return op
     # A private name: without it nothing is refused.
     if getattr(forward_ad, "_current_level", -1) >= 0 and OPS[name].backward is not None:
         return _without_tangents(op, OPS[name])
-    if torch.is_grad_enabled():
+    if grad and torch.is_grad_enabled():
         return op
 
     def call(*args: Any) -> Any:

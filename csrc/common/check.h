@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <initializer_list>
 #include <optional>
@@ -130,12 +131,27 @@ inline Tensor with_huge_pages(Tensor x) {
   return x;
 }
 
+// torch::stable::new_empty looks its operator up by name, which takes longer than to allocate.
 inline Tensor empty_like_device(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType type) {
-  return with_huge_pages(torch::stable::new_empty(like, sizes, type));
+  constexpr int64_t kMostAxes = 8;
+  const int64_t axes = static_cast<int64_t>(sizes.size());
+  if (axes > kMostAxes) throw std::logic_error("empty_like_device: more than 8 axes");
+  int64_t strides[kMostAxes], stride = 1;
+  for (int64_t axis = axes - 1; axis >= 0; --axis) {
+    strides[axis] = stride;
+    stride *= std::max<int64_t>(sizes.begin()[axis], 1);
+  }
+  int32_t device = 0, index = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &index));
+  AtenTensorHandle made = nullptr;
+  const int32_t dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(axes, sizes.begin(), strides, dtype, device, index, &made));
+  return with_huge_pages(Tensor(made));
 }
 
 inline Tensor empty_like_device(const Tensor& like, std::initializer_list<int64_t> sizes) {
-  return with_huge_pages(torch::stable::new_empty(like, sizes));
+  return empty_like_device(like, sizes, like.scalar_type());
 }
 
 }  // namespace maskops

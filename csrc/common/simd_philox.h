@@ -7,6 +7,16 @@
 namespace maskops {
 inline namespace MASKOPS_ISA_NS {
 
+// The key of each round, ready in memory: read from there, it costs the arithmetic units nothing.
+struct PhiloxRounds {
+  uint64_t even[10], odd[10];
+
+  explicit PhiloxRounds(const PhiloxKey& key) {
+    uint32_t k0 = key.seed_low, k1 = key.seed_high;
+    for (int round = 0; round < 10; ++round, k0 += 0x9E3779B9u, k1 += 0xBB67AE85u) even[round] = k0, odd[round] = k1;
+  }
+};
+
 #if MASKOPS_ISA_LEVEL > 0
 
 // The low halves of 64-bit lanes are the numbers; the high halves hold what multiplications left there and no step reads.
@@ -56,19 +66,16 @@ struct Lanes64 {
 constexpr int kPhiloxCounters = Lanes64::count;
 
 // The 4 * kPhiloxCounters words of counters [index, index + kPhiloxCounters).
-static inline void philox_words(const PhiloxKey& key, uint64_t index, uint32_t* to) {
+static inline void philox_block(const PhiloxKey& key, const PhiloxRounds& keys, uint64_t index, uint32_t* to) {
   const Lanes64 m0 = Lanes64::all(0xD2511F53u), m1 = Lanes64::all(0xCD9E8D57u);
   Lanes64 c0 = Lanes64::counting(index), c1 = c0.high(), c2 = Lanes64::all(key.offset_low), c3 = Lanes64::all(key.offset_high);
-  uint32_t k0 = key.seed_low, k1 = key.seed_high;
 #pragma GCC unroll 10
   for (int round = 0; round < 10; ++round) {
     const Lanes64 p0 = c0.times(m0), p1 = c2.times(m1);
-    c0 = Lanes64::xor3(p1.high(), c1, Lanes64::all(k0));
-    c2 = Lanes64::xor3(p0.high(), c3, Lanes64::all(k1));
+    c0 = Lanes64::xor3(p1.high(), c1, Lanes64::all(keys.even[round]));
+    c2 = Lanes64::xor3(p0.high(), c3, Lanes64::all(keys.odd[round]));
     c1 = p1;
     c3 = p0;
-    k0 += 0x9E3779B9u;
-    k1 += 0xBB67AE85u;
   }
   Lanes64::store(c0, c1, c2, c3, to);
 }
@@ -77,13 +84,12 @@ static inline void philox_words(const PhiloxKey& key, uint64_t index, uint32_t* 
 
 constexpr int kPhiloxCounters = 1;
 
-static inline void philox_words(const PhiloxKey& key, uint64_t index, uint32_t* to) {
+static inline void philox_block(const PhiloxKey& key, const PhiloxRounds& keys, uint64_t index, uint32_t* to) {
   uint32_t c0 = uint32_t(index), c1 = uint32_t(index >> 32), c2 = key.offset_low, c3 = key.offset_high;
-  uint32_t k0 = key.seed_low, k1 = key.seed_high;
-  for (int round = 0; round < 10; ++round, k0 += 0x9E3779B9u, k1 += 0xBB67AE85u) {
+  for (int round = 0; round < 10; ++round) {
     const uint64_t p0 = uint64_t(0xD2511F53u) * c0, p1 = uint64_t(0xCD9E8D57u) * c2;
-    c0 = uint32_t(p1 >> 32) ^ c1 ^ k0;
-    c2 = uint32_t(p0 >> 32) ^ c3 ^ k1;
+    c0 = uint32_t(p1 >> 32) ^ c1 ^ uint32_t(keys.even[round]);
+    c2 = uint32_t(p0 >> 32) ^ c3 ^ uint32_t(keys.odd[round]);
     c1 = uint32_t(p1);
     c3 = uint32_t(p0);
   }
@@ -91,6 +97,12 @@ static inline void philox_words(const PhiloxKey& key, uint64_t index, uint32_t* 
 }
 
 #endif
+
+// At least `count` words from counter `index` on, in whole blocks of 4 * kPhiloxCounters.
+static inline void philox_words(const PhiloxKey& key, uint64_t index, int64_t count, uint32_t* to) {
+  const PhiloxRounds keys(key);
+  for (int64_t i = 0; i < count; i += 4 * kPhiloxCounters) philox_block(key, keys, index + uint64_t(i / 4), to + i);
+}
 
 }  // namespace MASKOPS_ISA_NS
 }  // namespace maskops

@@ -35,4 +35,18 @@ inline void check_sampling_rank(const Tensor& noise, const Tensor& num_keep, con
   if (noise.size(1) >= kMaxTokens) fail(op, "N", "be in [0, 2^30)", noise.size(1));
 }
 
+inline void check_frames(const Tensor& ids_keep, const Tensor& ids_mask, const Tensor& ids_restore, int64_t frames) {
+  const char* op = "tube_masking";
+  check_tensor(op, "ids_keep", ids_keep, "[B, K]", kInt64, {kAny, kAny}, ids_keep);
+  check_tensor(op, "ids_mask", ids_mask, "[B, M]", kInt64, {ids_keep.size(0), kAny}, ids_keep);
+  const int64_t tokens = ids_keep.size(1) + ids_mask.size(1);
+  check_tensor(op, "ids_restore", ids_restore, "[B, K + M]", kInt64, {ids_keep.size(0), tokens}, ids_keep);
+  auto check_in = [&](const char* name, int64_t value) {
+    if (value < 0 || value >= kMaxTokens) fail(op, name, "be in [0, " + std::to_string(kMaxTokens - 1) + "]", value);
+  };
+  check_in("N", tokens);
+  check_in("frames", frames);
+  check_in("frames N", frames * tokens);
+}
+
 }  // namespace maskops

@@ -151,7 +151,7 @@ def _across_kernel(noise_ptr, taps_ptr, across_ptr, total, S, T, fh, fw, w, BLOC
 
 @triton.jit
 def _down_kernel(across_ptr, taps_ptr, out_ptr, total, S, T, fh, h, w, BLOCK: tl.constexpr):
-    # One program owns BLOCK pixels of out [B, h, w]: the columns of all filters, with signs + - +.
+    # One program owns BLOCK pixels of out [B, h, w]: the columns of all filters, with signs - + -, as the smallest are kept.
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     x = i % w
     y = i // w % h
@@ -163,7 +163,7 @@ def _down_kernel(across_ptr, taps_ptr, out_ptr, total, S, T, fh, h, w, BLOCK: tl
         for t in range(T):
             own += tl.load(taps_ptr + s * T + t) * tl.load(across_ptr + first + t * w, mask=i < total, other=0)
         sums += tl.where(s % 2 == 0, own, -own)
-    tl.store(out_ptr + i, sums.to(tl.float32), mask=i < total)
+    tl.store(out_ptr + i, (-sums).to(tl.float32), mask=i < total)
 
 
 def _launch_words(kernel, total, *args, **meta):

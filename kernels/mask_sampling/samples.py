@@ -17,6 +17,7 @@ def _samples():
     return {
         "mask_sampling_uniform": tuple(uniform),
         "mask_sampling_rank": tuple(rank),
+        "mask_sampling_frames": ((Arg("int64", (64, 49)), Arg("int64", (64, 147)), ids, 8),),
         "mask_sampling_words": ((seed, 1000),),
         "mask_sampling_bernoulli": ((seed, Arg("int64", (64, 1)), 64, 196),),
         "mask_sampling_race": ((seed, values),),

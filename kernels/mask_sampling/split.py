@@ -98,6 +98,26 @@ def _ascending_kernel(count_ptr, length_ptr, keep_ptr, hide_ptr, restore_ptr, nu
     write_padding(hide_ptr + b * max_mask, length - keep, max_mask, BLOCK)
 
 
+@triton.jit
+def _frames_kernel(keep_ptr, mask_ptr, restore_ptr, to_keep_ptr, to_mask_ptr, to_restore_ptr, total, frames, K, M,
+                   BLOCK: tl.constexpr):  # fmt: skip
+    # One program owns BLOCK slots of [B, frames, K + M], and as many tokens.
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    N = K + M
+    n = i % N
+    t = i // N % frames
+    b = i // (N * frames)
+    kept = (i < total) & (n < K)
+    hidden = (i < total) & (n >= K)
+    ids = tl.load(keep_ptr + b * K + n, mask=kept, other=0)
+    tl.store(to_keep_ptr + (b * frames + t) * K + n, ids + t * N, mask=kept)
+    ids = tl.load(mask_ptr + b * M + n - K, mask=hidden, other=0)
+    tl.store(to_mask_ptr + (b * frames + t) * M + n - K, ids + t * N, mask=hidden)
+    slot = tl.load(restore_ptr + b * N + n, mask=i < total, other=0)
+    slot += tl.where(slot < K, t * K, (frames - 1) * K + t * M)
+    tl.store(to_restore_ptr + i, slot, mask=i < total)
+
+
 def _place(key, num_keep, lengths, max_keep, max_mask, ascending):
     (B, N), empty = key.shape, {"dtype": torch.int64, "device": key.device}
     num_keep = num_keep.contiguous()
@@ -131,3 +151,12 @@ def mask_sampling_rank(noise, num_keep, lengths, max_keep, max_mask, ascending):
     key = torch.empty(noise.shape, dtype=torch.int64, device=noise.device)
     launch(_noise_keys_kernel, cdiv(key.numel(), 1024), noise.contiguous(), key, key.numel(), BLOCK=1024, num_warps=4)
     return _place(key, num_keep, lengths, max_keep, max_mask, ascending)
+
+
+def mask_sampling_frames(ids_keep, ids_mask, ids_restore, frames):
+    split = [ids.contiguous() for ids in (ids_keep, ids_mask, ids_restore)]
+    out = tuple(ids.new_empty(len(ids), frames * ids.shape[1]) for ids in split)
+    total = out[2].numel()
+    args = (*split, *out, total, frames, ids_keep.shape[1], ids_mask.shape[1])
+    launch(_frames_kernel, cdiv(total, 256), *args, BLOCK=256, num_warps=4)
+    return out

@@ -10,7 +10,7 @@ namespace maskops {
 
 constexpr int64_t kWordsSlack = 32;  // words are made in blocks: a buffer has room for so many more
 
-// Noise of h x w pixels through separable filters taps [S, T], added with alternating signs: + - +.
+// Noise of h x w pixels through separable filters taps [S, T], added with alternating signs, - + -: the smallest are kept.
 struct Filter {
   const int32_t* taps;
   int64_t filters, width, h, w;

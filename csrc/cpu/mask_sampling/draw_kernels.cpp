@@ -11,10 +11,6 @@ namespace maskops {
 namespace MASKOPS_ISA_NS {
 namespace {
 
-void words(const PhiloxKey& key, uint64_t counter, int64_t count, uint32_t* to) {
-  for (int64_t i = 0; i < count; i += 4 * kPhiloxCounters) philox_words(key, counter + static_cast<uint64_t>(i / 4), to + i);
-}
-
 void below_limit(const uint32_t* word, uint32_t limit, int64_t count, uint8_t* to) {
   for (int64_t i = 0; i < count; ++i) to[i] = word[i] < limit;
 }
@@ -75,22 +71,50 @@ void gates(const uint32_t* word, const float* logits, int64_t count, bool gumbel
   else gates_of<false>(word, logits, count, to);
 }
 
-// sum(): that over t of taps[t] from[t stride + x] for a vector of columns x, from the first tap that is not zero to the last. Where the taps
-// read the same from both ends, numbers that share one are added first.
+typedef FloatFormat<VecF>::Int Lanes;
+
+// Of each lane the lower half times that of `taps` plus the upper half times that of `taps`, as signed numbers of 16 bits.
+inline Lanes products_of_halves(Lanes x, int32_t taps) {
+#if MASKOPS_ISA_LEVEL == 2
+  return Lanes(_mm512_madd_epi16(__m512i(x), _mm512_set1_epi32(taps)));
+#elif MASKOPS_ISA_LEVEL == 1
+  return Lanes(_mm256_madd_epi16(__m256i(x), _mm256_set1_epi32(taps)));
+#else
+  return ((x << 16) >> 16) * int32_t(int16_t(taps)) + (x >> 16) * (taps >> 16);
+#endif
+}
+
+// Sums over t of taps[t] times number x + t, for a vector of columns x, from the first tap that is not zero to the last.
 struct Taps {
+  static constexpr int64_t columns = VecF::width;
+
   const int32_t* taps;
   int64_t first, last;  // [first, last)
   bool even;
+  int32_t pairs[32];
 
   Taps(const int32_t* given, int64_t width) : taps(given), first(0), last(width), even(true) {
     while (first < last && taps[first] == 0) ++first;
     while (first < last && taps[last - 1] == 0) --last;
     for (int64_t t = 0; t < width / 2; ++t) even = even && taps[t] == taps[width - 1 - t];
+    for (int64_t t = first; t < last; t += 2) {
+      const int32_t after = t + 1 < last ? taps[t + 1] : 0;
+      pairs[(t - first) / 2] = int32_t(uint32_t(taps[t] & 0xFFFF) | uint32_t(after) << 16);
+    }
   }
 
-  typedef FloatFormat<VecF>::Int Lanes;
-  static constexpr int64_t columns = VecF::width;
+  // Each number of `from` holds its own half below and that of the next column above.
+  inline Lanes sum_of_halves(const int32_t* from) const {
+    Lanes total{};
+    for (int64_t t = first; t < last; t += 2) {
+      Lanes x;
+      memcpy(&x, from + t, sizeof x);
+      total += products_of_halves(x, pairs[(t - first) / 2]);
+    }
+    return total;
+  }
 
+  // Down the rows. Where the taps read the same from both ends, numbers that share one are added first.
   inline Lanes sum(const int32_t* from, int64_t stride) const {
     auto at = [&](int64_t t) {
       Lanes x;
@@ -111,26 +135,26 @@ struct Taps {
 
 // Rows of the field and of what is filtered have room for whole vectors; what is past their ends is noise that no result reads.
 void colour(const PhiloxKey& key, int64_t row, const Filter& filter, int32_t* buffer, float* to) {
-  using Lanes = Taps::Lanes;
   constexpr int64_t step = Taps::columns;
   const int64_t fh = filter.field_h(), fw = filter.field_w(), stride = filter.stride(), padded = filter.padded_w();
   uint32_t* drawn = reinterpret_cast<uint32_t*>(buffer);
   int32_t* field = buffer + filter.words() + kWordsSlack;
   int32_t *across = field + fh * stride, *totals = across + fh * padded;  // filters meet as whole numbers, rounded once
-  words(key, row_counter(row), filter.words(), drawn);
+  philox_words(key, row_counter(row), filter.words(), drawn);
   for (int64_t y = 0; y < fh; ++y) {
     for (int64_t x = 0; x < fw; x += step) {
-      uint16_t halves[step];  // noise_of: a word's lower half comes first
+      uint16_t halves[step], next[step];  // noise_of: a word's lower half comes first
       static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__);
       memcpy(halves, reinterpret_cast<const char*>(drawn) + 2 * (y * fw + x), sizeof halves);
-      for (int64_t i = 0; i < step; ++i) field[y * stride + x + i] = static_cast<int32_t>(halves[i]) - 32768;
+      memcpy(next, reinterpret_cast<const char*>(drawn) + 2 * (y * fw + x + 1), sizeof next);
+      for (int64_t i = 0; i < step; ++i) field[y * stride + x + i] = int32_t((halves[i] | uint32_t(next[i]) << 16) ^ 0x80008000u);
     }
   }
   for (int64_t s = 0; s < filter.filters; ++s) {
     const Taps taps(filter.taps + s * filter.width, filter.width);
     for (int64_t y = 0; y < fh; ++y) {
       for (int64_t x = 0; x < padded; x += step) {
-        const Lanes line = taps.sum(field + y * stride + x, 1) >> 6;
+        const Lanes line = taps.sum_of_halves(field + y * stride + x) >> 6;
         memcpy(across + y * padded + x, &line, sizeof line);
       }
     }
@@ -138,7 +162,7 @@ void colour(const PhiloxKey& key, int64_t row, const Filter& filter, int32_t* bu
       for (int64_t x = 0; x < padded; x += step) {
         Lanes line = taps.sum(across + y * padded + x, padded), before{};
         if (s > 0) memcpy(&before, totals + y * padded + x, sizeof before);
-        line = s % 2 ? before - line : before + line;
+        line = s % 2 ? before + line : before - line;
         memcpy(totals + y * padded + x, &line, sizeof line);
       }
     }
@@ -156,7 +180,7 @@ void colour(const PhiloxKey& key, int64_t row, const Filter& filter, int32_t* bu
 
 }  // namespace
 
-extern const DrawKernels DrawKernels_table{&words, &below_limit, &race, &corrupt, &gates, &colour};
+extern const DrawKernels DrawKernels_table{&philox_words, &below_limit, &race, &corrupt, &gates, &colour};
 
 }  // namespace MASKOPS_ISA_NS
 }  // namespace maskops

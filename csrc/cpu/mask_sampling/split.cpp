@@ -127,6 +127,8 @@ void mark_hidden(const uint32_t* noise, const bool* mask, int64_t length, int64_
   for (int64_t i = 0; i < need - below; ++i) scratch.hidden[last[i].index] = 0;
 }
 
+int64_t* data(const Tensor& x) { return static_cast<int64_t*>(x.data_ptr()); }
+
 struct Rows {
   int64_t batch, tokens, max_keep, max_mask;
   bool ascending;
@@ -138,11 +140,8 @@ struct Rows {
 
 // Writes a row in key order, from scratch.order.
 void write_ordered(const Rows& rows, int64_t b, const std::vector<uint32_t>& order) {
-  const int64_t length = rows.length(b), keep = rows.num_keep[b];
-  int64_t* restore = rows.ids_restore + b * rows.tokens;
-  for (int64_t slot = 0; slot < length; ++slot) restore[order[slot]] = slot;
-  std::copy(order.begin(), order.begin() + keep, rows.ids_keep + b * rows.max_keep);
-  std::copy(order.begin() + keep, order.begin() + length, rows.ids_mask + b * rows.max_mask);
+  pick_OrderKernels().ordered_row(order.data(), rows.length(b), rows.num_keep[b], rows.ids_restore + b * rows.tokens,
+                                  rows.ids_keep + b * rows.max_keep, rows.ids_mask + b * rows.max_mask);
 }
 
 // What is behind the tokens of a row: padding has its own slots, and unused slots hold -1.
@@ -194,7 +193,6 @@ Split split_rows(const Tensor& num_keep_any, const std::optional<Tensor>& length
   std::optional<Tensor> lengths;
   if (lengths_any) lengths = contiguous_or_copy(*lengths_any);
   const int64_t batch = num_keep.size(0);
-  auto data = [](const Tensor& x) { return static_cast<int64_t*>(x.data_ptr()); };
   Rows rows{batch, tokens, max_keep, max_mask, ascending, data(num_keep), lengths ? data(*lengths) : nullptr, nullptr, nullptr, nullptr};
   check_counts_data(rows);
   Tensor ids_keep = empty_like_device(num_keep, {batch, max_keep}), ids_mask = empty_like_device(num_keep, {batch, max_mask});
@@ -287,10 +285,32 @@ Split mask_sampling_rank(const Tensor& noise, const Tensor& num_keep, std::optio
                                                   : rank_doubles(noise, num_keep, lengths, max_keep, max_mask, ascending);
 }
 
+std::tuple<Tensor, Tensor, Tensor> mask_sampling_frames(const Tensor& ids_keep, const Tensor& ids_mask, const Tensor& ids_restore,
+                                                        int64_t frames) {
+  check_frames(ids_keep, ids_mask, ids_restore, frames);
+  const Tensor split[3] = {contiguous_or_copy(ids_keep), contiguous_or_copy(ids_mask), contiguous_or_copy(ids_restore)};
+  const int64_t batch = ids_keep.size(0), sizes[3] = {ids_keep.size(1), ids_mask.size(1), ids_restore.size(1)};
+  auto repeated = [&](int64_t size) { return empty_like_device(ids_keep, {batch, frames * size}); };
+  const Tensor out[3] = {repeated(sizes[0]), repeated(sizes[1]), repeated(sizes[2])};
+  const int64_t* from[3];
+  int64_t* to[3];
+  for (int i = 0; i < 3; ++i) from[i] = static_cast<const int64_t*>(split[i].const_data_ptr()), to[i] = data(out[i]);
+  const OrderKernels& orders = pick_OrderKernels();
+  parallel_for(batch, frames * sizes[2] * 16, [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b) {
+      auto row = [&](auto* ids, int i, int64_t times) { return ids + b * times * sizes[i]; };
+      orders.frames({row(from[0], 0, 1), row(from[1], 1, 1), row(from[2], 2, 1)}, sizes[0], sizes[1], frames,
+                    {row(to[0], 0, frames), row(to[1], 1, frames), row(to[2], 2, frames)});
+    }
+  });
+  return {out[0], out[1], out[2]};
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(maskops, CPU, m) {
   m.impl("mask_sampling_uniform", TORCH_BOX(&mask_sampling_uniform));
+  m.impl("mask_sampling_frames", TORCH_BOX(&mask_sampling_frames));
   m.impl("mask_sampling_rank", TORCH_BOX(&mask_sampling_rank));
 }
 

@@ -199,7 +199,7 @@ struct TilePair {
     for (int64_t i = 0; i < kTile; ++i) bits[i] = 0;
     for (int64_t i = 0; i < rows; ++i) {
       const uint64_t first = uint64_t((b * a.H + h) * a.L + q0 + i) * counters + uint64_t(k0) / 4;
-      for (int64_t c = 0; c < kTile / 4; c += kPhiloxCounters) philox_words(a.key, first + uint64_t(c), words + 4 * c);
+      philox_words(a.key, first, kTile, words);
       for (int64_t j = 0; j < kTile; ++j) bits[i] |= uint64_t(words[j] >= a.drop_below) << j;
     }
     transpose_bits(bits, bits);

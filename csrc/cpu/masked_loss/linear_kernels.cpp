@@ -90,7 +90,7 @@ struct Loss {
     for (int64_t m = 0; m < a.M; ++m) {
       if (a.target[m] < 0) continue;
       const int64_t first = (a.rows[m] * a.books + a.book) * a.V + tile * kTile, skip = first % 4;
-      for (int64_t w = 0; w < count + skip; w += kWords) philox_words(a.key, uint64_t((first - skip + w) / 4), words + w);
+      philox_words(a.key, uint64_t((first - skip) / 4), count + skip, words);
       for (int64_t v = 0; v < count; ++v) noise[v] = (S(words[skip + v] >> 9) + S(0.5)) * S(0x1p-23);
       for (int64_t v = count; v < round_up(count, V::width); ++v) noise[v] = S(0.5);
       for (int64_t v = 0; v < count; v += V::width) {

@@ -19,7 +19,7 @@ static inline void noisy_logits(const PhiloxKey& key, const typename V::scalar* 
   typedef int32_t Signed __attribute__((vector_size(V::width * 4)));
   using S = typename V::scalar;
   const int64_t skipped = first % 4;
-  for (int64_t i = 0; i < count + skipped; i += 4 * kPhiloxCounters) philox_words(key, uint64_t((first - skipped + i) / 4), words + i);
+  philox_words(key, uint64_t((first - skipped) / 4), count + skipped, words);
   for (int64_t i = 0; i < count; i += V::width) {
     Word word;
     memcpy(&word, words + skipped + i, sizeof(word));

@@ -127,7 +127,7 @@ __global__ void __launch_bounds__(kDrawThreads, 4)
       std::int32_t* total = reinterpret_cast<std::int32_t*>(out) + b * cells + i;
       sum = s == 0 ? sum : s % 2 ? *total - sum : *total + sum;
       if (s + 1 < sizes.filters) store(total, sum);
-      else store(out + b * cells + i, static_cast<float>(sum));
+      else store(out + b * cells + i, static_cast<float>(-sum));
     }
   }
 }

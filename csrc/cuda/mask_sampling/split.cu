@@ -174,6 +174,25 @@ __global__ void __launch_bounds__(kSampleThreads, 4) sample_write_kernel(const S
   pad_split_row<kSampleThreads>(row);
 }
 
+// ---------------------------------------------------------------- frames
+
+struct Frames {
+  const std::int64_t *ids_keep, *ids_mask, *ids_restore;  // [B, K], [B, M], [B, K + M]
+  std::int64_t *to_keep, *to_mask, *to_restore;           // [B, frames K], [B, frames M], [B, frames (K + M)]
+  std::int64_t keep, mask, frames, total;
+};
+
+// A thread owns one slot of [B, frames, K + M], and one token.
+__global__ void __launch_bounds__(kSampleThreads, 4) frames_kernel(const Frames rows) {
+  const std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * kSampleThreads + threadIdx.x;
+  if (i >= rows.total) return;
+  const std::int64_t tokens = rows.keep + rows.mask, n = i % tokens, frame = i / tokens, b = frame / rows.frames, t = frame % rows.frames;
+  if (n < rows.keep) store(rows.to_keep + frame * rows.keep + n, load(rows.ids_keep + b * rows.keep + n) + t * tokens);
+  else store(rows.to_mask + frame * rows.mask + n - rows.keep, load(rows.ids_mask + b * rows.mask + n - rows.keep) + t * tokens);
+  const std::int64_t slot = load(rows.ids_restore + b * tokens + n);
+  store(rows.to_restore + i, slot + (slot < rows.keep ? t * rows.keep : (rows.frames - 1) * rows.keep + t * rows.mask));
+}
+
 // ---------------------------------------------------------------- ops
 
 using Split = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
@@ -230,9 +249,25 @@ Split mask_sampling_rank(const Tensor& noise_any, const Tensor& num_keep, std::o
                 scope.stream());
 }
 
+std::tuple<Tensor, Tensor, Tensor> mask_sampling_frames(const Tensor& keep_any, const Tensor& mask_any, const Tensor& restore_any,
+                                                        std::int64_t frames) {
+  check_frames(keep_any, mask_any, restore_any, frames);
+  const DeviceScope scope(keep_any);
+  const Tensor ids_keep = torch::stable::contiguous(keep_any), ids_mask = torch::stable::contiguous(mask_any);
+  const Tensor ids_restore = torch::stable::contiguous(restore_any);
+  const std::int64_t batch = ids_keep.size(0), keep = ids_keep.size(1), mask = ids_mask.size(1), total = batch * frames * (keep + mask);
+  Tensor to_keep = empty_like_device(ids_keep, {batch, frames * keep}), to_mask = empty_like_device(ids_keep, {batch, frames * mask});
+  Tensor to_restore = empty_like_device(ids_keep, {batch, frames * (keep + mask)});
+  const Frames rows{const_data<std::int64_t>(ids_keep), const_data<std::int64_t>(ids_mask), const_data<std::int64_t>(ids_restore),
+                    data<std::int64_t>(to_keep), data<std::int64_t>(to_mask), data<std::int64_t>(to_restore), keep, mask, frames, total};
+  launch(frames_kernel, grid_for(total, kSampleThreads), dim3(kSampleThreads), 0, scope.stream(), rows);
+  return {to_keep, to_mask, to_restore};
+}
+
 }  // namespace
 
 MASKOPS_CUDA_LIBRARY(m) {
+  m.impl("mask_sampling_frames", TORCH_BOX(&mask_sampling_frames));
   m.impl("mask_sampling_uniform", TORCH_BOX(&mask_sampling_uniform));
   m.impl("mask_sampling_rank", TORCH_BOX(&mask_sampling_rank));
 }

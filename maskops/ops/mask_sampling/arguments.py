@@ -126,7 +126,7 @@ def rows_split(mask: Tensor, num_keep: int | None, backend: str) -> TokenSplit:
     return TokenSplit(ids_keep, ids_mask, ids_restore, kept, N - kept, cu_seqlens, num_keep, B * num_keep)
 
 
-def ranked(key: Tensor, keep: int, order: str, backend: str, function: str, mask: Tensor | None = None) -> TokenSplit:
+def ranked(key: Tensor, keep: int, order: str, backend: str, function: str) -> TokenSplit:
     """Keep the tokens with the smallest float key [B, N]."""
     B, N = key.shape
     counts = torch.full((B,), keep, dtype=torch.int64, device=key.device)

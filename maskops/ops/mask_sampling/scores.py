@@ -182,4 +182,4 @@ def colour_masking(
     where = given.where(name, device, seed, generator)
     op = find_op("mask_sampling_colour", where.type, backend, name)
     noise = op(given.seed_of(name, seed, generator, where), _taps(colour, where, *map(given.fixed, sigmas)), B, h, w)
-    return given.ranked(-noise, keep, order, backend, name)
+    return given.ranked(noise, keep, order, backend, name)

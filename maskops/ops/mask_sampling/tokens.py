@@ -251,7 +251,7 @@ def sample_gates(
     if not logits.is_floating_point():
         fail(name, "logits", "be a float tensor", logits.dtype)
     given.choice(name, "noise", noise, ("logistic", "gumbel"))
-    op = find_op("mask_sampling_gate", logits.device.type, backend, name)
+    op = find_op("mask_sampling_gate", logits.device.type, backend, name, grad=logits.requires_grad)
     seed = given.seed_of(name, seed, generator, logits.device)
     return op(seed, logits.reshape(-1).float(), noise == "gumbel").view(logits.shape).to(logits.dtype)
 

@@ -55,11 +55,14 @@ def disjoint_masking(
     if sum(sizes) > N:
         fail(name, "sum of num_keep", f"be at most {N}", sum(sizes))
     where = given.where(name, device, seed, generator)
-    rank = given.shuffled(given.seed_of(name, seed, generator, where), B, N, 0, "random", backend, name).ids_restore
-    # A token is visible in the view at whose end it comes for the first time.
-    after = [rank >= sum(sizes[: i + 1]) for i in range(len(sizes))]
-    masks = [after[i] if i == 0 else after[i] == after[i - 1] for i in range(len(sizes))]
-    return tuple(given.rows_split(mask, size, backend) for mask, size in zip(masks, sizes, strict=True))
+    seed, views, seen = given.seed_of(name, seed, generator, where), [], None
+    # The same order for each view: what others have seen comes last in it.
+    for size in sizes:
+        views.append(given.shuffled(seed, B, N, size, "ascending", backend, name, seen))
+        if len(views) < len(sizes):
+            visible = views[-1].ids_restore < size
+            seen = visible if seen is None else seen | visible
+    return tuple(views)
 
 
 def nested_masking(
@@ -95,8 +98,8 @@ def nested_masking(
     name = "nested_masking"
     B, N, sizes = _views(name, B, N, num_keep)
     where = given.where(name, device, seed, generator)
-    rank = given.shuffled(given.seed_of(name, seed, generator, where), B, N, 0, "random", backend, name).ids_restore
-    return tuple(given.rows_split(rank >= size, size, backend) for size in sizes)
+    seed = given.seed_of(name, seed, generator, where)
+    return tuple(given.shuffled(seed, B, N, size, "ascending", backend, name) for size in sizes)
 
 
 def modality_masking(

@@ -89,6 +89,7 @@ def mask_sampling_gate(seed: Tensor, logits: Tensor, gumbel: bool) -> Tensor:
 
 
 def mask_sampling_colour(seed: Tensor, taps: Tensor, B: int, h: int, w: int) -> Tensor:
+    """The noise with its sign turned, so that the tokens with the smallest numbers are kept."""
     width = taps.shape[1]
     field_h, field_w = h + width - 1, w + width - 1
     if B * h * w == 0:
@@ -101,5 +102,5 @@ def mask_sampling_colour(seed: Tensor, taps: Tensor, B: int, h: int, w: int) -> 
     field, total = noise.view(B, field_h, field_w), 0
     for s, own in enumerate(taps.long()):
         across = (field.unfold(2, width, 1) * own).sum(-1) >> 6
-        total = total + (-1) ** s * (across.unfold(1, width, 1) * own).sum(-1)
+        total = total - (-1) ** s * (across.unfold(1, width, 1) * own).sum(-1)
     return total.float().view(B, h * w)

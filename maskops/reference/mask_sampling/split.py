@@ -55,6 +55,19 @@ def mask_sampling_rank(
     return _split_by_key(noise, num_keep, lengths, max_keep, max_mask, ascending)
 
 
+def mask_sampling_frames(
+    ids_keep: Tensor, ids_mask: Tensor, ids_restore: Tensor, frames: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A row's N tokens, kept and masked as they are, stand `frames` times behind one another."""
+    K, M, N = (ids.shape[1] for ids in (ids_keep, ids_mask, ids_restore))
+    t = torch.arange(frames, device=ids_keep.device)[:, None]
+    behind = torch.where(
+        ids_restore[:, None] < K, t * K, (frames - 1) * K + t * M
+    )  # a hidden one comes after all kept ones
+    keep, mask, restore = ids_keep[:, None] + t * N, ids_mask[:, None] + t * N, ids_restore[:, None] + behind
+    return keep.flatten(1), mask.flatten(1), restore.flatten(1)
+
+
 def _split_by_key(
     key: Tensor, num_keep: Tensor, lengths: Tensor | None, max_keep: int, max_mask: int, ascending: bool
 ) -> Split:

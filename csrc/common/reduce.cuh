@@ -77,14 +77,15 @@ constexpr int kCumsumThreads = 256;
 // cu_seqlens[0] = 0, cu_seqlens[b + 1] = counts[0] + ... + counts[b].  counts [B], cu_seqlens [B + 1].
 // One block walks over the batch in tiles of its width: batches are short, and the result needs no second launch.
 static __global__ void __launch_bounds__(kCumsumThreads)
-    exclusive_cumsum_kernel(const std::int64_t* __restrict__ counts, std::int32_t* __restrict__ cu_seqlens, std::int64_t batch) {
+    exclusive_cumsum_kernel(const std::int64_t* __restrict__ counts, std::int32_t* __restrict__ cu_seqlens, std::int64_t batch,
+                            std::int64_t times) {
   constexpr int kWarps = kCumsumThreads / 32;
   MASKOPS_SHARED(int, warp_totals, kWarps);
   int carry = 0;
   if (threadIdx.x == 0) store(cu_seqlens, std::int32_t(0));
   for (std::int64_t tile = 0; tile < batch; tile += kCumsumThreads) {
     const std::int64_t b = tile + threadIdx.x;
-    const int count = b < batch ? static_cast<int>(load(counts + b)) : 0;
+    const int count = b < batch ? static_cast<int>(times * load(counts + b)) : 0;
     int total = 0;
     const int before = block_sum_before<kWarps>(count, warp_totals, total);
     if (b < batch) store(cu_seqlens + b + 1, std::int32_t(carry + before + count));
@@ -92,8 +93,10 @@ static __global__ void __launch_bounds__(kCumsumThreads)
   }
 }
 
-inline void exclusive_cumsum(const std::int64_t* counts, std::int32_t* cu_seqlens, std::int64_t batch, cudaStream_t stream) {
-  launch(exclusive_cumsum_kernel, dim3(1), dim3(kCumsumThreads), 0, stream, counts, cu_seqlens, batch);
+// times: what each count is multiplied by.
+inline void exclusive_cumsum(const std::int64_t* counts, std::int32_t* cu_seqlens, std::int64_t batch, cudaStream_t stream,
+                             std::int64_t times = 1) {
+  launch(exclusive_cumsum_kernel, dim3(1), dim3(kCumsumThreads), 0, stream, counts, cu_seqlens, batch, times);
 }
 
 }  // namespace maskops

@@ -16,12 +16,22 @@ inline void check_sampling_counts(const Tensor& num_keep, const std::optional<Te
 }
 
 inline void check_sampling_uniform(const Tensor& seed, const Tensor& num_keep, const std::optional<Tensor>& lengths,
-                                   const std::optional<Tensor>& mask, int64_t tokens, int64_t max_keep, int64_t max_mask) {
+                                   const std::optional<Tensor>& mask, int64_t tokens, int64_t max_keep, int64_t max_mask,
+                                   int64_t frames) {
   const char* op = "random_masking";
   check_sampling_counts(num_keep, lengths, kAny, max_keep, max_mask);
   check_tensor(op, "seed", seed, "[2]", kInt64, {2}, num_keep);
-  if (tokens < 0 || tokens >= kMaxTokens) fail(op, "N", "be in [0, 2^30)", tokens);
   if (mask) check_tensor(op, "mask", *mask, "[B, N]", kBool, {num_keep.size(0), tokens}, num_keep);
+  auto check_in = [&](const char* name, int64_t value) {
+    if (value < 0 || value >= kMaxTokens) fail(op, name, "be in [0, 2^30)", value);
+  };
+  check_in("N", tokens);
+  check_in("frames", frames);
+  if (frames == 1) return;
+  check_in("frames N", frames * tokens);
+  check_in("max_keep", max_keep);
+  check_in("max_mask", max_mask);
+  if (lengths) fail(op, "frames", "be 1 where lengths are given", frames);
 }
 
 inline void check_sampling_rank(const Tensor& noise, const Tensor& num_keep, const std::optional<Tensor>& lengths,
@@ -33,20 +43,6 @@ inline void check_sampling_rank(const Tensor& noise, const Tensor& num_keep, con
     fail(op, "num_keep", "be on " + device_name(noise), "a tensor on " + device_name(num_keep));
   }
   if (noise.size(1) >= kMaxTokens) fail(op, "N", "be in [0, 2^30)", noise.size(1));
-}
-
-inline void check_frames(const Tensor& ids_keep, const Tensor& ids_mask, const Tensor& ids_restore, int64_t frames) {
-  const char* op = "tube_masking";
-  check_tensor(op, "ids_keep", ids_keep, "[B, K]", kInt64, {kAny, kAny}, ids_keep);
-  check_tensor(op, "ids_mask", ids_mask, "[B, M]", kInt64, {ids_keep.size(0), kAny}, ids_keep);
-  const int64_t tokens = ids_keep.size(1) + ids_mask.size(1);
-  check_tensor(op, "ids_restore", ids_restore, "[B, K + M]", kInt64, {ids_keep.size(0), tokens}, ids_keep);
-  auto check_in = [&](const char* name, int64_t value) {
-    if (value < 0 || value >= kMaxTokens) fail(op, name, "be in [0, " + std::to_string(kMaxTokens - 1) + "]", value);
-  };
-  check_in("N", tokens);
-  check_in("frames", frames);
-  check_in("frames N", frames * tokens);
 }
 
 }  // namespace maskops

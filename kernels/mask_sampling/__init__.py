@@ -16,7 +16,7 @@ from maskops.kernels.mask_sampling.rows import (
     mask_sampling_spans,
 )
 from maskops.kernels.mask_sampling.samples import AOT_SAMPLES, LIMITS
-from maskops.kernels.mask_sampling.split import mask_sampling_frames, mask_sampling_rank, mask_sampling_uniform
+from maskops.kernels.mask_sampling.split import mask_sampling_rank, mask_sampling_uniform
 
 __all__ = [
     "AOT_SAMPLES",
@@ -25,7 +25,6 @@ __all__ = [
     "mask_sampling_blocks",
     "mask_sampling_colour",
     "mask_sampling_corrupt",
-    "mask_sampling_frames",
     "mask_sampling_gate",
     "mask_sampling_groups",
     "mask_sampling_intervals",

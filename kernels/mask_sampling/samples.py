@@ -12,12 +12,12 @@ def _samples():
     for ascending in (False, True):
         for given in (None, lengths):
             for hidden in (None, mask):
-                uniform.append((seed, counts, given, hidden, 196, 49, 147, ascending))
+                uniform.append((seed, counts, given, hidden, 196, 49, 147, ascending, 1))
             rank.append((Arg("float", (64, 196)), counts, given, 49, 147, ascending))
+    uniform.append((seed, counts, None, None, 196, 49, 147, True, 8))
     return {
         "mask_sampling_uniform": tuple(uniform),
         "mask_sampling_rank": tuple(rank),
-        "mask_sampling_frames": ((Arg("int64", (64, 49)), Arg("int64", (64, 147)), ids, 8),),
         "mask_sampling_words": ((seed, 1000),),
         "mask_sampling_bernoulli": ((seed, Arg("int64", (64, 1)), 64, 196),),
         "mask_sampling_race": ((seed, values),),

@@ -99,23 +99,25 @@ def _ascending_kernel(count_ptr, length_ptr, keep_ptr, hide_ptr, restore_ptr, nu
 
 
 @triton.jit
-def _frames_kernel(keep_ptr, mask_ptr, restore_ptr, to_keep_ptr, to_mask_ptr, to_restore_ptr, total, frames, K, M,
+def _frames_kernel(slot_ptr, count_ptr, keep_ptr, hide_ptr, restore_ptr, blocks, frames, N, max_keep, max_mask,
                    BLOCK: tl.constexpr):  # fmt: skip
-    # One program owns BLOCK slots of [B, frames, K + M], and as many tokens.
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    N = K + M
-    n = i % N
-    t = i // N % frames
-    b = i // (N * frames)
-    kept = (i < total) & (n < K)
-    hidden = (i < total) & (n >= K)
-    ids = tl.load(keep_ptr + b * K + n, mask=kept, other=0)
-    tl.store(to_keep_ptr + (b * frames + t) * K + n, ids + t * N, mask=kept)
-    ids = tl.load(mask_ptr + b * M + n - K, mask=hidden, other=0)
-    tl.store(to_mask_ptr + (b * frames + t) * M + n - K, ids + t * N, mask=hidden)
-    slot = tl.load(restore_ptr + b * N + n, mask=i < total, other=0)
-    slot += tl.where(slot < K, t * K, (frames - 1) * K + t * M)
-    tl.store(to_restore_ptr + i, slot, mask=i < total)
+    # One program owns BLOCK tokens of a row of [B, frames * N]. slot [B, N]: those of one frame; max_keep and max_mask: of all.
+    b = (tl.program_id(0) // blocks).to(tl.int64)
+    i = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    n = i % tl.maximum(N, 1)
+    t = i // tl.maximum(N, 1)
+    keep = tl.load(count_ptr + b)
+    slot = tl.load(slot_ptr + b * N + n, mask=i < frames * N, other=0)
+    kept = (i < frames * N) & (slot < keep)
+    hidden = (i < frames * N) & (slot >= keep)
+    slot += tl.where(kept, t * keep, (frames - 1) * keep + t * (N - keep))
+    tl.store(restore_ptr + b * frames * N + i, slot, mask=i < frames * N)
+    tl.store(keep_ptr + b * max_keep + slot, i, mask=kept & (slot < max_keep))
+    slot -= frames * keep
+    tl.store(hide_ptr + b * max_mask + slot, i, mask=hidden & (slot < max_mask))
+    if tl.program_id(0) % blocks == 0:
+        write_padding(keep_ptr + b * max_keep, frames * keep, max_keep, 256)
+        write_padding(hide_ptr + b * max_mask, frames * (N - keep), max_mask, 256)
 
 
 def _place(key, num_keep, lengths, max_keep, max_mask, ascending):
@@ -139,24 +141,25 @@ def _place(key, num_keep, lengths, max_keep, max_mask, ascending):
     return *outputs, cu_seqlens_of(num_keep)
 
 
-def mask_sampling_uniform(seed, num_keep, lengths, mask, N, max_keep, max_mask, ascending):
+def _repeated(split, num_keep, frames):
+    counts, N = num_keep.contiguous(), split[2].shape[1]
+    out = [ids.new_empty(len(ids), frames * ids.shape[1]) for ids in split[:3]]
+    blocks = max(1, cdiv(frames * N, 256))
+    args = (split[2], counts, *out, blocks, frames, N, out[0].shape[1], out[1].shape[1])
+    launch(_frames_kernel, len(counts) * blocks, *args, BLOCK=256, num_warps=4)
+    return *out, split[3] * frames, cu_seqlens_of(counts * frames)
+
+
+def mask_sampling_uniform(seed, num_keep, lengths, mask, N, max_keep, max_mask, ascending, frames):
     total = num_keep.shape[0] * N
     key = torch.empty((num_keep.shape[0], N), dtype=torch.int64, device=num_keep.device)
     bits = None if mask is None else mask.contiguous().view(torch.uint8)
     launch(_uniform_keys_kernel, cdiv(total, 1024), seed.contiguous(), bits, key, total, N, BLOCK=256, num_warps=4)
-    return _place(key, num_keep, lengths, max_keep, max_mask, ascending)
+    split = _place(key, num_keep, lengths, max_keep, max_mask, ascending)
+    return split if frames == 1 else _repeated(split, num_keep, frames)
 
 
 def mask_sampling_rank(noise, num_keep, lengths, max_keep, max_mask, ascending):
     key = torch.empty(noise.shape, dtype=torch.int64, device=noise.device)
     launch(_noise_keys_kernel, cdiv(key.numel(), 1024), noise.contiguous(), key, key.numel(), BLOCK=1024, num_warps=4)
     return _place(key, num_keep, lengths, max_keep, max_mask, ascending)
-
-
-def mask_sampling_frames(ids_keep, ids_mask, ids_restore, frames):
-    split = [ids.contiguous() for ids in (ids_keep, ids_mask, ids_restore)]
-    out = tuple(ids.new_empty(len(ids), frames * ids.shape[1]) for ids in split)
-    total = out[2].numel()
-    args = (*split, *out, total, frames, ids_keep.shape[1], ids_mask.shape[1])
-    launch(_frames_kernel, cdiv(total, 256), *args, BLOCK=256, num_warps=4)
-    return out

@@ -37,6 +37,7 @@ struct Scratch {
   std::vector<uint32_t> noise, other;
   std::vector<uint32_t> order;  // the row's tokens in key order
   std::vector<uint8_t> hidden;  // or, where the result is in index order, which of them are not kept
+  std::vector<int64_t> split;   // ids_keep, ids_mask and ids_restore of one frame, where there are several
 
   explicit Scratch(int64_t tokens)
       : from(tokens), to(tokens), noise(tokens + kWordsSlack + 4), other(std::max(tokens, kMaxOrdered)), order(other.size()), hidden(tokens) {}
@@ -130,7 +131,7 @@ void mark_hidden(const uint32_t* noise, const bool* mask, int64_t length, int64_
 int64_t* data(const Tensor& x) { return static_cast<int64_t*>(x.data_ptr()); }
 
 struct Rows {
-  int64_t batch, tokens, max_keep, max_mask;
+  int64_t batch, tokens, max_keep, max_mask, frames;  // tokens and bounds of one frame
   bool ascending;
   const int64_t *num_keep, *lengths;  // [B], lengths may be null
   int64_t *ids_keep, *ids_mask, *ids_restore;
@@ -146,11 +147,11 @@ void write_ordered(const Rows& rows, int64_t b, const std::vector<uint32_t>& ord
 
 // What is behind the tokens of a row: padding has its own slots, and unused slots hold -1.
 void fill_row(const Rows& rows, int64_t b) {
-  const int64_t length = rows.length(b), keep = rows.num_keep[b];
-  int64_t *kept = rows.ids_keep + b * rows.max_keep, *masked = rows.ids_mask + b * rows.max_mask;
-  for (int64_t n = length; n < rows.tokens; ++n) rows.ids_restore[b * rows.tokens + n] = n;
-  std::fill(kept + keep, kept + rows.max_keep, int64_t{-1});
-  std::fill(masked + (length - keep), masked + rows.max_mask, int64_t{-1});
+  const int64_t length = rows.length(b), keep = rows.num_keep[b], t = rows.frames;
+  int64_t *kept = rows.ids_keep + b * t * rows.max_keep, *masked = rows.ids_mask + b * t * rows.max_mask;
+  for (int64_t n = length; n < rows.tokens; ++n) rows.ids_restore[b * rows.tokens + n] = n;  // of a single frame
+  std::fill(kept + t * keep, kept + t * rows.max_keep, int64_t{-1});
+  std::fill(masked + t * (length - keep), masked + t * rows.max_mask, int64_t{-1});
 }
 
 // Writes a row in index order: the tokens of the last slots of an order, or those that are marked, are hidden.
@@ -163,6 +164,21 @@ void write_ascending(const Rows& rows, int64_t b, Scratch& scratch, bool marked)
   }
   pick_OrderKernels().split_row(hidden, length, keep, rows.ids_restore + b * rows.tokens, rows.ids_keep + b * rows.max_keep,
                                 rows.ids_mask + b * rows.max_mask);
+}
+
+void write_row(const Rows& rows, int64_t b, Scratch& scratch, bool marked) {
+  if (rows.ascending) write_ascending(rows, b, scratch, marked);
+  else write_ordered(rows, b, scratch.order);
+}
+
+// The split of one frame, then that of all.
+void write_frames(const Rows& rows, int64_t b, Scratch& scratch, bool marked) {
+  const int64_t t = rows.frames, n = rows.tokens, keep = rows.num_keep[b];
+  scratch.split.resize(3 * n);
+  int64_t* one = scratch.split.data();
+  write_row({1, n, n, n, 1, rows.ascending, rows.num_keep + b, nullptr, one, one + n, one + 2 * n}, 0, scratch, marked);
+  pick_OrderKernels().frames({one, one + n, one + 2 * n}, keep, n - keep, t,
+                             {rows.ids_keep + b * t * rows.max_keep, rows.ids_mask + b * t * rows.max_mask, rows.ids_restore + b * t * n});
 }
 
 void check_counts_data(const Rows& rows) {
@@ -188,29 +204,29 @@ void check_counts_data(const Rows& rows) {
 // return true and mark them in scratch.hidden.
 template <class OrderRow>
 Split split_rows(const Tensor& num_keep_any, const std::optional<Tensor>& lengths_any, int64_t tokens, int64_t max_keep,
-                 int64_t max_mask, bool ascending, const OrderRow& order_row) {
+                 int64_t max_mask, int64_t frames, bool ascending, const OrderRow& order_row) {
   const Tensor num_keep = contiguous_or_copy(num_keep_any);
   std::optional<Tensor> lengths;
   if (lengths_any) lengths = contiguous_or_copy(*lengths_any);
   const int64_t batch = num_keep.size(0);
-  Rows rows{batch, tokens, max_keep, max_mask, ascending, data(num_keep), lengths ? data(*lengths) : nullptr, nullptr, nullptr, nullptr};
+  Rows rows{batch, tokens, max_keep, max_mask, frames, ascending, data(num_keep), lengths ? data(*lengths) : nullptr, nullptr, nullptr, nullptr};
   check_counts_data(rows);
-  Tensor ids_keep = empty_like_device(num_keep, {batch, max_keep}), ids_mask = empty_like_device(num_keep, {batch, max_mask});
-  Tensor ids_restore = empty_like_device(num_keep, {batch, tokens}), num_mask = empty_like_device(num_keep, {batch});
+  auto ids = [&](int64_t width) { return empty_like_device(num_keep, {batch, frames * width}); };
+  Tensor ids_keep = ids(max_keep), ids_mask = ids(max_mask), ids_restore = ids(tokens), num_mask = empty_like_device(num_keep, {batch});
   Tensor cu_seqlens = empty_like_device(num_keep, {batch + 1}, ScalarType::Int);
   rows.ids_keep = data(ids_keep), rows.ids_mask = data(ids_mask), rows.ids_restore = data(ids_restore);
   int32_t* starts = static_cast<int32_t*>(cu_seqlens.mutable_data_ptr());
   starts[0] = 0;
   for (int64_t b = 0; b < batch; ++b) {
-    data(num_mask)[b] = rows.length(b) - rows.num_keep[b];
-    starts[b + 1] = starts[b] + static_cast<int32_t>(rows.num_keep[b]);
+    data(num_mask)[b] = frames * (rows.length(b) - rows.num_keep[b]);
+    starts[b + 1] = starts[b] + static_cast<int32_t>(frames * rows.num_keep[b]);
   }
-  parallel_for(batch, tokens * 32, [&](int64_t begin, int64_t end) {
+  parallel_for(batch, tokens * (16 + 16 * frames), [&](int64_t begin, int64_t end) {
     Scratch scratch(tokens);
     for (int64_t b = begin; b < end; ++b) {
       const bool marked = order_row(b, rows.length(b), scratch);
-      if (ascending) write_ascending(rows, b, scratch, marked);
-      else write_ordered(rows, b, scratch.order);
+      if (frames == 1) write_row(rows, b, scratch, marked);
+      else write_frames(rows, b, scratch, marked);
       fill_row(rows, b);
     }
   });
@@ -218,8 +234,9 @@ Split split_rows(const Tensor& num_keep_any, const std::optional<Tensor>& length
 }
 
 Split mask_sampling_uniform(const Tensor& seed_any, const Tensor& num_keep_any, std::optional<Tensor> lengths,
-                            std::optional<Tensor> mask_any, int64_t tokens, int64_t max_keep, int64_t max_mask, bool ascending) {
-  check_sampling_uniform(seed_any, num_keep_any, lengths, mask_any, tokens, max_keep, max_mask);
+                            std::optional<Tensor> mask_any, int64_t tokens, int64_t max_keep, int64_t max_mask, bool ascending,
+                            int64_t frames) {
+  check_sampling_uniform(seed_any, num_keep_any, lengths, mask_any, tokens, max_keep, max_mask, frames);
   const Tensor seed = contiguous_or_copy(seed_any), num_keep = contiguous_or_copy(num_keep_any);
   const int64_t* num_keep_of = static_cast<const int64_t*>(num_keep.const_data_ptr());
   std::optional<Tensor> mask;
@@ -241,7 +258,7 @@ Split mask_sampling_uniform(const Tensor& seed_any, const Tensor& num_keep_any, 
     else order_drawn_row(noise, mask_row, length, scratch);
     return ascending;
   };
-  return split_rows(num_keep, lengths, tokens, max_keep, max_mask, ascending, order_row);
+  return split_rows(num_keep, lengths, tokens, max_keep, max_mask, frames, ascending, order_row);
 }
 
 Split rank_floats(const Tensor& noise_any, const Tensor& num_keep_any, const std::optional<Tensor>& lengths, int64_t max_keep,
@@ -260,7 +277,7 @@ Split rank_floats(const Tensor& noise_any, const Tensor& num_keep_any, const std
     else order_given_row(keys, length, scratch.order, scratch.other);
     return ascending;
   };
-  return split_rows(num_keep, lengths, tokens, max_keep, max_mask, ascending, order_row);
+  return split_rows(num_keep, lengths, tokens, max_keep, max_mask, 1, ascending, order_row);
 }
 
 Split rank_doubles(const Tensor& noise_any, const Tensor& num_keep, const std::optional<Tensor>& lengths, int64_t max_keep,
@@ -275,7 +292,7 @@ Split rank_doubles(const Tensor& noise_any, const Tensor& num_keep, const std::o
     order_given_row(keys.data(), length, scratch.order, scratch.other);
     return false;
   };
-  return split_rows(num_keep, lengths, tokens, max_keep, max_mask, ascending, order_row);
+  return split_rows(num_keep, lengths, tokens, max_keep, max_mask, 1, ascending, order_row);
 }
 
 Split mask_sampling_rank(const Tensor& noise, const Tensor& num_keep, std::optional<Tensor> lengths, int64_t max_keep,
@@ -285,32 +302,10 @@ Split mask_sampling_rank(const Tensor& noise, const Tensor& num_keep, std::optio
                                                   : rank_doubles(noise, num_keep, lengths, max_keep, max_mask, ascending);
 }
 
-std::tuple<Tensor, Tensor, Tensor> mask_sampling_frames(const Tensor& ids_keep, const Tensor& ids_mask, const Tensor& ids_restore,
-                                                        int64_t frames) {
-  check_frames(ids_keep, ids_mask, ids_restore, frames);
-  const Tensor split[3] = {contiguous_or_copy(ids_keep), contiguous_or_copy(ids_mask), contiguous_or_copy(ids_restore)};
-  const int64_t batch = ids_keep.size(0), sizes[3] = {ids_keep.size(1), ids_mask.size(1), ids_restore.size(1)};
-  auto repeated = [&](int64_t size) { return empty_like_device(ids_keep, {batch, frames * size}); };
-  const Tensor out[3] = {repeated(sizes[0]), repeated(sizes[1]), repeated(sizes[2])};
-  const int64_t* from[3];
-  int64_t* to[3];
-  for (int i = 0; i < 3; ++i) from[i] = static_cast<const int64_t*>(split[i].const_data_ptr()), to[i] = data(out[i]);
-  const OrderKernels& orders = pick_OrderKernels();
-  parallel_for(batch, frames * sizes[2] * 16, [&](int64_t begin, int64_t end) {
-    for (int64_t b = begin; b < end; ++b) {
-      auto row = [&](auto* ids, int i, int64_t times) { return ids + b * times * sizes[i]; };
-      orders.frames({row(from[0], 0, 1), row(from[1], 1, 1), row(from[2], 2, 1)}, sizes[0], sizes[1], frames,
-                    {row(to[0], 0, frames), row(to[1], 1, frames), row(to[2], 2, frames)});
-    }
-  });
-  return {out[0], out[1], out[2]};
-}
-
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(maskops, CPU, m) {
   m.impl("mask_sampling_uniform", TORCH_BOX(&mask_sampling_uniform));
-  m.impl("mask_sampling_frames", TORCH_BOX(&mask_sampling_frames));
   m.impl("mask_sampling_rank", TORCH_BOX(&mask_sampling_rank));
 }
 

@@ -176,21 +176,21 @@ __global__ void __launch_bounds__(kSampleThreads, 4) sample_write_kernel(const S
 
 // ---------------------------------------------------------------- frames
 
-struct Frames {
-  const std::int64_t *ids_keep, *ids_mask, *ids_restore;  // [B, K], [B, M], [B, K + M]
-  std::int64_t *to_keep, *to_mask, *to_restore;           // [B, frames K], [B, frames M], [B, frames (K + M)]
-  std::int64_t keep, mask, frames, total;
-};
-
-// A thread owns one slot of [B, frames, K + M], and one token.
-__global__ void __launch_bounds__(kSampleThreads, 4) frames_kernel(const Frames rows) {
-  const std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * kSampleThreads + threadIdx.x;
-  if (i >= rows.total) return;
-  const std::int64_t tokens = rows.keep + rows.mask, n = i % tokens, frame = i / tokens, b = frame / rows.frames, t = frame % rows.frames;
-  if (n < rows.keep) store(rows.to_keep + frame * rows.keep + n, load(rows.ids_keep + b * rows.keep + n) + t * tokens);
-  else store(rows.to_mask + frame * rows.mask + n - rows.keep, load(rows.ids_mask + b * rows.mask + n - rows.keep) + t * tokens);
-  const std::int64_t slot = load(rows.ids_restore + b * tokens + n);
-  store(rows.to_restore + i, slot + (slot < rows.keep ? t * rows.keep : (rows.frames - 1) * rows.keep + t * rows.mask));
+// From the slots of one frame [B, N] to the split of rows in which it stands `frames` times. A thread owns a token of rows.tokens.
+__global__ void __launch_bounds__(kSampleThreads, 4)
+    frames_kernel(const SampleRows rows, const std::int64_t* slots, std::int64_t frames, std::int64_t chunks) {
+  const std::int64_t b = blockIdx.x / chunks, i = blockIdx.x % chunks * kSampleThreads + threadIdx.x, tokens = frames ? rows.tokens / frames : 0;
+  const std::int64_t keep = load(rows.num_keep + b);
+  const SplitRow row{rows.ids_keep + b * rows.max_keep, rows.ids_mask + b * rows.max_mask, rows.ids_restore + b * rows.tokens,
+                     rows.max_keep, rows.max_mask, rows.tokens, frames * keep, rows.tokens};
+  if (i == 0) store(rows.num_mask + b, frames * (tokens - keep));
+  if (i < rows.tokens) {
+    const std::int64_t t = i / tokens, one = load(slots + b * tokens + i % tokens);
+    const std::int64_t slot = one + (one < keep ? t * keep : (frames - 1) * keep + t * (tokens - keep));
+    store(row.ids_restore + i, slot);
+    row.place(slot, i);
+  }
+  if (blockIdx.x % chunks == 0) pad_split_row<kSampleThreads>(row);
 }
 
 // ---------------------------------------------------------------- ops
@@ -210,32 +210,50 @@ void launch_sampling(const Keys& keys, const SampleRows& rows, std::int64_t batc
   launch(sample_write_kernel, grid_for(batch, 1), dim3(kSampleThreads), 0, stream, rows);
 }
 
+struct Outputs {
+  Tensor ids_keep, ids_mask, ids_restore, num_mask;
+
+  Outputs(const Tensor& num_keep, std::int64_t max_keep, std::int64_t max_mask, std::int64_t tokens)
+      : ids_keep(empty_like_device(num_keep, {num_keep.size(0), max_keep})),
+        ids_mask(empty_like_device(num_keep, {num_keep.size(0), max_mask})),
+        ids_restore(empty_like_device(num_keep, {num_keep.size(0), tokens})), num_mask(empty_like_device(num_keep, {num_keep.size(0)})) {}
+
+  SampleRows rows(const Tensor& num_keep, const std::optional<Tensor>& lengths, bool ascending) const {
+    return {const_data<std::int64_t>(num_keep), const_data_or_null<std::int64_t>(lengths), data<std::int64_t>(ids_keep),
+            data<std::int64_t>(ids_mask), data<std::int64_t>(ids_restore), data<std::int64_t>(num_mask),
+            ids_keep.size(1), ids_mask.size(1), ids_restore.size(1), ascending};
+  }
+};
+
 template <typename Keys>
 Split sample(const Keys& keys, const Tensor& num_keep_any, const std::optional<Tensor>& lengths_any, std::int64_t max_keep,
-             std::int64_t max_mask, bool ascending, cudaStream_t stream) {
+             std::int64_t max_mask, bool ascending, cudaStream_t stream, std::int64_t frames = 1) {
   const Tensor num_keep = torch::stable::contiguous(num_keep_any);
   const std::optional<Tensor> lengths = contiguous(lengths_any);
   const std::int64_t batch = num_keep.size(0);
-  Tensor ids_keep = empty_like_device(num_keep, {batch, max_keep}), ids_mask = empty_like_device(num_keep, {batch, max_mask});
-  Tensor ids_restore = empty_like_device(num_keep, {batch, keys.tokens}), num_mask = empty_like_device(num_keep, {batch});
+  Outputs out(num_keep, max_keep, max_mask, keys.tokens);
+  launch_sampling(keys, out.rows(num_keep, lengths, ascending), batch, stream);
+  if (frames != 1) {
+    const Tensor slots = out.ids_restore;
+    out = Outputs(num_keep, frames * max_keep, frames * max_mask, frames * keys.tokens);
+    const std::int64_t chunks = std::max<std::int64_t>(1, ceil_div(frames * keys.tokens, kSampleThreads));
+    launch(frames_kernel, grid_for(batch * chunks, 1), dim3(kSampleThreads), 0, stream, out.rows(num_keep, lengths, ascending),
+           const_data<std::int64_t>(slots), frames, chunks);
+  }
   Tensor cu_seqlens = empty_like_device(num_keep, {batch + 1}, ScalarType::Int);
-  const SampleRows rows{const_data<std::int64_t>(num_keep), const_data_or_null<std::int64_t>(lengths), data<std::int64_t>(ids_keep),
-                        data<std::int64_t>(ids_mask), data<std::int64_t>(ids_restore), data<std::int64_t>(num_mask),
-                        max_keep, max_mask, keys.tokens, ascending};
-  launch_sampling(keys, rows, batch, stream);
-  exclusive_cumsum(rows.num_keep, data<std::int32_t>(cu_seqlens), batch, stream);
-  return {ids_keep, ids_mask, ids_restore, num_mask, cu_seqlens};
+  exclusive_cumsum(const_data<std::int64_t>(num_keep), data<std::int32_t>(cu_seqlens), batch, stream, frames);
+  return {out.ids_keep, out.ids_mask, out.ids_restore, out.num_mask, cu_seqlens};
 }
 
 Split mask_sampling_uniform(const Tensor& seed_any, const Tensor& num_keep, std::optional<Tensor> lengths,
                             std::optional<Tensor> mask_any, std::int64_t tokens, std::int64_t max_keep, std::int64_t max_mask,
-                            bool ascending) {
-  check_sampling_uniform(seed_any, num_keep, lengths, mask_any, tokens, max_keep, max_mask);
+                            bool ascending, std::int64_t frames) {
+  check_sampling_uniform(seed_any, num_keep, lengths, mask_any, tokens, max_keep, max_mask, frames);
   const DeviceScope scope(num_keep);
   const Tensor seed = torch::stable::contiguous(seed_any);
   const std::optional<Tensor> mask = contiguous(mask_any);
   const DrawnKeys keys{const_data<std::int64_t>(seed), const_data_or_null<unsigned char>(mask), tokens};
-  return sample(keys, num_keep, lengths, max_keep, max_mask, ascending, scope.stream());
+  return sample(keys, num_keep, lengths, max_keep, max_mask, ascending, scope.stream(), frames);
 }
 
 Split mask_sampling_rank(const Tensor& noise_any, const Tensor& num_keep, std::optional<Tensor> lengths, std::int64_t max_keep,
@@ -249,25 +267,9 @@ Split mask_sampling_rank(const Tensor& noise_any, const Tensor& num_keep, std::o
                 scope.stream());
 }
 
-std::tuple<Tensor, Tensor, Tensor> mask_sampling_frames(const Tensor& keep_any, const Tensor& mask_any, const Tensor& restore_any,
-                                                        std::int64_t frames) {
-  check_frames(keep_any, mask_any, restore_any, frames);
-  const DeviceScope scope(keep_any);
-  const Tensor ids_keep = torch::stable::contiguous(keep_any), ids_mask = torch::stable::contiguous(mask_any);
-  const Tensor ids_restore = torch::stable::contiguous(restore_any);
-  const std::int64_t batch = ids_keep.size(0), keep = ids_keep.size(1), mask = ids_mask.size(1), total = batch * frames * (keep + mask);
-  Tensor to_keep = empty_like_device(ids_keep, {batch, frames * keep}), to_mask = empty_like_device(ids_keep, {batch, frames * mask});
-  Tensor to_restore = empty_like_device(ids_keep, {batch, frames * (keep + mask)});
-  const Frames rows{const_data<std::int64_t>(ids_keep), const_data<std::int64_t>(ids_mask), const_data<std::int64_t>(ids_restore),
-                    data<std::int64_t>(to_keep), data<std::int64_t>(to_mask), data<std::int64_t>(to_restore), keep, mask, frames, total};
-  launch(frames_kernel, grid_for(total, kSampleThreads), dim3(kSampleThreads), 0, scope.stream(), rows);
-  return {to_keep, to_mask, to_restore};
-}
-
 }  // namespace
 
 MASKOPS_CUDA_LIBRARY(m) {
-  m.impl("mask_sampling_frames", TORCH_BOX(&mask_sampling_frames));
   m.impl("mask_sampling_uniform", TORCH_BOX(&mask_sampling_uniform));
   m.impl("mask_sampling_rank", TORCH_BOX(&mask_sampling_rank));
 }

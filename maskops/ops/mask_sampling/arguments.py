@@ -136,12 +136,19 @@ def ranked(key: Tensor, keep: int, order: str, backend: str, function: str) -> T
 
 
 def shuffled(
-    seed: Tensor, B: int, N: int, keep: int, order: str, backend: str, function: str, mask: Tensor | None = None
-) -> TokenSplit:
-    """Keep a uniformly random subset; tokens of mask bool [B, N] are kept only when no others are left."""
+    seed: Tensor, B: int, N: int, keep: int, order: str, backend: str, function: str, mask: Tensor | None = None,
+    frames: int = 1,
+) -> TokenSplit:  # fmt: skip
+    """Keep a uniformly random subset; tokens of mask bool [B, N] are kept only when no others are left.
+
+    frames: how often the N tokens stand behind one another, each time with the same ones kept.
+    """
     counts = torch.full((B,), keep, dtype=torch.int64, device=seed.device)
     op = find_op("mask_sampling_uniform", seed.device.type, backend, function)
-    out = op(seed, counts, None, mask, N, keep, N - keep, order == "ascending")
+    out = op(seed, counts, None, mask, N, keep, N - keep, order == "ascending", frames)
+    if frames != 1:
+        keep = frames * keep
+        counts = torch.full((B,), keep, dtype=torch.int64, device=seed.device)
     return TokenSplit(*out[:3], counts, *out[3:], keep, B * keep)
 
 

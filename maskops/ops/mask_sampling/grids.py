@@ -277,11 +277,8 @@ def tube_masking(
     given.check_tokens(name, "frames N", frames * N)
     keep = given.kept_of(name, N, mask_ratio, num_keep, rounding)
     where = given.where(name, device, seed, generator)
-    split = given.shuffled(given.seed_of(name, seed, generator, where), B, N, keep, "ascending", backend, name)
-    op = find_op("mask_sampling_frames", where.type, backend, name)
-    ids = op(split.ids_keep, split.ids_mask, split.ids_restore, frames)
-    kept, masked = (torch.full((B,), frames * one, dtype=torch.int64, device=where) for one in (keep, N - keep))
-    return TokenSplit(*ids, kept, masked, frames * split.cu_seqlens, frames * keep, B * frames * keep)
+    seed = given.seed_of(name, seed, generator, where)
+    return given.shuffled(seed, B, N, keep, "ascending", backend, name, frames=frames)
 
 
 def frequency_masking(

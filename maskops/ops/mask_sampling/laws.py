@@ -13,7 +13,7 @@ from maskops._registry import OpSpec, define_op
 from maskops.reference import mask_sampling as reference
 
 INT64, INT32, FLOAT32, BOOL = (torch.int64,), (torch.int32,), (torch.float32,), (torch.bool,)
-MAX_TOKENS, MAX_SIDE, MAX_FILTERED, MAX_GROUPS = 2**30, 64, 12288, 4096
+MAX_SIDE, MAX_FILTERED, MAX_GROUPS = 64, 12288, 4096
 
 
 def check_in(op: str, arg: str, value: int, low: int, high: int) -> None:
@@ -210,27 +210,6 @@ _define(
         seed.new_empty(B, targets, h * w, dtype=torch.bool), seed.new_empty(B, h * w, dtype=torch.bool)
     ),
     _check_multiblock_data,
-)  # fmt: skip
-
-
-# ---------------------------------------------------------------- frames
-
-
-def _check_frames(ids_keep: Tensor, ids_mask: Tensor, ids_restore: Tensor, frames: int) -> None:
-    op = "tube_masking"
-    check_tensor(op, "ids_keep", ids_keep, "[B, K]", INT64, (None, None), ids_keep)
-    check_tensor(op, "ids_mask", ids_mask, "[B, M]", INT64, (ids_keep.shape[0], None), ids_keep)
-    N = ids_keep.shape[1] + ids_mask.shape[1]
-    check_tensor(op, "ids_restore", ids_restore, "[B, K + M]", INT64, (ids_keep.shape[0], N), ids_keep)
-    check_in(op, "N", N, 0, MAX_TOKENS - 1)
-    check_in(op, "frames", frames, 0, MAX_TOKENS - 1)
-    check_in(op, "frames N", frames * N, 0, MAX_TOKENS - 1)
-
-
-_define(
-    "mask_sampling_frames(Tensor ids_keep, Tensor ids_mask, Tensor ids_restore, SymInt frames)"
-    " -> (Tensor ids_keep, Tensor ids_mask, Tensor ids_restore)", _check_frames,
-    lambda *split, **kw: tuple(ids.new_empty(ids.shape[0], split[3] * ids.shape[1]) for ids in split[:3]),
 )  # fmt: skip
 
 

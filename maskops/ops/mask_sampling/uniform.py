@@ -220,14 +220,20 @@ def _check_counts(num_keep: Tensor, lengths: Tensor | None, batch: int | None, m
 
 def _check_uniform(
     seed: Tensor, num_keep: Tensor, lengths: Tensor | None, mask: Tensor | None, N: int, max_keep: int, max_mask: int,
-    ascending: bool,
+    ascending: bool, frames: int,
 ) -> None:  # fmt: skip
     _check_counts(num_keep, lengths, None, max_keep, max_mask)
     check_tensor(FUNCTION, "seed", seed, "[2]", INT64, (2,), num_keep)
     if mask is not None:
         check_tensor(FUNCTION, "mask", mask, "[B, N]", (torch.bool,), (num_keep.shape[0], N), num_keep)
-    if not 0 <= N < MAX_TOKENS:
-        fail(FUNCTION, "N", "be in [0, 2^30)", N)
+    sizes = [("N", N), ("frames", frames)]
+    if frames != 1:
+        sizes += [("frames N", frames * N), ("max_keep", max_keep), ("max_mask", max_mask)]
+    for name, value in sizes:
+        if not 0 <= value < MAX_TOKENS:
+            fail(FUNCTION, name, "be in [0, 2^30)", value)
+    if lengths is not None and frames != 1:
+        fail(FUNCTION, "frames", "be 1 where lengths are given", frames)
 
 
 def _check_rank(
@@ -259,16 +265,16 @@ def _fake_split(num_keep: Tensor, tokens: int, max_keep: int, max_mask: int) -> 
 define_op(
     OpSpec(
         "mask_sampling_uniform(Tensor seed, Tensor num_keep, Tensor? lengths, Tensor? mask, SymInt N, SymInt max_keep,"
-        " SymInt max_mask, bool ascending)"
+        " SymInt max_mask, bool ascending, SymInt frames=1)"
         " -> (Tensor ids_keep, Tensor ids_mask, Tensor ids_restore, Tensor num_mask, Tensor cu_seqlens)",
         family="mask_sampling",
         reference=reference.mask_sampling_uniform,
         check=_check_uniform,
-        check_data=lambda seed, num_keep, lengths, mask, N, max_keep, max_mask, ascending: _check_counts_data(
+        check_data=lambda seed, num_keep, lengths, mask, N, max_keep, max_mask, *_: _check_counts_data(
             num_keep, lengths, N, max_keep, max_mask
         ),
-        fake=lambda seed, num_keep, lengths, mask, N, max_keep, max_mask, ascending: _fake_split(
-            num_keep, N, max_keep, max_mask
+        fake=lambda seed, num_keep, lengths, mask, N, max_keep, max_mask, ascending, frames: _fake_split(
+            num_keep, N * frames, max_keep * frames, max_mask * frames
         ),
     )
 )

@@ -15,20 +15,13 @@ from maskops.reference.mask_sampling.rows import (
     mask_sampling_multiblock,
     mask_sampling_spans,
 )
-from maskops.reference.mask_sampling.split import (
-    mask_sampling_frames,
-    mask_sampling_rank,
-    mask_sampling_uniform,
-    philox,
-    philox_words,
-)
+from maskops.reference.mask_sampling.split import mask_sampling_rank, mask_sampling_uniform, philox, philox_words
 
 __all__ = [
     "mask_sampling_bernoulli",
     "mask_sampling_blocks",
     "mask_sampling_colour",
     "mask_sampling_corrupt",
-    "mask_sampling_frames",
     "mask_sampling_gate",
     "mask_sampling_groups",
     "mask_sampling_intervals",

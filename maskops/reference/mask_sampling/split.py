@@ -41,31 +41,30 @@ def _multiply(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
 
 def mask_sampling_uniform(
     seed: Tensor, num_keep: Tensor, lengths: Tensor | None, mask: Tensor | None, N: int, max_keep: int, max_mask: int,
-    ascending: bool,
+    ascending: bool, frames: int = 1,
 ) -> Split:  # fmt: skip
     noise = philox_words(seed, num_keep.shape[0] * N).view(num_keep.shape[0], N)
     if mask is not None:
         noise = noise + (mask.long() << 32)
-    return _split_by_key(noise, num_keep, lengths, max_keep, max_mask, ascending)
+    split = _split_by_key(noise, num_keep, lengths, max_keep, max_mask, ascending)
+    return split if frames == 1 else _repeated(split[2], num_keep, max_keep, max_mask, frames)
+
+
+def _repeated(slot: Tensor, num_keep: Tensor, max_keep: int, max_mask: int, frames: int) -> Split:
+    """The split of rows whose tokens stand `frames` times behind one another, each time split as slot [B, N] says."""
+    kept, t = num_keep[:, None, None], torch.arange(frames, device=slot.device)[:, None]
+    num_mask = (slot.shape[1] - num_keep) * frames
+    behind = torch.where(slot[:, None] < kept, t * kept, (frames - 1) * kept + t * (slot.shape[1] - kept))
+    slot, num_keep = (slot[:, None] + behind).flatten(1), num_keep * frames
+    ids_keep = ids_of_slots(slot, torch.zeros_like(num_keep), num_keep, max_keep * frames)
+    ids_mask = ids_of_slots(slot, num_keep, num_mask, max_mask * frames)
+    return ids_keep, ids_mask, slot, num_mask, exclusive_cumsum(num_keep)
 
 
 def mask_sampling_rank(
     noise: Tensor, num_keep: Tensor, lengths: Tensor | None, max_keep: int, max_mask: int, ascending: bool
 ) -> Split:
     return _split_by_key(noise, num_keep, lengths, max_keep, max_mask, ascending)
-
-
-def mask_sampling_frames(
-    ids_keep: Tensor, ids_mask: Tensor, ids_restore: Tensor, frames: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """A row's N tokens, kept and masked as they are, stand `frames` times behind one another."""
-    K, M, N = (ids.shape[1] for ids in (ids_keep, ids_mask, ids_restore))
-    t = torch.arange(frames, device=ids_keep.device)[:, None]
-    behind = torch.where(
-        ids_restore[:, None] < K, t * K, (frames - 1) * K + t * M
-    )  # a hidden one comes after all kept ones
-    keep, mask, restore = ids_keep[:, None] + t * N, ids_mask[:, None] + t * N, ids_restore[:, None] + behind
-    return keep.flatten(1), mask.flatten(1), restore.flatten(1)
 
 
 def _split_by_key(

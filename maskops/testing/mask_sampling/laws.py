@@ -80,11 +80,6 @@ def _groups(batch: int, tokens: int, count: int, by_tokens: bool, shared: bool, 
     return make
 
 
-def _split(g: G, batch: int, keep: int, mask: int) -> tuple:
-    order = torch.rand(batch, keep + mask, generator=g).argsort(1)
-    return order[:, :keep], order[:, keep:], order.argsort(1)
-
-
 SAMPLES = [
     *(Sample("mask_sampling_words", str(n), _seeded(lambda g, n=n: (n,))) for n in (37, 0, 1, 2048, 5003)),
     *(
@@ -137,10 +132,6 @@ SAMPLES = [
     Sample("mask_sampling_groups", "one_level", _groups(2, 50, 50, False, False, 1)),
     Sample("mask_sampling_groups", "no_rows", _groups(0, 5, 3, True, True)),
     Sample("mask_sampling_groups", "no_tokens", _groups(2, 0, 3, True, False)),
-    *(
-        Sample("mask_sampling_frames", f"{b}x{k}+{m}_x{t}", lambda dtype, g, b=b, k=k, m=m, t=t: (*_split(g, b, k, m), t))
-        for b, k, m, t in ((3, 4, 9, 5), (2, 0, 7, 2), (2, 7, 0, 3), (1, 3, 4, 1), (2, 3, 4, 0), (0, 2, 3, 4), (2, 0, 0, 4))
-    ),
     Sample("mask_sampling_intervals", "some", _seeded(lambda g: (torch.tensor([0, 1, 3, 6]), torch.tensor([50, 40, 0, 300]), 6))),
     Sample("mask_sampling_intervals", "many", _seeded(lambda g: (torch.tensor([9]), torch.tensor([10**6]), 12))),
     Sample("mask_sampling_intervals", "no_rows", _seeded(lambda g: (torch.arange(0), torch.arange(0), 3))),
@@ -185,11 +176,6 @@ ERRORS = [
     _error("groups", "groups", lambda o, g, *a: (o, _with(g, 11), *a), r"groups.* must be in \[-1, 11\)"),
     _error("groups", "budgets", lambda o, g, b, t: (o, g, b[:1], t), r"budgets must have shape \[B, L\] = \[3, \*\]"),
     _error("groups", "rows", lambda o, g, b, t: (o, g.expand(2, -1), b, t), r"groups must have shape \[1 or B, N\]"),
-    _error("frames", "ids_restore", lambda k, m, r, t: (k, m, r[:, 1:], t), r"ids_restore must have shape \[B, K \+ M\] = \[3, 13\]"),
-    _error("frames", "rows", lambda k, m, r, t: (k, m[1:], r, t), r"ids_mask must have shape \[B, M\] = \[3, \*\]"),
-    _error("frames", "dtype", lambda k, m, r, t: (k.int(), m, r, t), r"ids_keep must be int64 \[B, K\], got int32"),
-    _error("frames", "frames", lambda k, m, r, t: (k, m, r, -1), r"frames must be in \[0, 1073741823\], got -1"),
-    _error("frames", "tokens", lambda k, m, r, t: (k, m, r, 2**29), r"frames N must be in \[0, 1073741823\], got 6979321856"),
     _error("intervals", "num_spans", lambda s, n, le, m: (s, n, le, 5), r"num_spans.* must be in \[0, 5\]"),
 ]  # fmt: skip
 
@@ -206,6 +192,5 @@ TRAFFIC = {
     "mask_sampling_groups": lambda order, groups, budgets, t: (
         8 * (order.numel() + groups.numel() + budgets.numel()) + len(order) * groups.shape[1]
     ),
-    "mask_sampling_frames": lambda keep, mask, restore, frames: 16 * restore.numel() * (1 + frames),
     "mask_sampling_intervals": lambda seed, counts, lengths, spans: 16 + 16 * len(counts) * (1 + spans),
 }

@@ -23,12 +23,16 @@ def _counts(g: G, batch: int, tokens: int, ragged: bool) -> tuple[Tensor, Tensor
     return num_keep, lengths, int(num_keep.max()) + 1, int((lengths - num_keep).max())
 
 
-def _uniform(batch: int, tokens: int, ragged: bool, ascending: bool, with_mask: bool = False) -> Callable:
+def _uniform(
+    batch: int, tokens: int, ragged: bool, ascending: bool, with_mask: bool = False, frames: int = 1
+) -> Callable:
     def make(dtype: torch.dtype, g: G) -> tuple:
         num_keep, lengths, max_keep, max_mask = _counts(g, batch, tokens, ragged)
         mask = torch.rand(batch, tokens, generator=g) < 0.5 if with_mask else None
         seed = torch.tensor([-(2**63) + 12345, 2**40 + 7])
-        return seed, num_keep, lengths, mask, tokens, max_keep, max_mask, ascending
+        if frames != 1:  # rows of one length, which may still keep different counts
+            max_mask, lengths = tokens, None
+        return seed, num_keep, lengths, mask, tokens, max_keep, max_mask, ascending, frames
 
     return make
 
@@ -53,6 +57,11 @@ SAMPLES = [
     ),
     Sample(UNIFORM, "no_rows", _uniform(0, 8, False, False)),
     Sample(UNIFORM, "no_tokens", _uniform(2, 0, False, True)),
+    *(
+        Sample(UNIFORM, f"{t}_frames_{'ragged' if r else 'equal'}_{'ascending' if a else 'random'}", _uniform(3, 37, r, a, a, t))
+        for r, a, t in ((False, True, 4), (True, True, 3), (True, False, 2), (False, False, 0))
+    ),
+    Sample(UNIFORM, "frames_no_tokens", _uniform(2, 0, False, True, frames=3)),
     Sample(UNIFORM, "long_row", _uniform(1, 300, False, False)),
     *(
         Sample(RANK, f"{'ragged' if r else 'equal'}_{'ascending' if a else 'random'}_{str(d)[6:]}", _rank(3, 37, r, a, d))
@@ -75,6 +84,17 @@ ERRORS = [
         ValueError,
         "mask must have",
     ),
+    ErrorSample(UNIFORM, "frames", lambda *a: (*a[:8], -1), ValueError, r"frames must be in \[0, 2\^30\), got -1"),
+    ErrorSample(
+        UNIFORM, "tokens", lambda *a: (*a[:8], 2**25), ValueError, r"frames N must be in \[0, 2\^30\), got 1241513984"
+    ),
+    ErrorSample(
+        UNIFORM,
+        "frames_lengths",
+        lambda s, k, n, *a: (s, k, k + 9, *a[:5], 2),
+        ValueError,
+        "frames must be 1 where lengths",
+    ),
     ErrorSample(RANK, "noise_dtype", lambda x, *a: (x.half(), *a), ValueError, "noise must be float32 or float64"),
     ErrorSample(
         RANK, "room", lambda x, k, n, i, j, *a: (x, k, n, i, 0, *a), ValueError, "masked tokens.* must be at most 0"
@@ -87,8 +107,8 @@ def _bytes(inputs: int, batch: int, tokens: int, max_keep: int, max_mask: int) -
 
 
 TRAFFIC = {
-    UNIFORM: lambda seed, keep, lengths, mask, n, k, m, asc: _bytes(
-        16 if mask is None else 16 + mask.numel(), len(keep), n, k, m
+    UNIFORM: lambda seed, keep, lengths, mask, n, k, m, asc, t: _bytes(
+        16 if mask is None else 16 + mask.numel(), len(keep), t * n, t * k, t * m
     ),
     RANK: lambda noise, keep, lengths, k, m, asc: _bytes(
         noise.numel() * noise.element_size(), len(keep), noise.shape[1], k, m

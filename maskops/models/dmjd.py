@@ -1,10 +1,10 @@
 """DMJD: two masks of each image that share no visible patch, and a loss on the visible patches beside that on the masked ones.
 
 Ma et al., "Disjoint Masking with Joint Distillation for Efficient Masked Image Modeling", 2022 (arXiv 2212.00433).
+Names of parameters are the published ones, so published checkpoints load with load_state_dict.
 B images, N patches, K visible, D encoder width, V values per patch.
 
-The network is the MAE of models/mae.py with pixels as targets. The published one has masked convolutions in front of the encoder
-and histograms of gradients as targets, and draws one random order for all images of a batch; here every image has its own.
+The published code draws one random order for all images of a batch; here every image has its own.
 """
 
 from __future__ import annotations
@@ -14,15 +14,19 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import maskops
 from maskops import TokenSplit
+from maskops.models.convit import ConViT, ConViTConfig
 from maskops.models.images import rows_of
-from maskops.models.mae import MAE, MAEConfig
-from maskops.nn.transformer import init_linear_and_norm
+from maskops.models.sizes import fields_of
+from maskops.nn.transformer import Block, init_linear_and_norm, sincos_positions
 
 if TYPE_CHECKING:
     from maskops.train import Step
+
+ORIENTATIONS = 9
 
 
 class DMJDOutput(NamedTuple):
@@ -40,25 +44,41 @@ class DMJDOutput(NamedTuple):
 
 
 @dataclass(frozen=True)
-class DMJDConfig(MAEConfig):
-    """MAEConfig with the published mask ratio.
+class DMJDConfig(ConViTConfig):
+    """Sizes of a DMJD. DMJDConfig.of_size("base") gives the published ones.
 
-    cell: patches along the side of a cell, which is masked whole; theta: weight of the loss on visible patches.
+    cell: patches along the side of a cell, which is masked whole; theta: weight of the loss on visible patches; targets: "hog" or
+    "pixels"; norm_pix: pixels are normalised by the mean and deviation of their patch.
     """
 
     system: ClassVar[str] = "dmjd"
     mask_ratio: float = 0.6
     cell: int = 2
     theta: float = 1.0
+    targets: str = "hog"
+    norm_pix: bool = True
+    decoder_dim: int = 512
+    decoder_depth: int = 8
+    decoder_heads: int = 16
+    decoder_mlp_dim: int = 4096
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.cell < 1 or any(size % self.cell for size in self.grid):
             raise ValueError(f"DMJDConfig: cell must divide the grid {self.grid}, got {self.cell}")
-        super().__post_init__()
         if self.mask_ratio < 0.5:
             raise ValueError(
                 f"DMJDConfig: mask_ratio must be at least 0.5 for two disjoint views, got {self.mask_ratio}"
             )
+        if self.keep_cells == 0:
+            raise ValueError(f"DMJDConfig: mask_ratio {self.mask_ratio} keeps none of {self.num_patches} patches")
+        if self.targets not in ("hog", "pixels"):
+            raise ValueError(f"DMJDConfig: targets must be 'hog' or 'pixels', got {self.targets!r}")
+
+    @classmethod
+    def of_size(cls, size: str, **changes: object) -> DMJDConfig:
+        """The config of a size in SIZES, with single fields changed."""
+        return cls(**fields_of(cls, SIZES, size, changes))
 
     @property
     def cells(self) -> tuple[int, int]:
@@ -74,21 +94,43 @@ class DMJDConfig(MAEConfig):
     def num_keep(self) -> int:
         return self.keep_cells * self.cell**2
 
-
-class VisibleHead(nn.Module):
-    """Predict a visible patch from its own latent: an MLP of three layers plus a linear branch.  [B, K, D] -> [B, K, V]."""
-
-    def __init__(self, dim: int, values: int) -> None:
-        super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, values))
-        self.linear = nn.Linear(dim, values)
-        self.apply(init_linear_and_norm)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.mlp(x) + self.linear(x)
+    @property
+    def target_dim(self) -> int:
+        """Values per patch: histograms of 2 x 2 cells, or pixels."""
+        return self.channels * (4 * ORIENTATIONS if self.targets == "hog" else self.patch_size**2)
 
 
-class DMJD(MAE):
+# base and large are published; small and tiny are narrower, with a decoder to match.
+SIZES: dict[str, dict[str, object]] = {
+    "tiny": dict(stage_dims=(64, 96), dim=192, heads=3, mlp_dim=768,
+                 decoder_dim=128, decoder_depth=4, decoder_heads=4, decoder_mlp_dim=1024),
+    "small": dict(stage_dims=(128, 192), dim=384, heads=6, mlp_dim=1536,
+                  decoder_dim=256, decoder_depth=6, decoder_heads=8, decoder_mlp_dim=2048),
+    "base": dict(),
+    "large": dict(stage_dims=(384, 768), dim=1024, depth=23, heads=16, mlp_dim=4096),
+}  # fmt: skip
+
+
+def oriented_gradients(images: Tensor, cell: int) -> Tensor:
+    """Histograms of oriented gradients, each normalised by its own mean and deviation.
+
+        gradient: central differences, 0 at the border;  magnitude / cell^2 is added to the bin of its direction, 20 degrees wide
+
+    images [B, C, H, W], normalised -> float32 [B, C, H / cell, W / cell, 9]. As skimage's hog, but for the normalisation, which is
+    DMJD's; its 1e-5 is for images of 0 to 255, 57 times as wide.
+    """
+    x = images.detach().float()
+    down, across = torch.zeros_like(x), torch.zeros_like(x)
+    down[:, :, 1:-1] = x[:, :, 2:] - x[:, :, :-2]
+    across[:, :, :, 1:-1] = x[:, :, :, 2:] - x[:, :, :, :-2]
+    degrees = torch.atan2(down, across).rad2deg().remainder(180)
+    bins = (degrees * (ORIENTATIONS / 180)).floor().clamp(max=ORIENTATIONS - 1)
+    size = torch.hypot(down, across)
+    found = [F.avg_pool2d(torch.where(bins == k, size, 0), cell) for k in range(ORIENTATIONS)]
+    return F.layer_norm(torch.stack(found, -1), (ORIENTATIONS,), eps=3e-9)
+
+
+class DMJD(ConViT):
     """Masked autoencoder on two disjoint views of each image.
 
         cells in a random order: view 1 sees the first k, view 2 the next k;  so each patch is masked in one view at least
@@ -108,7 +150,24 @@ class DMJD(MAE):
 
     def __init__(self, config: DMJDConfig) -> None:
         super().__init__(config)
-        self.visible_head = VisibleHead(config.dim, config.patch_size**2 * config.channels)
+        c, width = config, config.decoder_dim
+        self.decoder_embed = nn.Linear(c.dim, width)
+        self.mask_token = nn.Parameter(torch.empty(1, 1, width))
+        self.decoder_pos_embed = nn.Parameter(sincos_positions(c.grid, width)[None], requires_grad=False)
+        self.decoder_blocks = nn.ModuleList(
+            Block(width, c.decoder_heads, c.decoder_mlp_dim, eps=c.eps) for _ in range(c.decoder_depth)
+        )
+        self.decoder_norm = nn.LayerNorm(width, eps=c.eps)
+        self.decoder_pred = nn.Linear(width, c.target_dim)
+        self.proj_embed = nn.Sequential(
+            nn.Linear(c.dim, width), nn.LayerNorm(width, eps=c.eps), nn.GELU(),
+            nn.Linear(width, width), nn.LayerNorm(width, eps=c.eps), nn.GELU(),
+            nn.Linear(width, width), nn.LayerNorm(width, eps=c.eps, elementwise_affine=False),
+        )  # fmt: skip
+        self.predictor = nn.Sequential(nn.Linear(width, c.target_dim))
+        for module in (self.decoder_embed, self.decoder_blocks, self.decoder_pred, self.proj_embed, self.predictor):
+            module.apply(init_linear_and_norm)
+        nn.init.normal_(self.mask_token, std=0.02)
 
     def draw_views(
         self, B: int, *, seed: int | Tensor | None = None, generator: torch.Generator | None = None,
@@ -129,7 +188,24 @@ class DMJD(MAE):
         )
         return first, second
 
-    def forward(  # type: ignore[override]
+    def targets_of(self, images: Tensor) -> Tensor:
+        """What is predicted of each patch.  images [B, C, H, W] -> [B, N, V]."""
+        c = self.config
+        self.check_images(images)
+        if c.targets == "pixels":
+            return maskops.patchify(images, (c.patch_size, c.patch_size))
+        found = oriented_gradients(images, c.patch_size // 2).unflatten(3, (c.grid[1], 2)).unflatten(2, (c.grid[0], 2))
+        return found.permute(0, 2, 4, 3, 5, 6, 1).flatten(3).flatten(1, 2).to(images.dtype)
+
+    def decode(self, latent: Tensor, split: TokenSplit) -> Tensor:
+        """Predict every patch.  latent [B, K, D] -> [B, N, V]."""
+        x = self.decoder_embed(latent)
+        x = maskops.restore_tokens(x, split, self.mask_token[0, 0], pos=self.decoder_pos_embed[0])
+        for block in self.decoder_blocks:
+            x = block(x)
+        return self.decoder_pred(self.decoder_norm(x))
+
+    def forward(
         self, images: Tensor, *, splits: tuple[TokenSplit, TokenSplit] | None = None, seed: int | Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> DMJDOutput:  # fmt: skip
@@ -143,18 +219,14 @@ class DMJD(MAE):
         c = self.config
         if splits is None:
             splits = self.draw_views(len(images), seed=seed, generator=generator, device=images.device)
-        preds, losses = [], []
+        target, preds, losses = self.targets_of(images), [], []
+        normalise = c.targets == "pixels" and c.norm_pix
         for split in splits:
             latent = self.encode(images, split)
-            seen = self.visible_head(latent[:, 1:])
-            # In the place of their patches, so that the loss can read its targets from the image.
-            seen = maskops.restore_tokens(seen, split, seen.new_zeros(seen.shape[2]))
             preds.append(self.decode(latent, split))
-            options = {"patch_size": self.patch_size, "norm_pix": c.norm_pix}
-            masked = maskops.masked_patch_loss(preds[-1], images, split, **options)
-            visible = maskops.masked_patch_loss(
-                seen, images, split, **options, kind="smooth_l1", beta=2.0, on="visible"
-            )
+            masked = maskops.masked_regression(preds[-1], target, split.mask, normalise=normalise)
+            told, seen = self.predictor(self.proj_embed(latent)), maskops.gather_tokens(target, split.ids_keep)
+            visible = maskops.masked_regression(told, seen, kind="smooth_l1", beta=2.0, normalise=normalise)
             losses.append(torch.stack([masked, visible]))
         masked_loss, visible_loss = (losses[0] + losses[1]).div(2).unbind()
         return DMJDOutput(masked_loss + c.theta * visible_loss, masked_loss, visible_loss, tuple(preds), splits)

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 import maskops
 from maskops import TokenSplit
 from maskops.models.convit import ConViT, ConViTConfig
-from maskops.models.images import rows_of
+from maskops.models.images import rows_of, rows_together
 from maskops.models.sizes import fields_of
 from maskops.nn.transformer import Block, init_linear_and_norm, sincos_positions
 
@@ -39,7 +39,7 @@ class DMJDOutput(NamedTuple):
     loss: Tensor
     masked_loss: Tensor
     visible_loss: Tensor
-    preds: tuple[Tensor, Tensor]
+    preds: tuple[Tensor, ...]
     splits: tuple[TokenSplit, TokenSplit]
 
 
@@ -219,17 +219,14 @@ class DMJD(ConViT):
         c = self.config
         if splits is None:
             splits = self.draw_views(len(images), seed=seed, generator=generator, device=images.device)
-        target, preds, losses = self.targets_of(images), [], []
+        split, target = rows_together(splits), self.targets_of(images).repeat(2, 1, 1)
+        latent = self.encode(images.repeat(2, 1, 1, 1), split)
+        pred, told = self.decode(latent, split), self.predictor(self.proj_embed(latent))
         normalise = c.targets == "pixels" and c.norm_pix
-        for split in splits:
-            latent = self.encode(images, split)
-            preds.append(self.decode(latent, split))
-            masked = maskops.masked_regression(preds[-1], target, split.mask, normalise=normalise)
-            told, seen = self.predictor(self.proj_embed(latent)), maskops.gather_tokens(target, split.ids_keep)
-            visible = maskops.masked_regression(told, seen, kind="smooth_l1", beta=2.0, normalise=normalise)
-            losses.append(torch.stack([masked, visible]))
-        masked_loss, visible_loss = (losses[0] + losses[1]).div(2).unbind()
-        return DMJDOutput(masked_loss + c.theta * visible_loss, masked_loss, visible_loss, tuple(preds), splits)
+        masked = maskops.masked_regression(pred, target, split.mask, normalise=normalise)
+        seen = maskops.gather_tokens(target, split.ids_keep)
+        visible = maskops.masked_regression(told, seen, kind="smooth_l1", beta=2.0, normalise=normalise)
+        return DMJDOutput(masked + c.theta * visible, masked, visible, pred.chunk(2), splits)
 
     def training_loss(self, images: Tensor, step: Step) -> Tensor:
         """The loss of this process's rows of a step of maskops.train."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -72,3 +73,11 @@ def rows_of(split: TokenSplit, start: int, stop: int) -> TokenSplit:
     rows = [t[start:stop] for t in (split.ids_keep, split.ids_mask, split.ids_restore, split.num_keep, split.num_mask)]
     cu_seqlens = split.cu_seqlens[start : stop + 1] - split.cu_seqlens[start]
     return TokenSplit(*rows, cu_seqlens, split.max_seqlen, (stop - start) * split.max_seqlen)
+
+
+def rows_together(splits: Sequence[TokenSplit]) -> TokenSplit:
+    """The rows of several splits behind one another; all of them keep the same number of tokens in every row."""
+    rows = [torch.cat(parts) for parts in list(zip(*splits, strict=True))[:5]]
+    keep, B = splits[0].max_seqlen, len(rows[0])
+    cu_seqlens = torch.arange(B + 1, dtype=torch.int32, device=rows[0].device) * keep
+    return TokenSplit(*rows, cu_seqlens, keep, B * keep)

@@ -107,6 +107,11 @@ def find_op(name: str, device: str, backend: str, function: str = "", *, grad: b
     return _in_mode(getattr(getattr(torch.ops, NAMESPACES[backend]), name).default, name, grad)
 
 
+def may_need_grad(x: Tensor) -> bool:
+    """Whether a gradient may be asked for x: what vmap wraps does not know whether what it wraps requires one."""
+    return x.requires_grad or torch._C._functorch.is_functorch_wrapped_tensor(x)
+
+
 def _function_of(op: str) -> str:
     return next((function for function, name in PUBLIC.items() if name == op), op)
 

@@ -98,7 +98,7 @@ def _resume(settings: Settings, model: MaskGIT, optimizer: torch.optim.Optimizer
     """The step to go on from and its loss; the log is cut back to it."""
     losses, done = settings.out / "losses.jsonl", checkpoint.finished(settings.out / "checkpoints")
     if (done or losses.exists()) and not settings.resume:
-        raise CheckpointError(f"{settings.out} holds a run already: resume it, or choose another folder")
+        raise CheckpointError(f"{settings.out} holds a run already: resume it (--resume), or choose another folder")
     settings.out.mkdir(parents=True, exist_ok=True)
     step, loss = 0, math.nan
     if done:

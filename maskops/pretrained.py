@@ -40,12 +40,14 @@ def samples_of(system: str) -> str:
 
 def load_pretrained(folder: str | Path) -> nn.Module:
     """The model of a run, in eval mode: its out/model folder, or out itself."""
-    folder = Path(folder)
+    given = folder = Path(folder)
     folder = folder if (folder / "config.json").exists() else folder / "model"
     try:
         fields = json.loads((folder / "config.json").read_text())
     except (OSError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{folder} holds no trained model: {error}") from error
+        raise CheckpointError(
+            f"{given} holds no trained model: give the folder that pretrain wrote to, its --out, or its model folder ({error})"
+        ) from error
     made = model_class(fields.pop("system", "mae"))
     # JSON has no tuples.
     model = made(made.Config(**{name: tuple(v) if isinstance(v, list) else v for name, v in fields.items()}))

@@ -14,6 +14,7 @@ import gc
 import json
 import math
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -158,6 +159,12 @@ class _Run:
         self.data = _samples(config, settings)
         self.global_batch = settings.batch_size * accelerator.num_processes
         self.total_steps = max(1, math.ceil(settings.epochs * len(self.data) / self.global_batch))
+        if len(self.data) < self.global_batch and accelerator.is_main_process:
+            warnings.warn(
+                f"pretrain: a batch takes {self.global_batch} samples and there are {len(self.data)}: {self.total_steps} steps in"
+                f" {settings.epochs:g} epochs. Give a smaller --batch-size.",
+                stacklevel=2,
+            )
         # Every process starts from the same weights.
         torch.manual_seed(settings.seed)
         self.plain_model = model_class(config.system)(config)
@@ -226,7 +233,7 @@ class _Run:
         """Linear warm-up, then half a cosine down to 0, as a factor of the learning rate."""
         warmup = self.total_steps * min(1.0, self.settings.warmup_epochs / self.settings.epochs)
         if self.step < warmup:
-            return self.step / warmup
+            return (self.step + 1) / (warmup + 1)  # also the first step learns
         return 0.5 * (1 + math.cos(math.pi * (self.step - warmup) / (self.total_steps - warmup)))
 
     def _loader(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -298,7 +305,9 @@ class _Run:
         """The step to go on from: 0, or that of the newest checkpoint, which is loaded."""
         done = checkpoint.finished(self.checkpoints)
         if (done or self._losses.exists()) and not self.settings.resume:
-            raise CheckpointError(f"{self.settings.out} holds a run already: resume it, or choose another folder")
+            raise CheckpointError(
+                f"{self.settings.out} holds a run already: resume it (--resume), or choose another folder"
+            )
         step = 0
         if done:
             state = checkpoint.load_state(done[-1])

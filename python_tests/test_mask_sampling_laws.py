@@ -82,6 +82,22 @@ def test_gates_keep_shape_and_dtype() -> None:
     assert maskops.sample_gates(torch.tensor([math.nan, math.inf, -math.inf]), seed=0).tolist() == [0.0, 1.0, 0.0]
 
 
+def test_gates_under_vmap_have_the_gradient_of_a_loop() -> None:
+    """What vmap wraps says of itself that it requires no gradient."""
+    logits = torch.randn(2, 3, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    together = torch.vmap(lambda row: maskops.sample_gates(row, seed=0) * row)(logits).sum()
+    apart = torch.stack([maskops.sample_gates(row, seed=0) * row for row in logits]).sum()
+    assert torch.equal(torch.autograd.grad(together, logits)[0], torch.autograd.grad(apart, logits)[0])
+
+
+@pytest.mark.parametrize("noise", ["logistic", "gumbel"])
+def test_second_derivative_of_gates_is_finite(noise: str) -> None:
+    logits = torch.tensor([100.0, -100.0, math.inf, -math.inf, math.nan, 1.0], requires_grad=True)
+    first = torch.autograd.grad(maskops.sample_gates(logits, noise=noise, seed=0).sum(), logits, create_graph=True)[0]
+    second = torch.autograd.grad(first.sum(), logits)[0]
+    assert first.isfinite().all() and second.isfinite().all() and second[5] != 0
+
+
 # ---------------------------------------------------------------- token by token
 
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 import maskops
 from maskops import TokenSplit
-from maskops.models.images import ImageConfig
+from maskops._checks import check_is_tensor
+from maskops.models.images import ImageConfig, check_whole
 from maskops.nn import BlockMaskedConv2d, MaskedLayerNorm2d, block_mask
 from maskops.nn.transformer import Block, init_linear_and_norm, sincos_positions
 
@@ -36,12 +37,20 @@ class ConViTConfig(ImageConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         name = type(self).__name__
+        check_whole(self, dim=4, heads=1, mlp_dim=1, depth=0)
+        if self.dim % self.heads:
+            raise ValueError(f"{name}: dim must be a multiple of heads {self.heads}, got {self.dim}")
         if self.patch_size % 4:
             raise ValueError(f"{name}: patch_size must be a multiple of 4, got {self.patch_size}")
-        for field in ("stage_dims", "stage_depths"):
-            object.__setattr__(self, field, tuple(getattr(self, field)))  # a list, where it was read from a file
-            if len(getattr(self, field)) != 2:
-                raise ValueError(f"{name}: {field} must be two numbers, got {getattr(self, field)}")
+        for field, low in (("stage_dims", 1), ("stage_depths", 0)):
+            pair = getattr(self, field)
+            if (
+                not isinstance(pair, tuple | list)
+                or len(pair) != 2
+                or not all(isinstance(x, int) and x >= low for x in pair)
+            ):
+                raise ValueError(f"{name}: {field} must be two int of at least {low}, got {pair!r}")
+            object.__setattr__(self, field, tuple(pair))  # a list, where it was read from a file
 
 
 class ConvEmbed(nn.Module):
@@ -122,10 +131,13 @@ class ConViT(nn.Module):
 
     def check_images(self, images: Tensor) -> None:
         """ValueError unless images are [B, C, H, W] as the config says."""
-        wanted = (self.config.channels, *self.config.image_hw)
-        if tuple(images.shape[1:]) != wanted:
+        name, wanted = type(self).__name__, (self.config.channels, *self.config.image_hw)
+        check_is_tensor(name, "images", images)
+        if images.dim() != 4 or tuple(images.shape[1:]) != wanted:
             size = ", ".join(map(str, wanted))
-            raise ValueError(f"{type(self).__name__}: images must be [B, {size}], got {list(images.shape)}")
+            raise ValueError(f"{name}: images must be [B, {size}], got {list(images.shape)}")
+        if not images.is_floating_point():
+            raise ValueError(f"{name}: images must be float, normalised, got {images.dtype}")
 
     def encode(self, images: Tensor, split: TokenSplit | None = None) -> Tensor:
         """Encode the visible patches, or all of them without a split.  [B, C, H, W] -> [B, K, D]; hidden pixels are never read."""

@@ -18,10 +18,12 @@ from torch.nn import functional as F
 
 import maskops
 from maskops import TokenSplit
+from maskops._checks import finite
 from maskops.models.convit import ConViT, ConViTConfig
-from maskops.models.images import rows_of, rows_together
+from maskops.models.images import check_whole, rows_of, rows_together
 from maskops.models.sizes import fields_of
 from maskops.nn.transformer import Block, init_linear_and_norm, sincos_positions
+from maskops.ops.visible_tokens.split import check_split
 
 if TYPE_CHECKING:
     from maskops.train import Step
@@ -64,6 +66,13 @@ class DMJDConfig(ConViTConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_whole(self, cell=1, decoder_dim=4, decoder_heads=1, decoder_mlp_dim=1, decoder_depth=0)
+        if self.decoder_dim % self.decoder_heads:
+            raise ValueError(
+                f"DMJDConfig: decoder_dim must be a multiple of decoder_heads {self.decoder_heads}, got {self.decoder_dim}"
+            )
+        if not finite("DMJDConfig", "theta", self.theta) >= 0:
+            raise ValueError(f"DMJDConfig: theta must be at least 0, got {self.theta}")
         if self.cell < 1 or any(size % self.cell for size in self.grid):
             raise ValueError(f"DMJDConfig: cell must divide the grid {self.grid}, got {self.cell}")
         if self.mask_ratio < 0.5:
@@ -188,6 +197,20 @@ class DMJD(ConViT):
         )
         return first, second
 
+    def check_views(self, images: Tensor, splits: object) -> None:
+        """TypeError or ValueError unless splits are two of these images, with as many visible patches in every row."""
+        if not isinstance(splits, tuple | list) or len(splits) != 2:
+            raise TypeError(f"DMJD: splits must be two TokenSplit, got {type(splits).__name__}")
+        for i, split in enumerate(splits):
+            check_split("DMJD", split)
+            have, want = tuple(split.ids_restore.shape), (len(images), self.config.num_patches)
+            if have != want:
+                raise ValueError(f"DMJD: splits[{i}] must be of [B, N] = {list(want)} patches, got {list(have)}")
+            keep = splits[0].max_seqlen
+            if split.max_seqlen != keep or split.total not in (None, len(images) * keep):
+                got = f"at most {split.max_seqlen}, {split.total} in all"
+                raise ValueError(f"DMJD: splits[{i}] must keep {keep} patches of each image, got {got}")
+
     def targets_of(self, images: Tensor) -> Tensor:
         """What is predicted of each patch.  images [B, C, H, W] -> [B, N, V]."""
         c = self.config
@@ -217,8 +240,10 @@ class DMJD(ConViT):
             seed, generator: where the views are drawn from otherwise, as in maskops.disjoint_masking.
         """
         c = self.config
+        self.check_images(images)
         if splits is None:
             splits = self.draw_views(len(images), seed=seed, generator=generator, device=images.device)
+        self.check_views(images, splits)
         split, target = rows_together(splits), self.targets_of(images).repeat(2, 1, 1)
         latent = self.encode(images.repeat(2, 1, 1, 1), split)
         pred, told = self.decode(latent, split), self.predictor(self.proj_embed(latent))

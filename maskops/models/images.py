@@ -11,6 +11,7 @@ from torch import Tensor
 
 import maskops
 from maskops import TokenSplit
+from maskops._checks import number
 
 
 @dataclass(frozen=True)
@@ -25,11 +26,15 @@ class ImageConfig:
 
     def __post_init__(self) -> None:
         name = type(self).__name__
+        check_whole(self, patch_size=1, channels=1)
+        sides = self.image_size if isinstance(self.image_size, tuple | list) else (self.image_size,) * 2
+        if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
+            raise ValueError(f"{name}: image_size must be an int or two, above 0, got {self.image_size!r}")
         if any(size % self.patch_size or size < self.patch_size for size in self.image_hw):
             raise ValueError(
                 f"{name}: image_size must be a multiple of patch_size {self.patch_size}, got {self.image_size}"
             )
-        if not 0 <= self.mask_ratio < 1:
+        if not 0 <= number(name, "mask_ratio", self.mask_ratio) < 1:
             raise ValueError(f"{name}: mask_ratio must be in [0, 1), got {self.mask_ratio}")
 
     @property
@@ -49,6 +54,14 @@ class ImageConfig:
     def num_tokens(self) -> int:
         """Of which some are masked: the patches."""
         return self.num_patches
+
+
+def check_whole(config: ImageConfig, **least: int) -> None:
+    """ValueError unless these fields are whole numbers, of at least so much."""
+    for field, low in least.items():
+        value = getattr(config, field)
+        if not isinstance(value, int) or isinstance(value, bool) or value < low:
+            raise ValueError(f"{type(config).__name__}: {field} must be int, at least {low}, got {value!r}")
 
 
 def paint_masked(

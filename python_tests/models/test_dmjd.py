@@ -236,8 +236,18 @@ def test_hidden_pixels_reach_no_prediction_of_their_view() -> None:
         ({"mask_ratio": 0.4}, "mask_ratio must be at least"),
         ({"mask_ratio": 0.95}, "keeps none of 36 patches"),
         ({"image_size": 36, "patch_size": 6}, "patch_size must be a multiple of 4, got 6"),
-        ({"stage_dims": (8,)}, "stage_dims must be two numbers"),
+        ({"stage_dims": (8,)}, "stage_dims must be two int of at least 1, got \\(8,\\)"),
         ({"targets": "hogs"}, "targets must be 'hog' or 'pixels', got 'hogs'"),
+        ({"heads": 0}, "DMJDConfig: heads must be int, at least 1, got 0"),
+        ({"decoder_heads": 5}, "decoder_dim must be a multiple of decoder_heads 5, got 48"),
+        ({"theta": float("inf")}, "theta must be finite, got inf"),
+        ({"theta": -1.0}, "theta must be at least 0, got -1"),
+        ({"theta": float("nan")}, "theta must be at least 0, got nan"),
+        ({"image_size": (48, 48, 48)}, r"image_size must be an int or two, above 0, got \(48, 48, 48\)"),
+        ({"patch_size": 0}, "patch_size must be int, at least 1, got 0"),
+        ({"channels": 2.0}, "channels must be int, at least 1, got 2.0"),
+        ({"depth": -1}, "depth must be int, at least 0, got -1"),
+        ({"cell": True}, "cell must be int, at least 1, got True"),
     ],
 )
 def test_errors(changes: dict, match: str) -> None:
@@ -245,6 +255,28 @@ def test_errors(changes: dict, match: str) -> None:
         DMJDConfig(**TINY | changes)
 
 
-def test_images_of_another_size_are_refused() -> None:
+def test_images_and_views_of_another_kind_are_refused() -> None:
+    model, images = DMJD(DMJDConfig(**TINY)), torch.rand(2, 1, 48, 48)
     with pytest.raises(ValueError, match=r"DMJD: images must be \[B, 1, 48, 48\], got \[2, 1, 32, 32\]"):
-        DMJD(DMJDConfig(**TINY))(torch.rand(2, 1, 32, 32))
+        model(torch.rand(2, 1, 32, 32))
+    with pytest.raises(ValueError, match=r"DMJD: images must be float, normalised, got torch.uint8"):
+        model(torch.zeros(2, 1, 48, 48, dtype=torch.uint8))
+    first, second = model.draw_views(2, seed=0)
+    for splits, error, match in (
+        (first, TypeError, "splits must be two TokenSplit"),
+        ((first,), TypeError, "splits must be two TokenSplit"),
+        ((first, 3), TypeError, "split must be a TokenSplit, got int"),
+        (
+            model.draw_views(3, seed=0),
+            ValueError,
+            r"splits\[0\] must be of \[B, N\] = \[2, 36\] patches, got \[3, 36\]",
+        ),
+        (
+            (first, maskops.random_masking(2, 36, 0.5, seed=0)),
+            ValueError,
+            r"splits\[1\] must keep 12 patches of each image, got at most 18",
+        ),
+    ):
+        with pytest.raises(error, match=match):
+            model(images, splits=splits)
+    assert model(images, splits=[first, second]).loss.isfinite()

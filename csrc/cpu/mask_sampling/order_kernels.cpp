@@ -235,7 +235,7 @@ void row(const uint8_t* hidden, int64_t tokens, int64_t num_keep, int64_t* resto
 
 void frames(const int64_t* const (&ids)[3], int64_t keep, int64_t mask, int64_t frames, int64_t* const (&to)[3]) {
   const int64_t tokens = keep + mask;
-  for (int64_t t = 0; t < frames; ++t) {
+  for (int64_t t = 0; t < frames && tokens > 0; ++t) {
     int64_t *kept = to[0] + t * keep, *masked = to[1] + t * mask, *restore = to[2] + t * tokens;
     for (int64_t k = 0; k < keep; ++k) kept[k] = ids[0][k] + t * tokens;
     for (int64_t m = 0; m < mask; ++m) masked[m] = ids[1][m] + t * tokens;

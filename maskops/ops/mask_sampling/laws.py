@@ -94,10 +94,11 @@ def _setup_gate(ctx: Any, inputs: tuple, output: Tensor) -> None:
 def _backward_gate(ops: Any, ctx: Any, grad: Tensor) -> tuple[None, Tensor, None]:
     """The slope of the probability: sigmoid' = p (1 - p), or exp(l - exp(l)) for a single Gumbel."""
     (logits,) = ctx.saved_tensors
+    logits = torch.where(logits.isnan(), -64.0, logits).clamp(-64, 64)  # as the op reads them: no derivative overflows
     if ctx.gumbel:
-        return None, grad * (logits - logits.exp()).exp().nan_to_num(0.0), None
+        return None, grad * (logits - logits.exp()).exp(), None
     open_ = logits.sigmoid()
-    return None, grad * (open_ * (1 - open_)).nan_to_num(0.0), None
+    return None, grad * (open_ * (1 - open_)), None
 
 
 def _check_colour(seed: Tensor, taps: Tensor, B: int, h: int, w: int) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from maskops._backends import find_op, public
+from maskops._backends import find_op, may_need_grad, public
 from maskops._checks import check_is_dense, check_tensor, fail, integer
 from maskops.ops.mask_sampling import arguments as given
 from maskops.ops.mask_sampling.scores import NATIVE, TRITON
@@ -251,7 +251,7 @@ def sample_gates(
     if not logits.is_floating_point():
         fail(name, "logits", "be a float tensor", logits.dtype)
     given.choice(name, "noise", noise, ("logistic", "gumbel"))
-    op = find_op("mask_sampling_gate", logits.device.type, backend, name, grad=logits.requires_grad)
+    op = find_op("mask_sampling_gate", logits.device.type, backend, name, grad=may_need_grad(logits))
     seed = given.seed_of(name, seed, generator, logits.device)
     return op(seed, logits.reshape(-1).float(), noise == "gumbel").view(logits.shape).to(logits.dtype)
 

@@ -52,6 +52,7 @@ def mask_sampling_uniform(
 
 def _repeated(slot: Tensor, num_keep: Tensor, max_keep: int, max_mask: int, frames: int) -> Split:
     """The split of rows whose tokens stand `frames` times behind one another, each time split as slot [B, N] says."""
+    frames = frames if slot.numel() > 0 else min(frames, 1)  # nothing, however often
     kept, t = num_keep[:, None, None], torch.arange(frames, device=slot.device)[:, None]
     num_mask = (slot.shape[1] - num_keep) * frames
     behind = torch.where(slot[:, None] < kept, t * kept, (frames - 1) * kept + t * (slot.shape[1] - kept))

@@ -73,7 +73,7 @@ class DMJDConfig(ConViTConfig):
             )
         if not finite("DMJDConfig", "theta", self.theta) >= 0:
             raise ValueError(f"DMJDConfig: theta must be at least 0, got {self.theta}")
-        if self.cell < 1 or any(size % self.cell for size in self.grid):
+        if any(size % self.cell for size in self.grid):
             raise ValueError(f"DMJDConfig: cell must divide the grid {self.grid}, got {self.cell}")
         if self.mask_ratio < 0.5:
             raise ValueError(

@@ -109,7 +109,8 @@ def find_op(name: str, device: str, backend: str, function: str = "", *, grad: b
 
 def may_need_grad(x: Tensor) -> bool:
     """Whether a gradient may be asked for x: what vmap wraps does not know whether what it wraps requires one."""
-    return x.requires_grad or torch._C._functorch.is_functorch_wrapped_tensor(x)
+    # A compiled program calls the op as it is, whatever the answer, and cannot ask.
+    return torch.compiler.is_compiling() or x.requires_grad or torch._C._functorch.is_functorch_wrapped_tensor(x)
 
 
 def _function_of(op: str) -> str:

@@ -52,11 +52,14 @@ def mask_sampling_uniform(
 
 def _repeated(slot: Tensor, num_keep: Tensor, max_keep: int, max_mask: int, frames: int) -> Split:
     """The split of rows whose tokens stand `frames` times behind one another, each time split as slot [B, N] says."""
-    frames = frames if slot.numel() > 0 else min(frames, 1)  # nothing, however often
-    kept, t = num_keep[:, None, None], torch.arange(frames, device=slot.device)[:, None]
-    num_mask = (slot.shape[1] - num_keep) * frames
-    behind = torch.where(slot[:, None] < kept, t * kept, (frames - 1) * kept + t * (slot.shape[1] - kept))
-    slot, num_keep = (slot[:, None] + behind).flatten(1), num_keep * frames
+    (B, N), kept = slot.shape, num_keep[:, None, None]
+    if slot.numel() == 0:  # nothing, however often
+        slot = slot.new_empty(B, N * frames)
+    else:
+        t = torch.arange(frames, device=slot.device)[:, None]
+        behind = torch.where(slot[:, None] < kept, t * kept, (frames - 1) * kept + t * (N - kept))
+        slot = (slot[:, None] + behind).flatten(1)
+    num_keep, num_mask = num_keep * frames, (N - num_keep) * frames
     ids_keep = ids_of_slots(slot, torch.zeros_like(num_keep), num_keep, max_keep * frames)
     ids_mask = ids_of_slots(slot, num_keep, num_mask, max_mask * frames)
     return ids_keep, ids_mask, slot, num_mask, exclusive_cumsum(num_keep)

@@ -62,6 +62,8 @@ SAMPLES = [
         for r, a, t in ((False, True, 4), (True, True, 3), (True, False, 2), (False, False, 0))
     ),
     Sample(UNIFORM, "frames_no_tokens", _uniform(2, 0, False, True, frames=3)),
+    Sample(UNIFORM, "frames_no_tokens_but_room", _uniform(2, 0, True, True, frames=3)),
+    Sample(UNIFORM, "frames_no_rows", _uniform(0, 8, False, False, frames=3)),
     Sample(UNIFORM, "long_row", _uniform(1, 300, False, False)),
     *(
         Sample(RANK, f"{'ragged' if r else 'equal'}_{'ascending' if a else 'random'}_{str(d)[6:]}", _rank(3, 37, r, a, d))

@@ -179,8 +179,9 @@ __global__ void __launch_bounds__(kSampleThreads, 4) sample_write_kernel(const S
 // From the slots of one frame [B, N] to the split of rows in which it stands `frames` times. A thread owns a token of rows.tokens.
 __global__ void __launch_bounds__(kSampleThreads, 4)
     frames_kernel(const SampleRows rows, const std::int64_t* slots, std::int64_t frames, std::int64_t chunks) {
-  const std::int64_t b = blockIdx.x / chunks, i = blockIdx.x % chunks * kSampleThreads + threadIdx.x, tokens = frames ? rows.tokens / frames : 0;
-  const std::int64_t keep = load(rows.num_keep + b);
+  const std::int64_t b = blockIdx.x / chunks, i = blockIdx.x % chunks * kSampleThreads + threadIdx.x;
+  const std::int64_t tokens = frames ? rows.tokens / frames : 0, wanted = load(rows.num_keep + b);
+  const std::int64_t keep = wanted < 0 ? 0 : wanted > tokens ? tokens : wanted;  // as where the slots were made
   const SplitRow row{rows.ids_keep + b * rows.max_keep, rows.ids_mask + b * rows.max_mask, rows.ids_restore + b * rows.tokens,
                      rows.max_keep, rows.max_mask, rows.tokens, frames * keep, rows.tokens};
   if (i == 0) store(rows.num_mask + b, frames * (tokens - keep));

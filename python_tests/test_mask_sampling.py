@@ -128,9 +128,9 @@ def test_forked_workers_draw_the_same_masks() -> None:
     assert all(torch.equal(a, b) for a, b in zip(here, there, strict=True))
 
 
-def test_frames_of_no_tokens_take_no_memory() -> None:
+def test_no_cells_take_no_memory() -> None:
     counts = torch.zeros(2, dtype=torch.int64)
     for backend in ("maskops", "maskops_reference"):
         op = getattr(torch.ops, backend).mask_sampling_uniform
-        out = op(torch.tensor([1, 2]), counts, None, None, 0, 0, 0, True, 2**29)
+        out = op(torch.tensor([1, 2]), counts, None, None, 0, 0, 0, True, 1, 2**29, 1)
         assert [tuple(x.shape) for x in out[:3]] == [(2, 0)] * 3 and out[3].tolist() == [0, 0]

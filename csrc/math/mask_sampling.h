@@ -10,6 +10,14 @@ namespace maskops {
 
 constexpr int64_t kMaxTokens = int64_t{1} << 30;  // an index has 30 bits of the key
 
+// Tokens that are cells of a grid, `across` of them in a line; the split is that of the grid's patches, high x wide to a cell.
+struct Cells {
+  int64_t across = 1, high = 1, wide = 1;
+
+  MASKOPS_HOST_DEVICE int64_t area() const { return high * wide; }
+  MASKOPS_HOST_DEVICE bool single() const { return high == 1 && wide == 1; }
+};
+
 // class 0 real, 1 masked by the given mask, 2 padding.
 MASKOPS_HOST_DEVICE inline uint64_t sampling_key(uint32_t token_class, uint32_t noise, int64_t index) {
   return (static_cast<uint64_t>(token_class) << 62) | (static_cast<uint64_t>(noise) << 30) | static_cast<uint64_t>(index);

@@ -17,7 +17,7 @@ inline void check_sampling_counts(const Tensor& num_keep, const std::optional<Te
 
 inline void check_sampling_uniform(const Tensor& seed, const Tensor& num_keep, const std::optional<Tensor>& lengths,
                                    const std::optional<Tensor>& mask, int64_t tokens, int64_t max_keep, int64_t max_mask,
-                                   int64_t frames) {
+                                   bool ascending, const Cells& cells) {
   const char* op = "random_masking";
   check_sampling_counts(num_keep, lengths, kAny, max_keep, max_mask);
   check_tensor(op, "seed", seed, "[2]", kInt64, {2}, num_keep);
@@ -26,12 +26,17 @@ inline void check_sampling_uniform(const Tensor& seed, const Tensor& num_keep, c
     if (value < 0 || value >= kMaxTokens) fail(op, name, "be in [0, 2^30)", value);
   };
   check_in("N", tokens);
-  check_in("frames", frames);
-  if (frames == 1) return;
-  check_in("frames N", frames * tokens);
+  check_in("high", cells.high);
+  check_in("wide", cells.wide);
+  if (cells.single()) return;
+  const std::string text = std::to_string(cells.high) + " and " + std::to_string(cells.wide);
+  check_in("high wide", cells.area());
+  check_in("high wide N", cells.area() * tokens);
   check_in("max_keep", max_keep);
   check_in("max_mask", max_mask);
-  if (lengths) fail(op, "frames", "be 1 where lengths are given", frames);
+  if (cells.across < 1 || tokens % cells.across != 0) fail(op, "across", "divide N = " + std::to_string(tokens), cells.across);
+  if (lengths) fail(op, "high and wide", "be 1 where lengths are given", text);
+  if (!ascending) fail(op, "high and wide", "be 1 in random order", text);
 }
 
 inline void check_sampling_rank(const Tensor& noise, const Tensor& num_keep, const std::optional<Tensor>& lengths,

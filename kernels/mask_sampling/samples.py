@@ -12,9 +12,9 @@ def _samples():
     for ascending in (False, True):
         for given in (None, lengths):
             for hidden in (None, mask):
-                uniform.append((seed, counts, given, hidden, 196, 49, 147, ascending, 1))
+                uniform.append((seed, counts, given, hidden, 196, 49, 147, ascending, 1, 1, 1))
             rank.append((Arg("float", (64, 196)), counts, given, 49, 147, ascending))
-    uniform.append((seed, counts, None, None, 196, 49, 147, True, 8))
+    uniform.append((seed, counts, None, None, 196, 49, 147, True, 14, 2, 2))
     return {
         "mask_sampling_uniform": tuple(uniform),
         "mask_sampling_rank": tuple(rank),

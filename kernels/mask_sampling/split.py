@@ -99,25 +99,40 @@ def _ascending_kernel(count_ptr, length_ptr, keep_ptr, hide_ptr, restore_ptr, nu
 
 
 @triton.jit
-def _frames_kernel(slot_ptr, count_ptr, keep_ptr, hide_ptr, restore_ptr, blocks, frames, N, max_keep, max_mask,
-                   BLOCK: tl.constexpr):  # fmt: skip
-    # One program owns BLOCK tokens of a row of [B, frames * N]. slot [B, N]: those of one frame; max_keep and max_mask: of all.
+def _kept_before(slot_ptr, c, N, keep, real):
+    # Of ascending slots: kept cells before cell c, all of them where c is past the last.
+    slot = tl.load(slot_ptr + c, mask=real & (c < N), other=0)
+    return tl.where(c < N, tl.where(slot < keep, slot, c - (slot - keep)), keep), slot < keep
+
+
+@triton.jit
+def _cells_kernel(slot_ptr, count_ptr, keep_ptr, hide_ptr, restore_ptr, blocks, across, high, wide, N, max_keep, max_mask,
+                  BLOCK: tl.constexpr):  # fmt: skip
+    # One program owns BLOCK patches of a row of cells, of which slot [B, N] is the split, ascending. max_keep, max_mask: of patches.
     b = (tl.program_id(0) // blocks).to(tl.int64)
     i = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    n = i % tl.maximum(N, 1)
-    t = i // tl.maximum(N, 1)
+    patches = high.to(tl.int64) * wide * N
+    real = i < patches
+    width = tl.maximum(across * wide, 1)
+    line, x = i // width, i % width
+    first = line // tl.maximum(high, 1) * across
+    cell = first + x // tl.maximum(wide, 1)
     keep = tl.load(count_ptr + b)
-    slot = tl.load(slot_ptr + b * N + n, mask=i < frames * N, other=0)
-    kept = (i < frames * N) & (slot < keep)
-    hidden = (i < frames * N) & (slot >= keep)
-    slot += tl.where(kept, t * keep, (frames - 1) * keep + t * (N - keep))
-    tl.store(restore_ptr + b * frames * N + i, slot, mask=i < frames * N)
+    slot_ptr += b * N
+    above, _ = _kept_before(slot_ptr, first, N, keep, real)
+    ended, _ = _kept_before(slot_ptr, first + across, N, keep, real)
+    before, in_kept = _kept_before(slot_ptr, cell, N, keep, real)
+    left = wide * (before - above) + tl.where(in_kept, x % tl.maximum(wide, 1), 0)
+    before = wide * (high * above + line % tl.maximum(high, 1) * (ended - above)) + left
+    kept, hidden = real & in_kept, real & (in_kept == 0)
+    slot = tl.where(in_kept, before, high * wide * keep + i - before)
+    tl.store(restore_ptr + b * patches + i, slot, mask=real)
     tl.store(keep_ptr + b * max_keep + slot, i, mask=kept & (slot < max_keep))
-    slot -= frames * keep
+    slot -= high * wide * keep
     tl.store(hide_ptr + b * max_mask + slot, i, mask=hidden & (slot < max_mask))
     if tl.program_id(0) % blocks == 0:
-        write_padding(keep_ptr + b * max_keep, frames * keep, max_keep, 256)
-        write_padding(hide_ptr + b * max_mask, frames * (N - keep), max_mask, 256)
+        write_padding(keep_ptr + b * max_keep, high * wide * keep, max_keep, 256)
+        write_padding(hide_ptr + b * max_mask, high * wide * (N - keep), max_mask, 256)
 
 
 def _place(key, num_keep, lengths, max_keep, max_mask, ascending):
@@ -141,22 +156,22 @@ def _place(key, num_keep, lengths, max_keep, max_mask, ascending):
     return *outputs, cu_seqlens_of(num_keep)
 
 
-def _repeated(split, num_keep, frames):
-    counts, N = num_keep.contiguous(), split[2].shape[1]
-    out = [ids.new_empty(len(ids), frames * ids.shape[1]) for ids in split[:3]]
-    blocks = max(1, cdiv(frames * N, 256))
-    args = (split[2], counts, *out, blocks, frames, N, out[0].shape[1], out[1].shape[1])
-    launch(_frames_kernel, len(counts) * blocks, *args, BLOCK=256, num_warps=4)
-    return *out, split[3] * frames, cu_seqlens_of(counts * frames)
+def _patches(split, num_keep, across, high, wide):
+    counts, N, area = num_keep.contiguous(), split[2].shape[1], high * wide
+    out = [ids.new_empty(len(ids), area * ids.shape[1]) for ids in split[:3]]
+    blocks = max(1, cdiv(area * N, 256))
+    args = (split[2], counts, *out, blocks, across, high, wide, N, out[0].shape[1], out[1].shape[1])
+    launch(_cells_kernel, len(counts) * blocks, *args, BLOCK=256, num_warps=4)
+    return *out, split[3] * area, cu_seqlens_of(counts * area)
 
 
-def mask_sampling_uniform(seed, num_keep, lengths, mask, N, max_keep, max_mask, ascending, frames):
+def mask_sampling_uniform(seed, num_keep, lengths, mask, N, max_keep, max_mask, ascending, across, high, wide):
     total = num_keep.shape[0] * N
     key = torch.empty((num_keep.shape[0], N), dtype=torch.int64, device=num_keep.device)
     bits = None if mask is None else mask.contiguous().view(torch.uint8)
     launch(_uniform_keys_kernel, cdiv(total, 1024), seed.contiguous(), bits, key, total, N, BLOCK=256, num_warps=4)
     split = _place(key, num_keep, lengths, max_keep, max_mask, ascending)
-    return split if frames == 1 else _repeated(split, num_keep, frames)
+    return split if high == wide == 1 else _patches(split, num_keep, across, high, wide)
 
 
 def mask_sampling_rank(noise, num_keep, lengths, max_keep, max_mask, ascending):

@@ -19,10 +19,10 @@ bool race(const uint32_t* word, const float* weight, int64_t count, float* to) {
   bool valid = true;
   for (int64_t i = 0; i < count; ++i) valid &= (weight[i] >= 0.0f) & (weight[i] < __builtin_inff());
 #if MASKOPS_ISA_LEVEL == 2
-  for (int64_t i = 0; i < count; i += 8) {
-    const __mmask8 real = count - i >= 8 ? __mmask8(0xFF) : __mmask8((1u << (count - i)) - 1u);
-    const __m256i words = _mm256_maskz_loadu_epi32(real, word + i);
-    _mm256_mask_storeu_ps(to + i, real, race_key8(words, _mm256_maskz_loadu_ps(real, weight + i)));
+  for (int64_t i = 0; i < count; i += 16) {
+    const __mmask16 real = count - i >= 16 ? __mmask16(0xFFFF) : __mmask16((1u << (count - i)) - 1u);
+    const __m512i words = _mm512_maskz_loadu_epi32(real, word + i);
+    _mm512_mask_storeu_ps(to + i, real, race_key16(words, _mm512_maskz_loadu_epi32(real, weight + i)));
   }
 #else
   for (int64_t i = 0; i < count; ++i) to[i] = race_key(word[i], weight[i]);

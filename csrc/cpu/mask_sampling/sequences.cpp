@@ -97,34 +97,42 @@ Tensor mask_sampling_groups(const Tensor& order_any, const Tensor& groups_any, c
   check_groups(order_any, groups_any, budgets_any);
   const Tensor order = contiguous_or_copy(order_any), groups = contiguous_or_copy(groups_any), budgets = contiguous_or_copy(budgets_any);
   const int64_t batch = order.size(0), count = order.size(1), tokens = groups.size(1), levels = budgets.size(1);
-  auto check = [&](const Tensor& x, const char* name) {
-    const int64_t* values = read(x);
-    for (int64_t i = 0; i < x.numel(); ++i) {
-      if (values[i] < -1 || values[i] >= count)
-        fail("group_masking", std::string(name) + "[" + std::to_string(i / x.size(1)) + ", " + std::to_string(i % x.size(1)) + "]",
-             "be in [-1, " + std::to_string(count) + ")", values[i]);
-    }
-  };
-  check(order, "order");
-  check(groups, "groups");
   Tensor out = empty_like_device(order, {batch, tokens}, ScalarType::Byte);
   uint8_t* to = static_cast<uint8_t*>(out.mutable_data_ptr());
   const int64_t stride = groups.size(0) == 1 ? 0 : tokens;
+  FirstFault in_order, in_groups;
+  auto inside = [&](const int64_t* values, int64_t first, int64_t n, FirstFault& fault) {
+    bool outside = false;  // without branches, which would take longer than all the rest
+    for (int64_t i = first; i < first + n; ++i) outside |= static_cast<uint64_t>(values[i]) + 1 > static_cast<uint64_t>(count);
+    for (int64_t i = first; outside && i < first + n; ++i) {
+      if (values[i] < -1 || values[i] >= count) fault.note(i);
+    }
+    return !outside;
+  };
+  if (batch == 0) inside(read(groups), 0, groups.numel(), in_groups);  // of rows that are never read
   parallel_for(batch, (tokens + count) * 16, [&](int64_t begin, int64_t end) {
     std::vector<int32_t> sizes(count);
     std::vector<uint8_t> level(count);
     for (int64_t b = begin; b < end; ++b) {
       const int64_t* group = read(groups) + b * stride;
-      if (stride || b == begin) {
-        std::fill(sizes.begin(), sizes.end(), 0);
-        for (int64_t n = 0; n < tokens; ++n) {
-          if (group[n] >= 0) ++sizes[group[n]];
-        }
+      const bool ordered = inside(read(order), b * count, count, in_order);
+      if (!inside(read(groups), b * stride, tokens, in_groups) || !ordered) continue;
+      std::fill(sizes.begin(), sizes.end(), 0);
+      for (int64_t n = 0; n < tokens; ++n) {
+        if (group[n] >= 0) ++sizes[group[n]];
       }
       take_groups(read(order) + b * count, count, read(budgets) + b * levels, levels, by_tokens, sizes.data(), level.data());
       for (int64_t n = 0; n < tokens; ++n) to[b * tokens + n] = group[n] < 0 ? static_cast<uint8_t>(levels) : level[group[n]];
     }
   });
+  auto report = [&](const FirstFault& fault, const char* name, const Tensor& x) {
+    if (!fault.any()) return;
+    const int64_t i = fault.position(), columns = x.size(1);
+    fail("group_masking", std::string(name) + "[" + std::to_string(i / columns) + ", " + std::to_string(i % columns) + "]",
+         "be in [-1, " + std::to_string(count) + ")", read(x)[i]);
+  };
+  report(in_order, "order", order);
+  report(in_groups, "groups", groups);
   return out;
 }
 

@@ -37,7 +37,7 @@ struct Scratch {
   std::vector<uint32_t> noise, other;
   std::vector<uint32_t> order;  // the row's tokens in key order
   std::vector<uint8_t> hidden;  // or, where the result is in index order, which of them are not kept
-  std::vector<int64_t> split;   // ids_keep, ids_mask and ids_restore of one frame, where there are several
+  std::vector<uint8_t> patches;  // and which patches, where the tokens are cells of several
 
   explicit Scratch(int64_t tokens)
       : from(tokens), to(tokens), noise(tokens + kWordsSlack + 4), other(std::max(tokens, kMaxOrdered)), order(other.size()), hidden(tokens) {}
@@ -131,7 +131,8 @@ void mark_hidden(const uint32_t* noise, const bool* mask, int64_t length, int64_
 int64_t* data(const Tensor& x) { return static_cast<int64_t*>(x.data_ptr()); }
 
 struct Rows {
-  int64_t batch, tokens, max_keep, max_mask, frames;  // tokens and bounds of one frame
+  int64_t batch, tokens, max_keep, max_mask;  // of cells, as num_keep; the ids are those of patches
+  Cells cells;
   bool ascending;
   const int64_t *num_keep, *lengths;  // [B], lengths may be null
   int64_t *ids_keep, *ids_mask, *ids_restore;
@@ -147,38 +148,37 @@ void write_ordered(const Rows& rows, int64_t b, const std::vector<uint32_t>& ord
 
 // What is behind the tokens of a row: padding has its own slots, and unused slots hold -1.
 void fill_row(const Rows& rows, int64_t b) {
-  const int64_t length = rows.length(b), keep = rows.num_keep[b], t = rows.frames;
-  int64_t *kept = rows.ids_keep + b * t * rows.max_keep, *masked = rows.ids_mask + b * t * rows.max_mask;
-  for (int64_t n = length; n < rows.tokens; ++n) rows.ids_restore[b * rows.tokens + n] = n;  // of a single frame
-  std::fill(kept + t * keep, kept + t * rows.max_keep, int64_t{-1});
-  std::fill(masked + t * (length - keep), masked + t * rows.max_mask, int64_t{-1});
+  const int64_t length = rows.length(b), keep = rows.num_keep[b], area = rows.cells.area();
+  int64_t *kept = rows.ids_keep + b * area * rows.max_keep, *masked = rows.ids_mask + b * area * rows.max_mask;
+  for (int64_t n = length; n < rows.tokens; ++n) rows.ids_restore[b * rows.tokens + n] = n;  // where a cell is one patch
+  std::fill(kept + area * keep, kept + area * rows.max_keep, int64_t{-1});
+  std::fill(masked + area * (length - keep), masked + area * rows.max_mask, int64_t{-1});
+}
+
+// From the cells of a row that are hidden to its patches.
+const uint8_t* hidden_patches(const Cells& cells, int64_t tokens, Scratch& scratch) {
+  if (cells.single()) return scratch.hidden.data();
+  scratch.patches.resize(cells.area() * tokens);
+  const int64_t width = cells.across * cells.wide;
+  uint8_t* line = scratch.patches.data();
+  for (int64_t first = 0; first < tokens && cells.area() > 0; first += cells.across, line += cells.high * width) {
+    for (int64_t x = 0; x < cells.across; ++x) std::fill_n(line + x * cells.wide, cells.wide, scratch.hidden[first + x]);
+    for (int64_t y = 1; y < cells.high; ++y) std::copy_n(line, width, line + y * width);
+  }
+  return scratch.patches.data();
 }
 
 // Writes a row in index order: the tokens of the last slots of an order, or those that are marked, are hidden.
 void write_ascending(const Rows& rows, int64_t b, Scratch& scratch, bool marked) {
-  const int64_t length = rows.length(b), keep = rows.num_keep[b];
+  const int64_t length = rows.length(b), keep = rows.num_keep[b], area = rows.cells.area();
   uint8_t* hidden = scratch.hidden.data();
   if (!marked) {
     std::fill(hidden, hidden + length, uint8_t{1});
     for (int64_t slot = 0; slot < keep; ++slot) hidden[scratch.order[slot]] = 0;
   }
-  pick_OrderKernels().split_row(hidden, length, keep, rows.ids_restore + b * rows.tokens, rows.ids_keep + b * rows.max_keep,
-                                rows.ids_mask + b * rows.max_mask);
-}
-
-void write_row(const Rows& rows, int64_t b, Scratch& scratch, bool marked) {
-  if (rows.ascending) write_ascending(rows, b, scratch, marked);
-  else write_ordered(rows, b, scratch.order);
-}
-
-// The split of one frame, then that of all.
-void write_frames(const Rows& rows, int64_t b, Scratch& scratch, bool marked) {
-  const int64_t t = rows.frames, n = rows.tokens, keep = rows.num_keep[b];
-  scratch.split.resize(3 * n);
-  int64_t* one = scratch.split.data();
-  write_row({1, n, n, n, 1, rows.ascending, rows.num_keep + b, nullptr, one, one + n, one + 2 * n}, 0, scratch, marked);
-  pick_OrderKernels().frames({one, one + n, one + 2 * n}, keep, n - keep, t,
-                             {rows.ids_keep + b * t * rows.max_keep, rows.ids_mask + b * t * rows.max_mask, rows.ids_restore + b * t * n});
+  pick_OrderKernels().split_row(hidden_patches(rows.cells, rows.tokens, scratch), area * length, area * keep,
+                                rows.ids_restore + b * area * rows.tokens, rows.ids_keep + b * area * rows.max_keep,
+                                rows.ids_mask + b * area * rows.max_mask);
 }
 
 void check_counts_data(const Rows& rows) {
@@ -204,29 +204,29 @@ void check_counts_data(const Rows& rows) {
 // return true and mark them in scratch.hidden.
 template <class OrderRow>
 Split split_rows(const Tensor& num_keep_any, const std::optional<Tensor>& lengths_any, int64_t tokens, int64_t max_keep,
-                 int64_t max_mask, int64_t frames, bool ascending, const OrderRow& order_row) {
+                 int64_t max_mask, bool ascending, const Cells& cells, const OrderRow& order_row) {
   const Tensor num_keep = contiguous_or_copy(num_keep_any);
   std::optional<Tensor> lengths;
   if (lengths_any) lengths = contiguous_or_copy(*lengths_any);
-  const int64_t batch = num_keep.size(0);
-  Rows rows{batch, tokens, max_keep, max_mask, frames, ascending, data(num_keep), lengths ? data(*lengths) : nullptr, nullptr, nullptr, nullptr};
+  const int64_t batch = num_keep.size(0), area = cells.area();
+  Rows rows{batch, tokens, max_keep, max_mask, cells, ascending, data(num_keep), lengths ? data(*lengths) : nullptr, nullptr, nullptr, nullptr};
   check_counts_data(rows);
-  auto ids = [&](int64_t width) { return empty_like_device(num_keep, {batch, frames * width}); };
+  auto ids = [&](int64_t width) { return empty_like_device(num_keep, {batch, area * width}); };
   Tensor ids_keep = ids(max_keep), ids_mask = ids(max_mask), ids_restore = ids(tokens), num_mask = empty_like_device(num_keep, {batch});
   Tensor cu_seqlens = empty_like_device(num_keep, {batch + 1}, ScalarType::Int);
   rows.ids_keep = data(ids_keep), rows.ids_mask = data(ids_mask), rows.ids_restore = data(ids_restore);
   int32_t* starts = static_cast<int32_t*>(cu_seqlens.mutable_data_ptr());
   starts[0] = 0;
   for (int64_t b = 0; b < batch; ++b) {
-    data(num_mask)[b] = frames * (rows.length(b) - rows.num_keep[b]);
-    starts[b + 1] = starts[b] + static_cast<int32_t>(frames * rows.num_keep[b]);
+    data(num_mask)[b] = area * (rows.length(b) - rows.num_keep[b]);
+    starts[b + 1] = starts[b] + static_cast<int32_t>(area * rows.num_keep[b]);
   }
-  parallel_for(batch, tokens * (16 + 16 * frames), [&](int64_t begin, int64_t end) {
+  parallel_for(batch, tokens * (16 + 16 * area), [&](int64_t begin, int64_t end) {
     Scratch scratch(tokens);
     for (int64_t b = begin; b < end; ++b) {
       const bool marked = order_row(b, rows.length(b), scratch);
-      if (frames == 1) write_row(rows, b, scratch, marked);
-      else write_frames(rows, b, scratch, marked);
+      if (ascending) write_ascending(rows, b, scratch, marked);
+      else write_ordered(rows, b, scratch.order);
       fill_row(rows, b);
     }
   });
@@ -235,8 +235,9 @@ Split split_rows(const Tensor& num_keep_any, const std::optional<Tensor>& length
 
 Split mask_sampling_uniform(const Tensor& seed_any, const Tensor& num_keep_any, std::optional<Tensor> lengths,
                             std::optional<Tensor> mask_any, int64_t tokens, int64_t max_keep, int64_t max_mask, bool ascending,
-                            int64_t frames) {
-  check_sampling_uniform(seed_any, num_keep_any, lengths, mask_any, tokens, max_keep, max_mask, frames);
+                            int64_t across, int64_t high, int64_t wide) {
+  const Cells cells{across, high, wide};
+  check_sampling_uniform(seed_any, num_keep_any, lengths, mask_any, tokens, max_keep, max_mask, ascending, cells);
   const Tensor seed = contiguous_or_copy(seed_any), num_keep = contiguous_or_copy(num_keep_any);
   const int64_t* num_keep_of = static_cast<const int64_t*>(num_keep.const_data_ptr());
   std::optional<Tensor> mask;
@@ -258,7 +259,7 @@ Split mask_sampling_uniform(const Tensor& seed_any, const Tensor& num_keep_any, 
     else order_drawn_row(noise, mask_row, length, scratch);
     return ascending;
   };
-  return split_rows(num_keep, lengths, tokens, max_keep, max_mask, frames, ascending, order_row);
+  return split_rows(num_keep, lengths, tokens, max_keep, max_mask, ascending, cells, order_row);
 }
 
 Split rank_floats(const Tensor& noise_any, const Tensor& num_keep_any, const std::optional<Tensor>& lengths, int64_t max_keep,
@@ -277,7 +278,7 @@ Split rank_floats(const Tensor& noise_any, const Tensor& num_keep_any, const std
     else order_given_row(keys, length, scratch.order, scratch.other);
     return ascending;
   };
-  return split_rows(num_keep, lengths, tokens, max_keep, max_mask, 1, ascending, order_row);
+  return split_rows(num_keep, lengths, tokens, max_keep, max_mask, ascending, Cells{}, order_row);
 }
 
 Split rank_doubles(const Tensor& noise_any, const Tensor& num_keep, const std::optional<Tensor>& lengths, int64_t max_keep,
@@ -292,7 +293,7 @@ Split rank_doubles(const Tensor& noise_any, const Tensor& num_keep, const std::o
     order_given_row(keys.data(), length, scratch.order, scratch.other);
     return false;
   };
-  return split_rows(num_keep, lengths, tokens, max_keep, max_mask, 1, ascending, order_row);
+  return split_rows(num_keep, lengths, tokens, max_keep, max_mask, ascending, Cells{}, order_row);
 }
 
 Split mask_sampling_rank(const Tensor& noise, const Tensor& num_keep, std::optional<Tensor> lengths, int64_t max_keep,

@@ -174,20 +174,34 @@ __global__ void __launch_bounds__(kSampleThreads, 4) sample_write_kernel(const S
   pad_split_row<kSampleThreads>(row);
 }
 
-// ---------------------------------------------------------------- frames
+// ---------------------------------------------------------------- cells
 
-// From the slots of one frame [B, N] to the split of rows in which it stands `frames` times. A thread owns a token of rows.tokens.
+// From the slots of cells [B, N], in index order, to the split of the patches of their grid. A thread owns a patch of rows.tokens.
+//
+// The kept cells before cell c are slot[c] where it is kept, else c less the hidden ones before it. Before a patch stand its own lines
+// of the cells in earlier lines of cells, its cells' earlier lines, and the cells to its left.
 __global__ void __launch_bounds__(kSampleThreads, 4)
-    frames_kernel(const SampleRows rows, const std::int64_t* slots, std::int64_t frames, std::int64_t chunks) {
+    cells_kernel(const SampleRows rows, const std::int64_t* slots, const Cells cells, std::int64_t chunks) {
   const std::int64_t b = blockIdx.x / chunks, i = blockIdx.x % chunks * kSampleThreads + threadIdx.x;
-  const std::int64_t tokens = frames ? rows.tokens / frames : 0, wanted = load(rows.num_keep + b);
+  const std::int64_t area = cells.area(), tokens = area ? rows.tokens / area : 0, wanted = load(rows.num_keep + b);
   const std::int64_t keep = wanted < 0 ? 0 : wanted > tokens ? tokens : wanted;  // as where the slots were made
   const SplitRow row{rows.ids_keep + b * rows.max_keep, rows.ids_mask + b * rows.max_mask, rows.ids_restore + b * rows.tokens,
-                     rows.max_keep, rows.max_mask, rows.tokens, frames * keep, rows.tokens};
-  if (i == 0) store(rows.num_mask + b, frames * (tokens - keep));
+                     rows.max_keep, rows.max_mask, rows.tokens, area * keep, rows.tokens};
+  if (i == 0) store(rows.num_mask + b, area * (tokens - keep));
   if (i < rows.tokens) {
-    const std::int64_t t = i / tokens, one = load(slots + b * tokens + i % tokens);
-    const std::int64_t slot = one + (one < keep ? t * keep : (frames - 1) * keep + t * (tokens - keep));
+    const std::int64_t width = cells.across * cells.wide, line = i / width, x = i % width;
+    const std::int64_t first = line / cells.high * cells.across, cell = first + x / cells.wide;
+    auto slot_of = [&](std::int64_t c) { return load(slots + b * tokens + c); };
+    auto kept_before = [&](std::int64_t c) {
+      if (c == tokens) return keep;
+      const std::int64_t slot = slot_of(c);
+      return slot < keep ? slot : c - (slot - keep);
+    };
+    const bool kept = slot_of(cell) < keep;
+    const std::int64_t above = kept_before(first), in_line = kept_before(first + cells.across) - above;
+    const std::int64_t left = cells.wide * (kept_before(cell) - above) + (kept ? x % cells.wide : 0);
+    const std::int64_t before = cells.wide * (cells.high * above + line % cells.high * in_line) + left;
+    const std::int64_t slot = kept ? before : area * keep + i - before;
     store(row.ids_restore + i, slot);
     row.place(slot, i);
   }
@@ -228,33 +242,34 @@ struct Outputs {
 
 template <typename Keys>
 Split sample(const Keys& keys, const Tensor& num_keep_any, const std::optional<Tensor>& lengths_any, std::int64_t max_keep,
-             std::int64_t max_mask, bool ascending, cudaStream_t stream, std::int64_t frames = 1) {
+             std::int64_t max_mask, bool ascending, cudaStream_t stream, const Cells& cells = {}) {
   const Tensor num_keep = torch::stable::contiguous(num_keep_any);
   const std::optional<Tensor> lengths = contiguous(lengths_any);
-  const std::int64_t batch = num_keep.size(0);
+  const std::int64_t batch = num_keep.size(0), area = cells.area();
   Outputs out(num_keep, max_keep, max_mask, keys.tokens);
   launch_sampling(keys, out.rows(num_keep, lengths, ascending), batch, stream);
-  if (frames != 1) {
+  if (!cells.single()) {
     const Tensor slots = out.ids_restore;
-    out = Outputs(num_keep, frames * max_keep, frames * max_mask, frames * keys.tokens);
-    const std::int64_t chunks = std::max<std::int64_t>(1, ceil_div(frames * keys.tokens, kSampleThreads));
-    launch(frames_kernel, grid_for(batch * chunks, 1), dim3(kSampleThreads), 0, stream, out.rows(num_keep, lengths, ascending),
-           const_data<std::int64_t>(slots), frames, chunks);
+    out = Outputs(num_keep, area * max_keep, area * max_mask, area * keys.tokens);
+    const std::int64_t chunks = std::max<std::int64_t>(1, ceil_div(area * keys.tokens, kSampleThreads));
+    launch(cells_kernel, grid_for(batch * chunks, 1), dim3(kSampleThreads), 0, stream, out.rows(num_keep, lengths, ascending),
+           const_data<std::int64_t>(slots), cells, chunks);
   }
   Tensor cu_seqlens = empty_like_device(num_keep, {batch + 1}, ScalarType::Int);
-  exclusive_cumsum(const_data<std::int64_t>(num_keep), data<std::int32_t>(cu_seqlens), batch, stream, frames);
+  exclusive_cumsum(const_data<std::int64_t>(num_keep), data<std::int32_t>(cu_seqlens), batch, stream, area);
   return {out.ids_keep, out.ids_mask, out.ids_restore, out.num_mask, cu_seqlens};
 }
 
 Split mask_sampling_uniform(const Tensor& seed_any, const Tensor& num_keep, std::optional<Tensor> lengths,
                             std::optional<Tensor> mask_any, std::int64_t tokens, std::int64_t max_keep, std::int64_t max_mask,
-                            bool ascending, std::int64_t frames) {
-  check_sampling_uniform(seed_any, num_keep, lengths, mask_any, tokens, max_keep, max_mask, frames);
+                            bool ascending, std::int64_t across, std::int64_t high, std::int64_t wide) {
+  const Cells cells{across, high, wide};
+  check_sampling_uniform(seed_any, num_keep, lengths, mask_any, tokens, max_keep, max_mask, ascending, cells);
   const DeviceScope scope(num_keep);
   const Tensor seed = torch::stable::contiguous(seed_any);
   const std::optional<Tensor> mask = contiguous(mask_any);
   const DrawnKeys keys{const_data<std::int64_t>(seed), const_data_or_null<unsigned char>(mask), tokens};
-  return sample(keys, num_keep, lengths, max_keep, max_mask, ascending, scope.stream(), frames);
+  return sample(keys, num_keep, lengths, max_keep, max_mask, ascending, scope.stream(), cells);
 }
 
 Split mask_sampling_rank(const Tensor& noise_any, const Tensor& num_keep, std::optional<Tensor> lengths, std::int64_t max_keep,

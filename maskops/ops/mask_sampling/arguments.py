@@ -137,17 +137,19 @@ def ranked(key: Tensor, keep: int, order: str, backend: str, function: str) -> T
 
 def shuffled(
     seed: Tensor, B: int, N: int, keep: int, order: str, backend: str, function: str, mask: Tensor | None = None,
-    frames: int = 1,
+    cells: tuple[int, int, int] = (1, 1, 1),
 ) -> TokenSplit:  # fmt: skip
     """Keep a uniformly random subset; tokens of mask bool [B, N] are kept only when no others are left.
 
-    frames: how often the N tokens stand behind one another, each time with the same ones kept.
+    cells: (cells of a line, patches along a cell's height, along its width), where the tokens are cells of a grid of patches, and
+    the split is that of the patches.
     """
     counts = torch.full((B,), keep, dtype=torch.int64, device=seed.device)
     op = find_op("mask_sampling_uniform", seed.device.type, backend, function)
-    out = op(seed, counts, None, mask, N, keep, N - keep, order == "ascending", frames)
-    if frames != 1:
-        keep = frames * keep
+    out = op(seed, counts, None, mask, N, keep, N - keep, order == "ascending", *cells)
+    area = cells[1] * cells[2]
+    if area != 1:
+        keep = area * keep
         counts = torch.full((B,), keep, dtype=torch.int64, device=seed.device)
     return TokenSplit(*out[:3], counts, *out[3:], keep, B * keep)
 

@@ -184,13 +184,6 @@ def ragged_split(mask: Tensor, bound: int, backend: str) -> TokenSplit:
     return split_tokens(mask, max_seqlen=bound, max_masked=bound, backend=backend)
 
 
-@given.table
-def _cell_of(h: int, w: int, ch: int, cw: int, device: torch.device) -> Tensor:
-    """int64 [1, h w]: the cell of each patch. Gathering by it is three times as fast as repeating along both axes."""
-    y, x = torch.arange(h, device=device) // ch, torch.arange(w, device=device) // cw
-    return (y[:, None] * (w // cw) + x).view(1, h * w)
-
-
 def cell_masking(
     B: int, grid: Sequence[int], cell: int | Sequence[int], mask_ratio: float | None = None, *,
     num_keep: int | None = None, rounding: str = "floor", seed: Seed = None, generator: torch.Generator | None = None,
@@ -234,9 +227,8 @@ def cell_masking(
     cells = (h // ch) * (w // cw)
     keep = given.kept_of(name, cells, mask_ratio, num_keep, rounding)
     where = given.where(name, device, seed, generator)
-    split = given.shuffled(given.seed_of(name, seed, generator, where), B, cells, keep, "ascending", backend, name)
-    hidden = (split.ids_restore >= keep).gather(1, _cell_of(h, w, ch, cw, where).expand(B, -1))
-    return given.rows_split(hidden, keep * ch * cw, backend)
+    seed = given.seed_of(name, seed, generator, where)
+    return given.shuffled(seed, B, cells, keep, "ascending", backend, name, cells=(max(w // cw, 1), ch, cw))
 
 
 def tube_masking(
@@ -278,7 +270,8 @@ def tube_masking(
     keep = given.kept_of(name, N, mask_ratio, num_keep, rounding)
     where = given.where(name, device, seed, generator)
     seed = given.seed_of(name, seed, generator, where)
-    return given.shuffled(seed, B, N, keep, "ascending", backend, name, frames=frames)
+    # Patches are cells of one line, a frame each of its lines.
+    return given.shuffled(seed, B, N, keep, "ascending", backend, name, cells=(max(N, 1), frames, 1))
 
 
 def frequency_masking(
@@ -370,9 +363,8 @@ def sector_groups(
     # Contiguous: torch's atan2 makes vectors of such numbers only, 20 times as fast.
     x, y = points[..., 0].contiguous(), points[..., 1].contiguous()
     angle = torch.atan2(y, x) / (2 * math.pi)
-    known = angle == angle if valid is None else (angle == angle) & valid
-    group = (torch.where(known, angle - angle.floor(), 0.0) * sectors).long().clamp(max=sectors - 1)
+    group = ((angle - angle.floor()) * sectors).nan_to_num(-1.0).long().clamp(max=sectors - 1)
     if rings > 1:
-        far = (torch.where(known, torch.hypot(x, y), 0.0) * rings / max_radius).clamp(max=rings - 1).long()
-        group = group + far * sectors
-    return torch.where(known, group, -1)
+        far = (torch.hypot(x, y) * rings / max_radius).nan_to_num(0.0).clamp(max=rings - 1).long()
+        group = torch.where(group < 0, -1, group + far * sectors)
+    return group if valid is None else torch.where(valid, group, -1)

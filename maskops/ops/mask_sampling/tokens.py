@@ -253,7 +253,8 @@ def sample_gates(
     given.choice(name, "noise", noise, ("logistic", "gumbel"))
     op = find_op("mask_sampling_gate", logits.device.type, backend, name, grad=may_need_grad(logits))
     seed = given.seed_of(name, seed, generator, logits.device)
-    return op(seed, logits.reshape(-1).float(), noise == "gumbel").view(logits.shape).to(logits.dtype)
+    gates = op(seed, logits.reshape(-1).float(), noise == "gumbel").view_as(logits)
+    return gates if logits.dtype == torch.float32 else gates.to(logits.dtype)
 
 
 class MaskCollator:

@@ -220,20 +220,26 @@ def _check_counts(num_keep: Tensor, lengths: Tensor | None, batch: int | None, m
 
 def _check_uniform(
     seed: Tensor, num_keep: Tensor, lengths: Tensor | None, mask: Tensor | None, N: int, max_keep: int, max_mask: int,
-    ascending: bool, frames: int,
+    ascending: bool, across: int, high: int, wide: int,
 ) -> None:  # fmt: skip
     _check_counts(num_keep, lengths, None, max_keep, max_mask)
     check_tensor(FUNCTION, "seed", seed, "[2]", INT64, (2,), num_keep)
     if mask is not None:
         check_tensor(FUNCTION, "mask", mask, "[B, N]", (torch.bool,), (num_keep.shape[0], N), num_keep)
-    sizes = [("N", N), ("frames", frames)]
-    if frames != 1:
-        sizes += [("frames N", frames * N), ("max_keep", max_keep), ("max_mask", max_mask)]
+    sizes, single = [("N", N), ("high", high), ("wide", wide)], high == 1 and wide == 1
+    if not single:
+        sizes += [("high wide", high * wide), ("high wide N", high * wide * N), ("max_keep", max_keep), ("max_mask", max_mask)]
     for name, value in sizes:
         if not 0 <= value < MAX_TOKENS:
             fail(FUNCTION, name, "be in [0, 2^30)", value)
-    if lengths is not None and frames != 1:
-        fail(FUNCTION, "frames", "be 1 where lengths are given", frames)
+    if single:
+        return
+    if across < 1 or N % across:
+        fail(FUNCTION, "across", f"divide N = {N}", across)
+    if lengths is not None:
+        fail(FUNCTION, "high and wide", "be 1 where lengths are given", f"{high} and {wide}")
+    if not ascending:
+        fail(FUNCTION, "high and wide", "be 1 in random order", f"{high} and {wide}")
 
 
 def _check_rank(
@@ -265,7 +271,7 @@ def _fake_split(num_keep: Tensor, tokens: int, max_keep: int, max_mask: int) -> 
 define_op(
     OpSpec(
         "mask_sampling_uniform(Tensor seed, Tensor num_keep, Tensor? lengths, Tensor? mask, SymInt N, SymInt max_keep,"
-        " SymInt max_mask, bool ascending, SymInt frames=1)"
+        " SymInt max_mask, bool ascending, SymInt across=1, SymInt high=1, SymInt wide=1)"
         " -> (Tensor ids_keep, Tensor ids_mask, Tensor ids_restore, Tensor num_mask, Tensor cu_seqlens)",
         family="mask_sampling",
         reference=reference.mask_sampling_uniform,
@@ -273,8 +279,8 @@ define_op(
         check_data=lambda seed, num_keep, lengths, mask, N, max_keep, max_mask, *_: _check_counts_data(
             num_keep, lengths, N, max_keep, max_mask
         ),
-        fake=lambda seed, num_keep, lengths, mask, N, max_keep, max_mask, ascending, frames: _fake_split(
-            num_keep, N * frames, max_keep * frames, max_mask * frames
+        fake=lambda seed, num_keep, lengths, mask, N, max_keep, max_mask, ascending, across, high, wide: _fake_split(
+            num_keep, *(size * (high * wide) for size in (N, max_keep, max_mask))
         ),
     )
 )

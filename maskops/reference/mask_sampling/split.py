@@ -41,27 +41,31 @@ def _multiply(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
 
 def mask_sampling_uniform(
     seed: Tensor, num_keep: Tensor, lengths: Tensor | None, mask: Tensor | None, N: int, max_keep: int, max_mask: int,
-    ascending: bool, frames: int = 1,
+    ascending: bool, across: int = 1, high: int = 1, wide: int = 1,
 ) -> Split:  # fmt: skip
     noise = philox_words(seed, num_keep.shape[0] * N).view(num_keep.shape[0], N)
     if mask is not None:
         noise = noise + (mask.long() << 32)
     split = _split_by_key(noise, num_keep, lengths, max_keep, max_mask, ascending)
-    return split if frames == 1 else _repeated(split[2], num_keep, max_keep, max_mask, frames)
+    if high == wide == 1:
+        return split
+    return _of_patches(split[2] >= num_keep[:, None], num_keep, max_keep, max_mask, across, high, wide)
 
 
-def _repeated(slot: Tensor, num_keep: Tensor, max_keep: int, max_mask: int, frames: int) -> Split:
-    """The split of rows whose tokens stand `frames` times behind one another, each time split as slot [B, N] says."""
-    (B, N), kept = slot.shape, num_keep[:, None, None]
-    if slot.numel() == 0:  # nothing, however often
-        slot = slot.new_empty(B, N * frames)
+def _of_patches(
+    hidden: Tensor, num_keep: Tensor, max_keep: int, max_mask: int, across: int, high: int, wide: int
+) -> Split:
+    """The split of the patches of a grid of cells, of which hidden [B, N] are not kept, high x wide patches to a cell."""
+    (B, N), area = hidden.shape, high * wide
+    if hidden.numel() == 0 or area == 0:  # nothing, however often
+        slot = num_keep.new_empty(B, N * area)
     else:
-        t = torch.arange(frames, device=slot.device)[:, None]
-        behind = torch.where(slot[:, None] < kept, t * kept, (frames - 1) * kept + t * (N - kept))
-        slot = (slot[:, None] + behind).flatten(1)
-    num_keep, num_mask = num_keep * frames, (N - num_keep) * frames
-    ids_keep = ids_of_slots(slot, torch.zeros_like(num_keep), num_keep, max_keep * frames)
-    ids_mask = ids_of_slots(slot, num_keep, num_mask, max_mask * frames)
+        lines = hidden.view(B, N // across, 1, across, 1).expand(-1, -1, high, -1, wide).reshape(B, N * area)
+        order = lines.to(torch.int8).argsort(dim=1, stable=True)
+        slot = torch.empty_like(order).scatter_(1, order, torch.arange(N * area, device=order.device).expand_as(order))
+    num_keep, num_mask = num_keep * area, (N - num_keep) * area
+    ids_keep = ids_of_slots(slot, torch.zeros_like(num_keep), num_keep, max_keep * area)
+    ids_mask = ids_of_slots(slot, num_keep, num_mask, max_mask * area)
     return ids_keep, ids_mask, slot, num_mask, exclusive_cumsum(num_keep)
 
 

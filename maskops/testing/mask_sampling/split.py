@@ -24,15 +24,15 @@ def _counts(g: G, batch: int, tokens: int, ragged: bool) -> tuple[Tensor, Tensor
 
 
 def _uniform(
-    batch: int, tokens: int, ragged: bool, ascending: bool, with_mask: bool = False, frames: int = 1
+    batch: int, tokens: int, ragged: bool, ascending: bool, with_mask: bool = False, cells: tuple = (1, 1, 1)
 ) -> Callable:
     def make(dtype: torch.dtype, g: G) -> tuple:
         num_keep, lengths, max_keep, max_mask = _counts(g, batch, tokens, ragged)
         mask = torch.rand(batch, tokens, generator=g) < 0.5 if with_mask else None
         seed = torch.tensor([-(2**63) + 12345, 2**40 + 7])
-        if frames != 1:  # rows of one length, which may still keep different counts
+        if cells[1:] != (1, 1):  # rows of one length, which may still keep different counts
             max_mask, lengths = tokens, None
-        return seed, num_keep, lengths, mask, tokens, max_keep, max_mask, ascending, frames
+        return seed, num_keep, lengths, mask, tokens, max_keep, max_mask, ascending, *cells
 
     return make
 
@@ -58,12 +58,16 @@ SAMPLES = [
     Sample(UNIFORM, "no_rows", _uniform(0, 8, False, False)),
     Sample(UNIFORM, "no_tokens", _uniform(2, 0, False, True)),
     *(
-        Sample(UNIFORM, f"{t}_frames_{'ragged' if r else 'equal'}_{'ascending' if a else 'random'}", _uniform(3, 37, r, a, a, t))
-        for r, a, t in ((False, True, 4), (True, True, 3), (True, False, 2), (False, False, 0))
+        Sample(UNIFORM, f"cells_{x}_{h}x{w}_{'ragged' if r else 'equal'}{'_mask' * m}", _uniform(3, 42, r, True, m, (x, h, w)))
+        for x, h, w, r, m in (
+            (42, 4, 1, False, True), (7, 2, 2, True, False), (6, 1, 3, True, True), (1, 3, 2, False, False), (14, 20, 1, True, False),
+            (7, 0, 2, False, False),
+        )
     ),
-    Sample(UNIFORM, "frames_no_tokens", _uniform(2, 0, False, True, frames=3)),
-    Sample(UNIFORM, "frames_no_tokens_but_room", _uniform(2, 0, True, True, frames=3)),
-    Sample(UNIFORM, "frames_no_rows", _uniform(0, 8, False, False, frames=3)),
+    Sample(UNIFORM, "cells_one_row_of_long", _uniform(1, 300, True, True, cells=(20, 3, 2))),
+    Sample(UNIFORM, "cells_no_tokens", _uniform(2, 0, False, True, cells=(3, 3, 2))),
+    Sample(UNIFORM, "cells_no_tokens_but_room", _uniform(2, 0, True, True, cells=(1, 3, 1))),
+    Sample(UNIFORM, "cells_no_rows", _uniform(0, 8, False, True, cells=(4, 3, 1))),
     Sample(UNIFORM, "long_row", _uniform(1, 300, False, False)),
     *(
         Sample(RANK, f"{'ragged' if r else 'equal'}_{'ascending' if a else 'random'}_{str(d)[6:]}", _rank(3, 37, r, a, d))
@@ -86,16 +90,29 @@ ERRORS = [
         ValueError,
         "mask must have",
     ),
-    ErrorSample(UNIFORM, "frames", lambda *a: (*a[:8], -1), ValueError, r"frames must be in \[0, 2\^30\), got -1"),
-    ErrorSample(
-        UNIFORM, "tokens", lambda *a: (*a[:8], 2**25), ValueError, r"frames N must be in \[0, 2\^30\), got 1241513984"
+    *(
+        ErrorSample(UNIFORM, name, lambda *a, cells=cells: (*a[:7], True, *cells), ValueError, text)
+        for name, cells, text in (
+            ("high", (1, -1, 1), r"high must be in \[0, 2\^30\), got -1"),
+            ("area", (1, 2**20, 2**20), r"high wide must be in \[0, 2\^30\), got 1099511627776"),
+            ("tokens", (1, 2**25, 1), r"high wide N must be in \[0, 2\^30\), got 1241513984"),
+            ("across", (0, 2, 1), "across must divide N = 37, got 0"),
+            ("across_rest", (5, 1, 2), "across must divide N = 37, got 5"),
+        )
     ),
     ErrorSample(
         UNIFORM,
-        "frames_lengths",
-        lambda s, k, n, *a: (s, k, k + 9, *a[:5], 2),
+        "cells_lengths",
+        lambda s, k, n, *a: (s, k, k + 9, *a[:4], True, 1, 2, 1),
         ValueError,
-        "frames must be 1 where lengths",
+        "high and wide must be 1 where lengths are given, got 2 and 1",
+    ),
+    ErrorSample(
+        UNIFORM,
+        "cells_order",
+        lambda *a: (*a[:7], False, 1, 1, 3),
+        ValueError,
+        "high and wide must be 1 in random order, got 1 and 3",
     ),
     ErrorSample(RANK, "noise_dtype", lambda x, *a: (x.half(), *a), ValueError, "noise must be float32 or float64"),
     ErrorSample(
@@ -109,8 +126,8 @@ def _bytes(inputs: int, batch: int, tokens: int, max_keep: int, max_mask: int) -
 
 
 TRAFFIC = {
-    UNIFORM: lambda seed, keep, lengths, mask, n, k, m, asc, t: _bytes(
-        16 if mask is None else 16 + mask.numel(), len(keep), t * n, t * k, t * m
+    UNIFORM: lambda seed, keep, lengths, mask, n, k, m, asc, x, h, w: _bytes(
+        16 if mask is None else 16 + mask.numel(), len(keep), h * w * n, h * w * k, h * w * m
     ),
     RANK: lambda noise, keep, lengths, k, m, asc: _bytes(
         noise.numel() * noise.element_size(), len(keep), noise.shape[1], k, m

@@ -40,6 +40,8 @@ inline void exchange(__m512i& a, __m512i& b) {
   a = low;
 }
 
+// A network of 16 registers whose last are the largest numbers: every exchange leaves the larger one where it was or behind, so that
+// those of registers R and beyond do nothing and are left out.
 template <int R>
 inline void sort(__m512i (&x)[R]) {
   const __m512i backwards = _mm512_setr_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
@@ -50,25 +52,21 @@ inline void sort(__m512i (&x)[R]) {
     x[i] = exchanged<1>(exchanged<2>(exchanged<7>(x[i])));
     x[i] = exchanged<1>(exchanged<2>(exchanged<4>(exchanged<15>(x[i]))));
   }
-  // Runs of `run` registers, in order, are merged in pairs, the second one turned round.
+  // Runs of `run` registers, in order, are merged in pairs: each register meets, turned round, the one as far from the other end.
 #pragma GCC unroll 4
   for (int run = 1; run < R; run *= 2) {
 #pragma GCC unroll 16
-    for (int at = 0; at < R; at += 2 * run) {
-      __m512i turned[R];
-#pragma GCC unroll 16
-      for (int i = 0; i < run; ++i) turned[i] = _mm512_permutexvar_epi32(backwards, x[at + 2 * run - 1 - i]);
-#pragma GCC unroll 16
-      for (int i = 0; i < run; ++i) {
-        exchange(x[at + i], turned[i]);
-        x[at + run + i] = turned[i];
-      }
+    for (int i = 0; i < R; ++i) {
+      const int other = i ^ (2 * run - 1);
+      if (i > other || other >= R) continue;
+      x[other] = _mm512_permutexvar_epi32(backwards, x[other]);
+      exchange(x[i], x[other]);
     }
 #pragma GCC unroll 4
     for (int apart = run / 2; apart > 0; apart /= 2) {
 #pragma GCC unroll 16
       for (int i = 0; i < R; ++i) {
-        if (!(i & apart)) exchange(x[i], x[i + apart]);
+        if (!(i & apart) && i + apart < R) exchange(x[i], x[i + apart]);
       }
     }
 #pragma GCC unroll 16
@@ -126,7 +124,7 @@ int64_t pack(const uint32_t* noise, const uint8_t* mask, int64_t length, uint32_
   }
   const uint32_t low = _mm512_reduce_min_epu32(lowest), range = _mm512_reduce_max_epu32(highest) - low;
   const int shift = length == 0 || range == 0 ? 0 : __builtin_clz(range);
-  const int64_t wanted = length <= 16 ? 16 : length <= 32 ? 32 : length <= 64 ? 64 : length <= 128 ? 128 : 256;
+  const int64_t wanted = length <= 16 ? 16 : length <= 32 ? 32 : length <= 64 ? 64 : length <= 128 ? 128 : length <= 208 ? 208 : 256;
   __m512i index = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
   for (int64_t i = 0; i < wanted; i += kLanes) {
     const __mmask16 real = i < length ? first(i) : __mmask16(0);
@@ -154,6 +152,7 @@ bool order(const uint32_t* noise, const uint8_t* mask, int64_t length, uint32_t*
                    : wanted == 32  ? sort_row<2>(keys, length, to, alike)
                    : wanted == 64  ? sort_row<4>(keys, length, to, alike)
                    : wanted == 128 ? sort_row<8>(keys, length, to, alike)
+                   : wanted == 208 ? sort_row<13>(keys, length, to, alike)  // 196 patches
                                    : sort_row<16>(keys, length, to, alike);
   return !any || mend(noise, mask, length, alike, to);
 }
@@ -207,6 +206,7 @@ bool mark(const uint32_t* noise, const uint8_t* mask, int64_t length, int64_t ke
          : wanted == 32  ? mark_row<2>(keys, length, keep, hidden)
          : wanted == 64  ? mark_row<4>(keys, length, keep, hidden)
          : wanted == 128 ? mark_row<8>(keys, length, keep, hidden)
+         : wanted == 208 ? mark_row<13>(keys, length, keep, hidden)
                          : mark_row<16>(keys, length, keep, hidden);
 }
 

@@ -3,6 +3,7 @@
 #include "cpu/mask_sampling/draw.h"
 
 #include <algorithm>
+#include <type_traits>
 
 #include "common/simd_philox.h"
 #include "cpu/mask_sampling/draw_logs.h"
@@ -103,35 +104,45 @@ struct Taps {
     }
   }
 
-  // Each number of `from` holds its own half below and that of the next column above.
-  inline Lanes sum_of_halves(const int32_t* from) const {
-    Lanes total{};
+  // Of K rows, `stride` apart. Each number of `from` holds its own half below and that of the next column above.
+  template <int K>
+  inline void sums_of_halves(const int32_t* from, int64_t stride, Lanes (&total)[K]) const {
     for (int64_t t = first; t < last; t += 2) {
-      Lanes x;
-      memcpy(&x, from + t, sizeof x);
-      total += products_of_halves(x, pairs[(t - first) / 2]);
+      const int32_t both = pairs[(t - first) / 2];
+#pragma GCC unroll 4
+      for (int k = 0; k < K; ++k) total[k] += products_of_halves(lanes(from + k * stride + t), both);
     }
-    return total;
   }
 
   // Down the rows. Where the taps read the same from both ends, numbers that share one are added first.
-  inline Lanes sum(const int32_t* from, int64_t stride) const {
-    auto at = [&](int64_t t) {
-      Lanes x;
-      memcpy(&x, from + t * stride, sizeof x);
-      return x;
-    };
-    Lanes total{};
-    if (even && last > first) {
-      int64_t t = first;
-      for (; t < last - 1 - (t - first); ++t) total += taps[t] * (at(t) + at(last - 1 - (t - first)));
-      total += taps[t] * at(t);
-    } else {
-      for (int64_t t = first; t < last; ++t) total += taps[t] * at(t);
+  template <int K>
+  inline void sums(const int32_t* from, int64_t stride, Lanes (&total)[K]) const {
+    int64_t t = first, end = last;
+    for (; even && t + 1 < end; ++t) {
+      --end;
+#pragma GCC unroll 4
+      for (int k = 0; k < K; ++k) total[k] += taps[t] * (lanes(from + (k + t) * stride) + lanes(from + (k + end) * stride));
     }
-    return total;
+    for (; t < end; ++t) {
+#pragma GCC unroll 4
+      for (int k = 0; k < K; ++k) total[k] += taps[t] * lanes(from + (k + t) * stride);
+    }
+  }
+
+  static inline Lanes lanes(const int32_t* from) {
+    Lanes x;
+    memcpy(&x, from, sizeof x);
+    return x;
   }
 };
+
+// body(rows, y): four rows at a time, so that a tap is read once for them, and the rest one by one.
+template <class Body>
+inline void in_blocks(int64_t rows, const Body& body) {
+  int64_t y = 0;
+  for (; y + 4 <= rows; y += 4) body(std::integral_constant<int, 4>(), y);
+  for (; y < rows; ++y) body(std::integral_constant<int, 1>(), y);
+}
 
 // Rows of the field and of what is filtered have room for whole vectors; what is past their ends is noise that no result reads.
 void colour(const PhiloxKey& key, int64_t row, const Filter& filter, int32_t* buffer, float* to) {
@@ -152,20 +163,25 @@ void colour(const PhiloxKey& key, int64_t row, const Filter& filter, int32_t* bu
   }
   for (int64_t s = 0; s < filter.filters; ++s) {
     const Taps taps(filter.taps + s * filter.width, filter.width);
-    for (int64_t y = 0; y < fh; ++y) {
+    in_blocks(fh, [&](auto rows, int64_t y) {
       for (int64_t x = 0; x < padded; x += step) {
-        const Lanes line = taps.sum_of_halves(field + y * stride + x) >> 6;
-        memcpy(across + y * padded + x, &line, sizeof line);
+        Lanes line[rows()]{};
+        taps.sums_of_halves(field + y * stride + x, stride, line);
+        for (int k = 0; k < rows(); ++k) line[k] >>= 6, memcpy(across + (y + k) * padded + x, &line[k], sizeof line[k]);
       }
-    }
-    for (int64_t y = 0; y < filter.h; ++y) {
+    });
+    in_blocks(filter.h, [&](auto rows, int64_t y) {
       for (int64_t x = 0; x < padded; x += step) {
-        Lanes line = taps.sum(across + y * padded + x, padded), before{};
-        if (s > 0) memcpy(&before, totals + y * padded + x, sizeof before);
-        line = s % 2 ? before + line : before - line;
-        memcpy(totals + y * padded + x, &line, sizeof line);
+        Lanes line[rows()]{};
+        taps.sums(across + y * padded + x, padded, line);
+        for (int k = 0; k < rows(); ++k) {
+          int32_t* to = totals + (y + k) * padded + x;
+          const Lanes before = s > 0 ? Taps::lanes(to) : Lanes{};
+          line[k] = s % 2 ? before + line[k] : before - line[k];
+          memcpy(to, &line[k], sizeof line[k]);
+        }
       }
-    }
+    });
   }
   for (int64_t y = 0; y < filter.h; ++y) {
     for (int64_t x = 0; x < filter.w; x += step) {

@@ -233,6 +233,16 @@ void row(const uint8_t* hidden, int64_t tokens, int64_t num_keep, int64_t* resto
   split_row(hidden, tokens, num_keep, restore, kept, masked);
 }
 
+void repeat(const int64_t* const (&ids)[3], int64_t keep, int64_t mask, int64_t lines, int64_t* const (&to)[3]) {
+  const int64_t tokens = keep + mask;
+  for (int64_t t = 0; t < lines && tokens > 0; ++t) {
+    int64_t *kept = to[0] + t * keep, *masked = to[1] + t * mask, *restore = to[2] + t * tokens;
+    for (int64_t k = 0; k < keep; ++k) kept[k] = ids[0][k] + t * tokens;
+    for (int64_t m = 0; m < mask; ++m) masked[m] = ids[1][m] + t * tokens;
+    for (int64_t n = 0; n < tokens; ++n) restore[n] = ids[2][n] + (ids[2][n] < keep ? t * keep : (lines - 1) * keep + t * mask);
+  }
+}
+
 void ordered_row(const uint32_t* order, int64_t length, int64_t keep, int64_t* restore, int64_t* kept, int64_t* masked) {
   for (int64_t slot = 0; slot < length; ++slot) restore[order[slot]] = slot;
   for (int64_t slot = 0; slot < keep; ++slot) kept[slot] = order[slot];
@@ -241,7 +251,7 @@ void ordered_row(const uint32_t* order, int64_t length, int64_t keep, int64_t* r
 
 }  // namespace
 
-extern const OrderKernels OrderKernels_table{&keys, &order, &mark, &ordered_row, &row};
+extern const OrderKernels OrderKernels_table{&keys, &order, &mark, &repeat, &ordered_row, &row};
 
 }  // namespace MASKOPS_ISA_NS
 }  // namespace maskops

@@ -38,6 +38,7 @@ struct Scratch {
   std::vector<uint32_t> order;  // the row's tokens in key order
   std::vector<uint8_t> hidden;  // or, where the result is in index order, which of them are not kept
   std::vector<uint8_t> patches;  // and which patches, where the tokens are cells of several
+  std::vector<int64_t> line;     // ids_restore, ids_keep and ids_mask of one line
 
   explicit Scratch(int64_t tokens)
       : from(tokens), to(tokens), noise(tokens + kWordsSlack + 4), other(std::max(tokens, kMaxOrdered)), order(other.size()), hidden(tokens) {}
@@ -176,9 +177,18 @@ void write_ascending(const Rows& rows, int64_t b, Scratch& scratch, bool marked)
     std::fill(hidden, hidden + length, uint8_t{1});
     for (int64_t slot = 0; slot < keep; ++slot) hidden[scratch.order[slot]] = 0;
   }
-  pick_OrderKernels().split_row(hidden_patches(rows.cells, rows.tokens, scratch), area * length, area * keep,
-                                rows.ids_restore + b * area * rows.tokens, rows.ids_keep + b * area * rows.max_keep,
-                                rows.ids_mask + b * area * rows.max_mask);
+  const OrderKernels& kernels = pick_OrderKernels();
+  int64_t *restore = rows.ids_restore + b * area * rows.tokens, *kept = rows.ids_keep + b * area * rows.max_keep;
+  int64_t* masked = rows.ids_mask + b * area * rows.max_mask;
+  if (rows.cells.single() || rows.cells.across != rows.tokens || rows.cells.wide != 1) {
+    kernels.split_row(hidden_patches(rows.cells, rows.tokens, scratch), area * length, area * keep, restore, kept, masked);
+    return;
+  }
+  // A single line of cells, such as the tubes of a video: one of its lines of patches is split, the others are like it.
+  scratch.line.resize(3 * length);
+  int64_t* line = scratch.line.data();
+  kernels.split_row(hidden, length, keep, line, line + length, line + 2 * length);
+  kernels.repeat({line + length, line + 2 * length, line}, keep, length - keep, area, {kept, masked, restore});
 }
 
 void check_counts_data(const Rows& rows) {

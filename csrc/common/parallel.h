@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <vector>
 
 namespace maskops {
 
@@ -39,6 +40,24 @@ void share_out(int64_t count, int64_t work, const Body& body) {
   const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), count);
   parallel_for(threads, count * work / std::max<int64_t>(1, threads), [&](int64_t begin, int64_t end) {
     if (begin < end) body(next);
+  });
+}
+
+// body(i) for each item, on each thread first those of a part of its own, which is the same in every call: what they read and write
+// may then lie in its cache.
+template <class Body>
+void share_out_parts(int64_t count, int64_t work, const Body& body) {
+  const int64_t threads = std::max<int64_t>(1, std::min<int64_t>(torch::stable::get_num_threads(), count));
+  auto first = [&](int64_t part) { return part * count / threads; };
+  std::vector<std::atomic<int64_t>> next(threads);
+  for (int64_t part = 0; part < threads; ++part) next[part] = first(part);
+  parallel_for(threads, count * work / threads, [&](int64_t begin, int64_t end) {
+    for (int64_t own = begin; own < end; ++own) {
+      for (int64_t i = 0; i < threads; ++i) {
+        const int64_t part = (own + i) % threads;
+        for (int64_t item; (item = next[part].fetch_add(1)) < first(part + 1);) body(item);
+      }
+    }
   });
 }
 

@@ -217,79 +217,39 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> masked_loss_linear_kept(const
   return {found.loss, found.lse, found.sample.value_or(none), found.kept->powers, found.kept->tops};
 }
 
-// Half of the classes, with a grad_hidden of its own: two threads then have nothing of each other's in their caches. Halves, whatever
-// the number of threads, and in them the classes in order, so that neither threads nor super tiles change the sums.
-class HalfOfClasses {
+// The tiles of a codebook, a few at a time: each is made by one thread, then all threads add what they give to grad_hidden, each to
+// the part that is in its cache. Classes are added in order, so that neither threads nor super tiles change the sums.
+class SuperTiles {
  public:
-  HalfOfClasses(LinearRun& run, const LinearBytes& bytes, int64_t half, int64_t halves, int64_t threads)
-      : bytes_(bytes), begin_(half * run.args.tiles() / halves), end_((half + 1) * run.args.tiles() / halves),
-        kernels_(run.kernels()), sums_(half == 0 ? nullptr : std::make_unique<Buffer>(bytes.grad_hidden)) {
-    const int64_t fitting = kSuperTileBytes / (bytes.panels + bytes.logits);
-    together_ = std::min(end_ - begin_, threads * std::clamp<int64_t>(fitting, 1, 4));
-    tiles_ = std::make_unique<Buffer>(2 * together_ * (bytes.panels + bytes.logits));
-    for (int64_t i = 0; i < together_; ++i) buffers_.push_back(std::make_unique<Buffer>(bytes.thread));
-    if (sums_) std::memset(sums_->get(), 0, static_cast<size_t>(bytes.grad_hidden));
+  SuperTiles(const LinearRun& run, const LinearBytes& bytes) : kernels_(run.kernels()) {
+    const int64_t threads = torch::stable::get_num_threads();
+    together_ = std::min(run.args.tiles(), threads * std::clamp<int64_t>(kSuperTileBytes / (bytes.panels + bytes.logits), 1, 4));
+    tiles_ = std::make_unique<Buffer>(together_ * (bytes.panels + bytes.logits));
+    logits_ = static_cast<char*>(tiles_->get()) + together_ * bytes.panels;
+    for (int64_t i = 0; i < std::min(threads, together_); ++i) buffers_.push_back(std::make_unique<Buffer>(bytes.thread));
   }
 
-  void begin(const LinearLoss& args) {
-    now_ = args, now_.together = together_, now_.panels = tiles_->get();
-    if (sums_) now_.grad_hidden = sums_->get();
-    now_.logits = static_cast<char*>(now_.panels) + 2 * together_ * bytes_.panels;
-    before_ = now_, before_.panels = static_cast<char*>(now_.panels) + together_ * bytes_.panels;
-    before_.logits = static_cast<char*>(now_.logits) + together_ * bytes_.logits;
-    first_ = begin_, added_ = 0;
-  }
-
-  // A step makes the next super tile and adds the one before to grad_hidden.
-  bool done() const { return first_ >= end_ && added_ == 0; }
-  int64_t making() const { return std::clamp<int64_t>(end_ - first_, 0, together_); }
-  int64_t items() const { return making() + (added_ > 0 ? kernels_.hidden_items(now_) : 0); }
-  void run(int64_t i) {
-    const int64_t tiles = making();
-    if (i < tiles) kernels_.tile_gradient(now_, i, first_ + i, buffers_[i]->get());
-    else kernels_.add_hidden(before_, first_ - together_, added_, i - tiles, i - tiles + 1);
-  }
-  void step() {
-    added_ = making(), first_ += together_;
-    std::swap(now_.panels, before_.panels), std::swap(now_.logits, before_.logits);
-  }
-
-  void add_to(LinearRun& run) const {
-    run.element() == 8 ? add<double>(run.args.grad_hidden) : add<float>(run.args.grad_hidden);
-  }
-
- private:
-  template <class S>
-  void add(void* to) const {
-    for (int64_t i = 0; i < bytes_.grad_hidden / static_cast<int64_t>(sizeof(S)); ++i) {
-      static_cast<S*>(to)[i] += static_cast<const S*>(sums_->get())[i];
+  void walk(LinearLoss& args) const {
+    args.together = together_, args.panels = tiles_->get(), args.logits = logits_;
+    const int64_t work = args.M * args.D * LinearLoss::kTile;
+    for (int64_t first = 0; first < args.tiles(); first += together_) {
+      const int64_t made = std::min(together_, args.tiles() - first), items = kernels_.hidden_items(args);
+      std::atomic<int64_t> busy{0};
+      share_out(made, work, [&](const NextItem& next) {
+        void* buffer = buffers_[busy.fetch_add(1)]->get();
+        for (int64_t i; next(&i);) kernels_.tile_gradient(args, i, first + i, buffer);
+      });
+      share_out_parts(items, made * work / items, [&](int64_t i) { kernels_.add_hidden(args, first, made, i, i + 1); });
     }
   }
 
-  LinearBytes bytes_;
-  int64_t begin_, end_, first_ = 0, together_ = 0, added_ = 0;
+ private:
   const LinearLossKernels& kernels_;
-  std::unique_ptr<Buffer> sums_, tiles_;
+  int64_t together_;
+  std::unique_ptr<Buffer> tiles_;
+  void* logits_;
   std::vector<std::unique_ptr<Buffer>> buffers_;
-  LinearLoss now_{}, before_{};
 };
-
-// Each thread stays with one half while it has something left.
-void walk(const LinearRun& run, HalfOfClasses* halves, int64_t count) {
-  const int64_t threads = torch::stable::get_num_threads(), work = run.args.M * run.args.D * LinearLoss::kTile;
-  while (std::any_of(halves, halves + count, [](const HalfOfClasses& half) { return !half.done(); })) {
-    std::vector<std::atomic<int64_t>> next(count);
-    parallel_for(threads, work, [&](int64_t begin, int64_t end) {
-      for (int64_t thread = begin; thread < end; ++thread) {
-        for (int64_t h = 0; h < count; ++h) {
-          const int64_t mine = (thread + h) % count, items = halves[mine].items();
-          for (int64_t i; (i = next[mine].fetch_add(1)) < items;) halves[mine].run(i);
-        }
-      }
-    });
-    for (int64_t h = 0; h < count; ++h) halves[h].step();
-  }
-}
 
 // The arguments that all gradients share, checked.
 struct LinearGradient {
@@ -329,23 +289,15 @@ void LinearGradient::run(Tensor& grad_hidden, Tensor& grad_weight, Tensor& grad_
   args.lse = run.vector(0), args.slope = run.vector(1);
   const LinearBytes bytes = run.kernels().bytes(args, true);
   std::memset(args.grad_hidden, 0, static_cast<size_t>(bytes.grad_hidden));
-  std::vector<HalfOfClasses> halves;
-  const int64_t count = std::min<int64_t>(args.tiles(), 2), threads = torch::stable::get_num_threads();
-  for (int64_t h = 0; h < count; ++h) halves.emplace_back(run, bytes, h, count, (threads + 1) / 2);
+  const SuperTiles tiles(run, bytes);
   for (int64_t g = 0; g < args.books; ++g) {
     run.use_book(g);
     run.gather_sums(lse, g, args.lse, 1e30, 1);
     run.gather_sums(grad, g, args.slope, 0, scale);
     if (kept != nullptr) kept->use(run, g);
     args.grad_weight = run.part(grad_weight, g), args.grad_bias = run.part(grad_bias, g);
-    for (HalfOfClasses& half : halves) half.begin(args);
-    if (threads == 1) {
-      for (HalfOfClasses& half : halves) walk(run, &half, 1);
-    } else {
-      walk(run, halves.data(), count);
-    }
+    tiles.walk(args);
   }
-  for (int64_t h = 1; h < count; ++h) halves[h].add_to(run);
   parallel_for((args.M + kRowUnit - 1) / kRowUnit, args.D * 8 * kRowUnit, [&](int64_t begin, int64_t end) {
     run.kernels().unpack(args, grad_hidden.mutable_data_ptr(), begin, end);
   });

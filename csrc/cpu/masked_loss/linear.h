@@ -62,7 +62,7 @@ struct LinearLossKernels {
   void (*finish)(const LinearLoss&, bool sampled, void* loss);  // lse, sample and loss [M] of the ranges
   // Tile `tile`, the i-th of a super tile: the gradient of its logits, of its weight and of its bias.
   void (*tile_gradient)(const LinearLoss&, int64_t i, int64_t tile, void* buffer);
-  // Items = panel of D * row blocks + row block: adds what `count` tiles from `first` on give to grad_hidden.
+  // Items = block of rows * panels of D + panel: adds what `count` tiles from `first` on give to grad_hidden.
   int64_t (*hidden_items)(const LinearLoss&);
   void (*add_hidden)(const LinearLoss&, int64_t first, int64_t count, int64_t begin, int64_t end);
   void (*pool)(const LinearLoss&, const MaxPool&, int64_t begin, int64_t end, void* buffer);  // tiles

@@ -115,10 +115,10 @@ struct FloatLoss {
     }
   }
 
-  // Items: panel of D, block of rows.
+  // Items: block of rows, panel of D.
   static int64_t hidden_items(const LinearLoss& a) { return a.d_panels() * parts_of(a.stride, kRowBlock); }
   void add_hidden(int64_t first, int64_t tiles, int64_t item) const {
-    const int64_t blocks = parts_of(a.stride, kRowBlock), q = item / blocks, m = item % blocks * kRowBlock;
+    const int64_t q = item % a.d_panels(), m = item / a.d_panels() * kRowBlock;
     const int64_t rows = min_of(kRowBlock, a.stride - m);
     S* to = at<S>(a.grad_hidden, (q * a.stride + m) * kPanel);
     for (int64_t i = 0; i < tiles; ++i) {
@@ -249,7 +249,7 @@ struct AmxLoss {
   static int64_t hidden_items(const LinearLoss& a) { return parts_of(a.D, kColumns) * parts_of(a.stride, kRowBlock); }
 
   void add_hidden(int64_t, int64_t tiles, int64_t item) const {
-    const int64_t blocks = parts_of(a.stride, kRowBlock), d = item / blocks * kColumns, begin = item % blocks * kRowBlock;
+    const int64_t across = parts_of(a.D, kColumns), d = item % across * kColumns, begin = item / across * kRowBlock;
     const AmxA left{at<bf16>(a.panels, d * a.together * kTile), a.together * kTile};
     for (int64_t m = begin; m < min_of(begin + kRowBlock, a.stride); m += kColumns) {
       const AmxB right{at<uint32_t>(a.logits, m * a.together * kTile / 2), kColumns};

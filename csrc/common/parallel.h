@@ -47,7 +47,8 @@ void share_out(int64_t count, int64_t work, const Body& body) {
 // may then lie in its cache.
 template <class Body>
 void share_out_parts(int64_t count, int64_t work, const Body& body) {
-  const int64_t threads = std::max<int64_t>(1, std::min<int64_t>(torch::stable::get_num_threads(), count));
+  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), count);
+  if (threads == 0) return;
   auto first = [&](int64_t part) { return part * count / threads; };
   std::vector<std::atomic<int64_t>> next(threads);
   for (int64_t part = 0; part < threads; ++part) next[part] = first(part);

@@ -239,7 +239,7 @@ class SuperTiles {
         void* buffer = buffers_[busy.fetch_add(1)]->get();
         for (int64_t i; next(&i);) kernels_.tile_gradient(args, i, first + i, buffer);
       });
-      share_out_parts(items, made * work / items, [&](int64_t i) { kernels_.add_hidden(args, first, made, i, i + 1); });
+      share_out_parts(items, made * work / std::max<int64_t>(1, items), [&](int64_t i) { kernels_.add_hidden(args, first, made, i, i + 1); });
     }
   }
 

@@ -83,7 +83,9 @@ def gate_split(inputs: Inputs) -> None:
 def bytes_of_draw(inputs: Inputs) -> int:
     (batch, tokens), keep = inputs["like"].shape, inputs["num_keep"]
     counts = torch.full((batch,), keep)
-    return SAMPLING_TRAFFIC["mask_sampling_uniform"](None, counts, None, None, tokens, keep, tokens - keep, False, 1, 1, 1)
+    return SAMPLING_TRAFFIC["mask_sampling_uniform"](
+        None, counts, None, None, tokens, keep, tokens - keep, False, 1, 1, 1
+    )
 
 
 def bytes_of_split(inputs: Inputs) -> int:

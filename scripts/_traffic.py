@@ -56,6 +56,7 @@ def example_arguments():
         "visible_tokens_embed": (images, weight, bias, ids, pos),
         "_visible_tokens_embed_backward": (kept, images, weight, ids, True, True, True, True),
         "mask_sampling_uniform": (seed, few, None, None, N, N // 4, N - N // 4, False, 1, 1, 1),
+        "mask_sampling_top": (torch.rand(B, N), N // 4),
         "mask_sampling_rank": (torch.rand(B, N), few, None, N // 4, N - N // 4, False),
         "masked_loss_patch": (pred, images, *loss),
         "_masked_loss_patch_backward": (torch.rand(B, N), pred, images, stats, *loss),

@@ -50,4 +50,11 @@ inline void check_sampling_rank(const Tensor& noise, const Tensor& num_keep, con
   if (noise.size(1) >= kMaxTokens) fail(op, "N", "be in [0, 2^30)", noise.size(1));
 }
 
+inline void check_sampling_top(const Tensor& score, int64_t count) {
+  const char* op = "guided_masking";
+  check_tensor(op, "score", score, "[B, N]", {ScalarType::Float, ScalarType::Double}, {kAny, kAny}, score);
+  if (score.size(1) >= kMaxTokens) fail(op, "N", "be in [0, " + std::to_string(kMaxTokens - 1) + "]", score.size(1));
+  if (count < 0 || count > score.size(1)) fail(op, "num_hard", "be in [0, " + std::to_string(score.size(1)) + "]", count);
+}
+
 }  // namespace maskops

@@ -16,7 +16,7 @@ from maskops.kernels.mask_sampling.rows import (
     mask_sampling_spans,
 )
 from maskops.kernels.mask_sampling.samples import AOT_SAMPLES, LIMITS
-from maskops.kernels.mask_sampling.split import mask_sampling_rank, mask_sampling_uniform
+from maskops.kernels.mask_sampling.split import mask_sampling_rank, mask_sampling_top, mask_sampling_uniform
 
 __all__ = [
     "AOT_SAMPLES",
@@ -31,6 +31,7 @@ __all__ = [
     "mask_sampling_multiblock",
     "mask_sampling_race",
     "mask_sampling_rank",
+    "mask_sampling_top",
     "mask_sampling_spans",
     "mask_sampling_uniform",
     "mask_sampling_words",

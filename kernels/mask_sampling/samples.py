@@ -18,6 +18,7 @@ def _samples():
     return {
         "mask_sampling_uniform": tuple(uniform),
         "mask_sampling_rank": tuple(rank),
+        "mask_sampling_top": ((Arg("float", (64, 196)), 73),),
         "mask_sampling_words": ((seed, 1000),),
         "mask_sampling_bernoulli": ((seed, Arg("int64", (64, 1)), 64, 196),),
         "mask_sampling_race": ((seed, values),),
@@ -37,6 +38,7 @@ _NO_FLOATS = {"dtypes": (), "reason": "takes no floating tensor"}
 LIMITS = dict.fromkeys(AOT_SAMPLES, _NO_FLOATS) | {
     "mask_sampling_uniform": {"dtypes": (), "reason": "takes no floating tensor; N < 2^30"},
     "mask_sampling_rank": {"dtypes": (torch.float32, torch.float64), "reason": "noise of 16 bits would tie too often"},
+    "mask_sampling_top": {"dtypes": (torch.float32, torch.float64), "reason": "scores of 16 bits are widened before"},
     "mask_sampling_race": {"dtypes": (torch.float32,), "reason": "weights are read by their bits"},
     "mask_sampling_gate": {"dtypes": (torch.float32,), "reason": "logits are compared as whole numbers of 24 bits"},
 }

@@ -108,7 +108,7 @@ def _kept_before(slot_ptr, c, N, keep, real):
 @triton.jit
 def _cells_kernel(slot_ptr, count_ptr, keep_ptr, hide_ptr, restore_ptr, blocks, across, high, wide, N, max_keep, max_mask,
                   BLOCK: tl.constexpr):  # fmt: skip
-    # One program owns BLOCK patches of a row of cells, of which slot [B, N] is the split, ascending. max_keep, max_mask: of patches.
+    # One program owns BLOCK patches of a row of cells; slot [B, N]: the cells' split, ascending. max_keep, max_mask: of patches.
     b = (tl.program_id(0) // blocks).to(tl.int64)
     i = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     patches = high.to(tl.int64) * wide * N
@@ -178,3 +178,8 @@ def mask_sampling_rank(noise, num_keep, lengths, max_keep, max_mask, ascending):
     key = torch.empty(noise.shape, dtype=torch.int64, device=noise.device)
     launch(_noise_keys_kernel, cdiv(key.numel(), 1024), noise.contiguous(), key, key.numel(), BLOCK=1024, num_warps=4)
     return _place(key, num_keep, lengths, max_keep, max_mask, ascending)
+
+
+def mask_sampling_top(score, count):
+    counts = torch.full((len(score),), count, dtype=torch.int64, device=score.device)
+    return mask_sampling_rank(-score, counts, None, count, score.shape[1] - count, False)[2] < count

@@ -169,14 +169,20 @@ const uint8_t* hidden_patches(const Cells& cells, int64_t tokens, Scratch& scrat
   return scratch.patches.data();
 }
 
-// Writes a row in index order: the tokens of the last slots of an order, or those that are marked, are hidden.
-void write_ascending(const Rows& rows, int64_t b, Scratch& scratch, bool marked) {
-  const int64_t length = rows.length(b), keep = rows.num_keep[b], area = rows.cells.area();
+// hidden [length]: 0 for the first `keep` tokens of an order, or as they were marked.
+const uint8_t* hidden_of(Scratch& scratch, int64_t length, int64_t keep, bool marked) {
   uint8_t* hidden = scratch.hidden.data();
   if (!marked) {
     std::fill(hidden, hidden + length, uint8_t{1});
     for (int64_t slot = 0; slot < keep; ++slot) hidden[scratch.order[slot]] = 0;
   }
+  return hidden;
+}
+
+// Writes a row in index order.
+void write_ascending(const Rows& rows, int64_t b, Scratch& scratch, bool marked) {
+  const int64_t length = rows.length(b), keep = rows.num_keep[b], area = rows.cells.area();
+  const uint8_t* hidden = hidden_of(scratch, length, keep, marked);
   const OrderKernels& kernels = pick_OrderKernels();
   int64_t *restore = rows.ids_restore + b * area * rows.tokens, *kept = rows.ids_keep + b * area * rows.max_keep;
   int64_t* masked = rows.ids_mask + b * area * rows.max_mask;
@@ -272,21 +278,26 @@ Split mask_sampling_uniform(const Tensor& seed_any, const Tensor& num_keep_any, 
   return split_rows(num_keep, lengths, tokens, max_keep, max_mask, ascending, cells, order_row);
 }
 
+// Orders the tokens of a row by their keys, or only marks those after the first `keep`: then true.
+bool order_keys(const uint32_t* keys, int64_t length, int64_t keep, bool ascending, Scratch& scratch) {
+  const OrderKernels& orders = pick_OrderKernels();
+  if (ascending && orders.mark(keys, nullptr, length, keep, scratch.hidden.data())) return true;
+  if (orders.order(keys, nullptr, length, scratch.order.data())) return false;
+  if (ascending) mark_hidden(keys, nullptr, length, keep, scratch);
+  else order_given_row(keys, length, scratch.order, scratch.other);
+  return ascending;
+}
+
 Split rank_floats(const Tensor& noise_any, const Tensor& num_keep_any, const std::optional<Tensor>& lengths, int64_t max_keep,
                   int64_t max_mask, bool ascending) {
   const Tensor noise = contiguous_or_copy(noise_any), num_keep = contiguous_or_copy(num_keep_any);
   const int64_t tokens = noise.size(1);
   const int64_t* num_keep_of = static_cast<const int64_t*>(num_keep.const_data_ptr());
   const float* values = static_cast<const float*>(noise.const_data_ptr());
-  const OrderKernels& orders = pick_OrderKernels();
   auto order_row = [&](int64_t b, int64_t length, Scratch& scratch) {
     uint32_t* keys = scratch.noise.data();
-    orders.keys(values + b * tokens, length, keys);
-    if (ascending && orders.mark(keys, nullptr, length, num_keep_of[b], scratch.hidden.data())) return true;
-    if (orders.order(keys, nullptr, length, scratch.order.data())) return false;
-    if (ascending) mark_hidden(keys, nullptr, length, num_keep_of[b], scratch);
-    else order_given_row(keys, length, scratch.order, scratch.other);
-    return ascending;
+    pick_OrderKernels().keys(values + b * tokens, length, keys);
+    return order_keys(keys, length, num_keep_of[b], ascending, scratch);
   };
   return split_rows(num_keep, lengths, tokens, max_keep, max_mask, ascending, Cells{}, order_row);
 }
@@ -313,11 +324,51 @@ Split mask_sampling_rank(const Tensor& noise, const Tensor& num_keep, std::optio
                                                   : rank_doubles(noise, num_keep, lengths, max_keep, max_mask, ascending);
 }
 
+// Keys of a row whose highest number comes first, NaN last.
+bool order_highest(const float* values, int64_t length, int64_t count, Scratch& scratch) {
+  uint32_t* keys = scratch.noise.data();
+  pick_OrderKernels().keys(values, length, keys);
+  for (int64_t n = 0; n < length; ++n) keys[n] = keys[n] == UINT32_MAX ? keys[n] : ~keys[n];
+  return order_keys(keys, length, count, true, scratch);
+}
+
+bool order_highest(const double* values, int64_t length, int64_t, Scratch& scratch) {
+  thread_local std::vector<uint64_t> keys;
+  keys.resize(length);
+  for (int64_t n = 0; n < length; ++n) keys[n] = ordered_bits(-values[n]);
+  order_given_row(keys.data(), length, scratch.order, scratch.other);
+  return false;
+}
+
+template <class T>
+void mark_highest(const Tensor& score, int64_t count, uint8_t* to) {
+  const int64_t tokens = score.size(1);
+  const T* values = static_cast<const T*>(score.const_data_ptr());
+  parallel_for(score.size(0), tokens * 16, [&](int64_t begin, int64_t end) {
+    Scratch scratch(tokens);
+    for (int64_t b = begin; b < end; ++b) {
+      const bool marked = order_highest(values + b * tokens, tokens, count, scratch);
+      const uint8_t* lower = hidden_of(scratch, tokens, count, marked);
+      for (int64_t n = 0; n < tokens; ++n) to[b * tokens + n] = lower[n] ^ 1;
+    }
+  });
+}
+
+Tensor mask_sampling_top(const Tensor& score_any, int64_t count) {
+  check_sampling_top(score_any, count);
+  const Tensor score = contiguous_or_copy(score_any);
+  Tensor out = empty_like_device(score, {score.size(0), score.size(1)}, ScalarType::Bool);
+  uint8_t* to = static_cast<uint8_t*>(out.mutable_data_ptr());
+  score.scalar_type() == ScalarType::Float ? mark_highest<float>(score, count, to) : mark_highest<double>(score, count, to);
+  return out;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(maskops, CPU, m) {
   m.impl("mask_sampling_uniform", TORCH_BOX(&mask_sampling_uniform));
   m.impl("mask_sampling_rank", TORCH_BOX(&mask_sampling_rank));
+  m.impl("mask_sampling_top", TORCH_BOX(&mask_sampling_top));
 }
 
 }  // namespace maskops

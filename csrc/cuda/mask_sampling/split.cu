@@ -35,20 +35,24 @@ struct DrawnKeys {
 struct GivenKeys {
   const float* noise;  // [B, N]
   std::int64_t tokens;
+  bool highest_first = false;
 
   static constexpr bool kHoldsIndex = true;
   __device__ __forceinline__ std::uint64_t at(std::int64_t b, std::int64_t n) const {
-    return sampling_key(0, ordered_bits(load(noise + b * tokens + n)), n);
+    const float x = load(noise + b * tokens + n);
+    return sampling_key(0, ordered_bits(highest_first ? -x : x), n);
   }
 };
 
 struct GivenDoubleKeys {
   const double* noise;  // [B, N]
   std::int64_t tokens;
+  bool highest_first = false;
 
   static constexpr bool kHoldsIndex = false;
   __device__ __forceinline__ std::uint64_t at(std::int64_t b, std::int64_t n) const {
-    return ordered_bits(load(noise + b * tokens + n));
+    const double x = load(noise + b * tokens + n);
+    return ordered_bits(highest_first ? -x : x);
   }
 };
 
@@ -208,6 +212,15 @@ __global__ void __launch_bounds__(kSampleThreads, 4)
   if (blockIdx.x % chunks == 0) pad_split_row<kSampleThreads>(row);
 }
 
+// ---------------------------------------------------------------- the highest scores
+
+// A thread owns a token of all: whether its rank is below count.
+__global__ void __launch_bounds__(kSampleThreads, 4)
+    top_kernel(const std::int64_t* ranks, std::int64_t count, unsigned char* mask, std::int64_t total) {
+  const std::int64_t i = std::int64_t{blockIdx.x} * kSampleThreads + threadIdx.x;
+  if (i < total) store(mask + i, static_cast<unsigned char>(load(ranks + i) < count));
+}
+
 // ---------------------------------------------------------------- ops
 
 using Split = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
@@ -283,11 +296,28 @@ Split mask_sampling_rank(const Tensor& noise_any, const Tensor& num_keep, std::o
                 scope.stream());
 }
 
+Tensor mask_sampling_top(const Tensor& score_any, std::int64_t count) {
+  check_sampling_top(score_any, count);
+  const DeviceScope scope(score_any);
+  const Tensor score = torch::stable::contiguous(score_any);
+  const std::int64_t batch = score.size(0), tokens = score.size(1), total = batch * tokens;
+  Tensor counts = empty_like_device(score, {batch}, ScalarType::Long), out = empty_like_device(score, {batch, tokens}, ScalarType::Bool);
+  torch::stable::fill_(counts, static_cast<double>(count));
+  const Split split =
+      score.scalar_type() == ScalarType::Float
+          ? sample(GivenKeys{const_data<float>(score), tokens, true}, counts, {}, count, tokens - count, false, scope.stream())
+          : sample(GivenDoubleKeys{const_data<double>(score), tokens, true}, counts, {}, count, tokens - count, false, scope.stream());
+  launch(top_kernel, grid_for(ceil_div(total, kSampleThreads), 1), dim3(kSampleThreads), 0, scope.stream(),
+         const_data<std::int64_t>(std::get<2>(split)), count, data<unsigned char>(out), total);
+  return out;
+}
+
 }  // namespace
 
 MASKOPS_CUDA_LIBRARY(m) {
   m.impl("mask_sampling_uniform", TORCH_BOX(&mask_sampling_uniform));
   m.impl("mask_sampling_rank", TORCH_BOX(&mask_sampling_rank));
+  m.impl("mask_sampling_top", TORCH_BOX(&mask_sampling_top));
 }
 
 }  // namespace maskops

@@ -69,6 +69,13 @@ def _check_race_data(seed: Tensor, weight: Tensor) -> None:
     check_values("weighted_masking", "weight", (weight >= 0) & weight.isfinite(), "be finite and at least 0", weight)
 
 
+def _check_top(score: Tensor, count: int) -> None:
+    op = "guided_masking"
+    check_tensor(op, "score", score, "[B, N]", (torch.float32, torch.float64), (None, None), score)
+    check_in(op, "N", score.shape[1], 0, 2**30 - 1)
+    check_in(op, "num_hard", count, 0, score.shape[1])
+
+
 def _check_corrupt(
     seed: Tensor, ids: Tensor, mask: Tensor, mask_id: int, low: int, high: int, hide: int, swap: int
 ) -> None:
@@ -131,6 +138,8 @@ _define(
 _define("mask_sampling_race(Tensor seed, Tensor weight) -> Tensor", _check_race,
         lambda seed, weight: torch.empty_like(weight, memory_format=torch.contiguous_format), _check_race_data,
         constants=("weight",))  # fmt: skip
+_define("mask_sampling_top(Tensor score, SymInt count) -> Tensor", _check_top,
+        lambda score, count: score.new_empty(score.shape, dtype=torch.bool), constants=("score",))  # fmt: skip
 _define(
     "mask_sampling_corrupt(Tensor seed, Tensor ids, Tensor mask, SymInt mask_id, SymInt low, SymInt high, SymInt hide,"
     " SymInt swap) -> Tensor", _check_corrupt,

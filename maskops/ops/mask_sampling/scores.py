@@ -61,6 +61,7 @@ def weighted_masking(
     return given.ranked(key, keep, order, backend, name)
 
 
+@public("mask_sampling_top", native=NATIVE, triton=TRITON)
 def guided_masking(
     score: Tensor, mask_ratio: float | None = None, *, num_keep: int | None = None, num_hard: int,
     rounding: str = "floor", seed: Seed = None, generator: torch.Generator | None = None, order: str = "ascending",
@@ -84,7 +85,7 @@ def guided_masking(
         TokenSplit; nothing in it is differentiable.
 
     Notes:
-        num_hard = 0 is random_masking. Two kernels: a rank and a draw. The same masks on every backend.
+        num_hard = 0 is random_masking. Two ops: the highest scores, and a draw. The same masks on every backend.
 
     Raises:
         ValueError: wrong score, neither or both of mask_ratio and num_keep, num_hard out of range.
@@ -104,10 +105,9 @@ def guided_masking(
     keep = given.kept_of(name, N, mask_ratio, num_keep, rounding)
     hard = given.size(name, "num_hard", num_hard, 0, N - keep)
     seed = given.seed_of(name, seed, generator, score.device)
-    score = score.detach()
-    key = -(score if score.dtype == torch.float64 else score.float())
-    rank = given.ranked(key, hard, "ascending", backend, name).ids_restore
-    return given.shuffled(seed, B, N, keep, order, backend, name, rank < hard)
+    score = score.detach() if score.dtype == torch.float64 else score.detach().float()
+    highest = find_op("mask_sampling_top", score.device.type, backend, name)(score, hard)
+    return given.shuffled(seed, B, N, keep, order, backend, name, highest)
 
 
 # ---------------------------------------------------------------- coloured noise

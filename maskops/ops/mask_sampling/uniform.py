@@ -228,7 +228,12 @@ def _check_uniform(
         check_tensor(FUNCTION, "mask", mask, "[B, N]", (torch.bool,), (num_keep.shape[0], N), num_keep)
     sizes, single = [("N", N), ("high", high), ("wide", wide)], high == 1 and wide == 1
     if not single:
-        sizes += [("high wide", high * wide), ("high wide N", high * wide * N), ("max_keep", max_keep), ("max_mask", max_mask)]
+        sizes += [
+            ("high wide", high * wide),
+            ("high wide N", high * wide * N),
+            ("max_keep", max_keep),
+            ("max_mask", max_mask),
+        ]
     for name, value in sizes:
         if not 0 <= value < MAX_TOKENS:
             fail(FUNCTION, name, "be in [0, 2^30)", value)

@@ -15,7 +15,13 @@ from maskops.reference.mask_sampling.rows import (
     mask_sampling_multiblock,
     mask_sampling_spans,
 )
-from maskops.reference.mask_sampling.split import mask_sampling_rank, mask_sampling_uniform, philox, philox_words
+from maskops.reference.mask_sampling.split import (
+    mask_sampling_rank,
+    mask_sampling_top,
+    mask_sampling_uniform,
+    philox,
+    philox_words,
+)
 
 __all__ = [
     "mask_sampling_bernoulli",
@@ -28,6 +34,7 @@ __all__ = [
     "mask_sampling_multiblock",
     "mask_sampling_race",
     "mask_sampling_rank",
+    "mask_sampling_top",
     "mask_sampling_spans",
     "mask_sampling_uniform",
     "mask_sampling_words",

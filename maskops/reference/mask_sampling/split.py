@@ -75,6 +75,15 @@ def mask_sampling_rank(
     return _split_by_key(noise, num_keep, lengths, max_keep, max_mask, ascending)
 
 
+def mask_sampling_top(score: Tensor, count: int) -> Tensor:
+    """bool [B, N]: the `count` highest scores of each row; ties go to the lower index, NaN is lowest."""
+    order = (-score).argsort(dim=1, stable=True)
+    rank = torch.empty_like(order).scatter_(
+        1, order, torch.arange(order.shape[1], device=order.device).expand_as(order)
+    )
+    return rank < count
+
+
 def _split_by_key(
     key: Tensor, num_keep: Tensor, lengths: Tensor | None, max_keep: int, max_mask: int, ascending: bool
 ) -> Split:

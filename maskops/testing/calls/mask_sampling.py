@@ -32,6 +32,7 @@ _LAWS = {
     "random_words": lambda B, N, x, seed: maskops.random_words((B, N), seed=seed),
     "bernoulli_masking": lambda B, N, x, seed: maskops.bernoulli_masking(B, N, x, seed=seed),
     "weighted_masking": lambda B, N, x, seed: maskops.weighted_masking(x, num_keep=4, seed=seed).ids_keep,
+    "guided_masking": lambda B, N, x, seed: maskops.guided_masking(x, num_keep=4, num_hard=2, seed=seed).ids_keep,
     "corrupt_tokens": lambda B, N, x, seed: maskops.corrupt_tokens((x * 9).long(), x > 0.5, 99, 9, seed=seed),
     "sample_gates": lambda B, N, x, seed: maskops.sample_gates(x, seed=seed),
     "colour_masking": lambda B, N, x, seed: maskops.colour_masking(B, (5, 6), num_keep=7, seed=seed).ids_keep,

@@ -9,7 +9,7 @@ from torch import Tensor
 from maskops.testing import ErrorSample, Sample
 
 G = torch.Generator
-UNIFORM, RANK = "mask_sampling_uniform", "mask_sampling_rank"
+UNIFORM, RANK, TOP = "mask_sampling_uniform", "mask_sampling_rank", "mask_sampling_top"
 
 
 def _counts(g: G, batch: int, tokens: int, ragged: bool) -> tuple[Tensor, Tensor | None, int, int]:
@@ -41,9 +41,16 @@ def _rank(batch: int, tokens: int, ragged: bool, ascending: bool, dtype_noise: t
     def make(dtype: torch.dtype, g: G) -> tuple:
         num_keep, lengths, max_keep, max_mask = _counts(g, batch, tokens, ragged)
         noise = torch.randn(batch, tokens, generator=g, dtype=torch.float64).mul(4).round().div(4).to(dtype_noise)
-        if tokens > 4:  # ties, both zeros and NaN
+        if batch and tokens > 4:  # ties, both zeros and NaN
             noise[0, :4] = torch.tensor([0.0, -0.0, math.nan, math.inf])
         return noise, num_keep, lengths, max_keep, max_mask, ascending
+
+    return make
+
+
+def _top(batch: int, tokens: int, count: int, dtype_score: torch.dtype) -> Callable:
+    def make(dtype: torch.dtype, g: G) -> tuple:
+        return _rank(batch, tokens, False, True, dtype_score)(dtype, g)[0], count
 
     return make
 
@@ -60,14 +67,19 @@ SAMPLES = [
     *(
         Sample(UNIFORM, f"cells_{x}_{h}x{w}_{'ragged' if r else 'equal'}{'_mask' * m}", _uniform(3, 42, r, True, m, (x, h, w)))
         for x, h, w, r, m in (
-            (42, 4, 1, False, True), (7, 2, 2, True, False), (6, 1, 3, True, True), (1, 3, 2, False, False), (14, 20, 1, True, False),
-            (7, 0, 2, False, False),
+            (42, 4, 1, False, True), (7, 2, 2, True, False), (6, 1, 3, True, True), (1, 3, 2, False, False),
+            (14, 20, 1, True, False), (7, 0, 2, False, False),
         )
     ),
     Sample(UNIFORM, "cells_one_row_of_long", _uniform(1, 300, True, True, cells=(20, 3, 2))),
     Sample(UNIFORM, "cells_no_tokens", _uniform(2, 0, False, True, cells=(3, 3, 2))),
     Sample(UNIFORM, "cells_no_tokens_but_room", _uniform(2, 0, True, True, cells=(1, 3, 1))),
     Sample(UNIFORM, "cells_no_rows", _uniform(0, 8, False, True, cells=(4, 3, 1))),
+    *(
+        Sample(TOP, f"{count}_of_{tokens}_{str(d)[6:]}", _top(batch, tokens, count, d))
+        for batch, tokens, count in ((3, 37, 9), (2, 37, 0), (2, 37, 37), (1, 300, 90), (0, 8, 2), (2, 0, 0))
+        for d in (torch.float32, torch.float64)
+    ),
     Sample(UNIFORM, "long_row", _uniform(1, 300, False, False)),
     *(
         Sample(RANK, f"{'ragged' if r else 'equal'}_{'ascending' if a else 'random'}_{str(d)[6:]}", _rank(3, 37, r, a, d))
@@ -114,6 +126,8 @@ ERRORS = [
         ValueError,
         "high and wide must be 1 in random order, got 1 and 3",
     ),
+    ErrorSample(TOP, "dtype", lambda x, c: (x.half(), c), ValueError, "score must be float32 or float64"),
+    ErrorSample(TOP, "count", lambda x, c: (x, 38), ValueError, r"num_hard must be in \[0, 37\], got 38"),
     ErrorSample(RANK, "noise_dtype", lambda x, *a: (x.half(), *a), ValueError, "noise must be float32 or float64"),
     ErrorSample(
         RANK, "room", lambda x, k, n, i, j, *a: (x, k, n, i, 0, *a), ValueError, "masked tokens.* must be at most 0"
@@ -129,6 +143,7 @@ TRAFFIC = {
     UNIFORM: lambda seed, keep, lengths, mask, n, k, m, asc, x, h, w: _bytes(
         16 if mask is None else 16 + mask.numel(), len(keep), h * w * n, h * w * k, h * w * m
     ),
+    TOP: lambda score, count: score.numel() * (score.element_size() + 1),
     RANK: lambda noise, keep, lengths, k, m, asc: _bytes(
         noise.numel() * noise.element_size(), len(keep), noise.shape[1], k, m
     ),

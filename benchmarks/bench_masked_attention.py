@@ -224,7 +224,7 @@ def long_cases() -> list[Case]:
 
     return [
         Case(f"1% of the tiles {size}", "fwd", torch.float32, make(size, sparse, torch.float32), ours, {MASKED: masked}, gate=gate,
-             work=partial(flops, backward=False), kind="flops", quick=False, sets="one", rounds=10, after=memory)
+             work=partial(flops, backward=False), kind="flops", quick=False, sets="one", rounds=10, after=memory, apart=True)
     ]  # fmt: skip
 
 

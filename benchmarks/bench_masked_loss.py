@@ -232,7 +232,7 @@ def text_cases() -> list[Case]:
                 make=make_linear(rows, width, classes, share, dtype), ours=ours_linear, rivals=others, absent=ABSENT, grads=grads,
                 work=linear_flops, kind="flops", asked=asked, gate=gate_of(ours_linear, gathered_logits, grads, limit),
                 quick=quick, sets="one", rounds=12,
-                after=memory_of(ours_linear, {"gather first": gathered_logits}, grads),
+                after=memory_of(ours_linear, {"gather first": gathered_logits}, grads), apart=True,
             )
         )  # fmt: skip
     out.append(
@@ -319,7 +319,7 @@ def row_cases() -> list[Case]:
         Case(
             "contrastive_loss (8, 200), 100 distractors, D 256", mode="fwd+bwd", dtype=torch.float32, make=make_contrast,
             ours=ours_contrast, rivals={"gather, cosine, CE": gathered_contrast}, grads=keys, asked={"gather, cosine, CE": 3.0},
-            sets="one", after=memory_of(ours_contrast, {"gather, cosine, CE": gathered_contrast}, keys),
+            sets="one", after=memory_of(ours_contrast, {"gather, cosine, CE": gathered_contrast}, keys), apart=True,
         ),
         Case(
             "linear_max_pool (32, 64), V 30522, D 768", mode="fwd+bwd", dtype=torch.float32, make=make_pool, ours=ours_pool,

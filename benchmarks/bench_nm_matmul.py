@@ -218,7 +218,7 @@ def soft_cases() -> list[Case]:
             Case(
                 f"nm_soft_linear {n}:{m} {size}", "fwd+bwd", torch.float32, partial(make_soft, *size, n, m), soft,
                 {COMPOSED: soft_composed}, asked={COMPOSED: 2.0} if head else {}, gate=soft_gate, quick=head, sets="one",
-                after=partial(memory_of, soft, soft_composed, COMPOSED), rounds=40,
+                after=partial(memory_of, soft, soft_composed, COMPOSED), apart=True, rounds=40,
             )
         )  # fmt: skip
     return out
@@ -254,7 +254,7 @@ def bits_cases() -> list[Case]:
                     f"bitmask_linear, mask per sample {size}", "fwd", dtype, partial(make_bits, *size, dtype), bits_linear,
                     {BMM: bits_bmm}, asked={BMM: 3.0}, quick=head, sets="one", kind="flops",
                     work=lambda i: 2 * i["x"].numel() * i["weight"].shape[0],
-                    after=partial(memory_of, bits_linear, bits_bmm, BMM), rounds=60,
+                    after=partial(memory_of, bits_linear, bits_bmm, BMM), apart=True, rounds=60,
                 )
             )  # fmt: skip
     return out

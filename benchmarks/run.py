@@ -9,7 +9,9 @@ the caches; in a "cold, kept pages" row malloc also keeps freed memory, so that 
 
 import argparse
 import importlib
+import json
 import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -121,8 +123,23 @@ def measure_case(case: Case, family: str, threads: int, args: argparse.Namespace
             row["roof"] = roof_of(case, case.work(inputs), row["ours_ms"], machine, threads)
         rows.append(row)
     if case.after is not None and not args.quick:
-        rows[-1] |= case.after(inputs)
+        rows[-1] |= after_apart(case, family, threads) if case.apart else case.after(inputs)
     return rows
+
+
+def after_apart(case: Case, family: str, threads: int) -> Row:
+    """What case.after gives in a process of its own, on the CPU."""
+    call = f"import run; run.print_after({family!r}, {(case.name, case.mode, str(case.dtype))!r}, {threads})"
+    command = [sys.executable, "-c", call]
+    out = subprocess.run(command, cwd=Path(__file__).parent, stdout=subprocess.PIPE, text=True, check=True).stdout
+    return json.loads(out.splitlines()[-1])
+
+
+def print_after(family: str, wanted: tuple[str, str, str], threads: int) -> None:
+    torch.set_num_threads(threads)
+    cases = importlib.import_module(f"bench_{family}").cases()
+    case = next(case for case in cases if case.apart and (case.name, case.mode, str(case.dtype)) == wanted)
+    print(json.dumps(case.after(prepared(case, case.make(torch.device("cpu"), 0)))))
 
 
 def variants(case: Case, device: torch.device, inputs: Inputs) -> tuple[str, ...]:

@@ -182,8 +182,8 @@ __global__ void __launch_bounds__(kSampleThreads, 4) sample_write_kernel(const S
 
 // From the slots of cells [B, N], in index order, to the split of the patches of their grid. A thread owns a patch of rows.tokens.
 //
-// The kept cells before cell c are slot[c] where it is kept, else c less the hidden ones before it. Before a patch stand its own lines
-// of the cells in earlier lines of cells, its cells' earlier lines, and the cells to its left.
+// Before a kept cell c are slot[c] kept cells, before a hidden one c less the hidden ones before it. Before a patch are the kept patches
+// of earlier lines of cells, then the lines above it in its own line of cells, then the kept cells to its left.
 __global__ void __launch_bounds__(kSampleThreads, 4)
     cells_kernel(const SampleRows rows, const std::int64_t* slots, const Cells cells, std::int64_t chunks) {
   const std::int64_t b = blockIdx.x / chunks, i = blockIdx.x % chunks * kSampleThreads + threadIdx.x;

@@ -15,8 +15,8 @@ In trials seeds 3 to 6 had errors of 1.002, 1.000, 0.996 and 0.987, after 1500 s
 Not shown: that a probe, too, is better after disjoint than after independent views. Here it is (0.838, 0.846, 0.824 against 0.828,
 0.814, 0.819; 0.809, 0.824, 0.779 after twice the same view), but in 19 pairs of trials with other seeds, batches and numbers of
 steps the difference was -0.004 in the mean, between -0.030 and 0.035. An untrained network has 0.750. On the 200 pictures of
-lfw_subset, faces or not, 36 patches in 9 cells, 10 pairs after 800 steps: -0.0015 with a standard error of 0.002 in accuracy (0.983),
-0.000 with 0.003 in log-loss, and the same error of masked patches (1.001). If there is an effect at this size, it is below 0.003.
+lfw_subset, faces or not, 36 patches in 9 cells, 10 pairs after 800 steps: -0.0015 with a standard error of 0.002 in accuracy
+(0.983), 0.000 with 0.003 in log-loss, and the same error of masked patches (1.001).
 """
 
 from functools import cache

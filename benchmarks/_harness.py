@@ -48,7 +48,7 @@ class Case:
         quick: measured in a --quick run.
         sets: "rotate" also measures the case out of cache; "one" does not.
         after: (inputs) -> more fields of the row; left out by --quick.
-        apart: after is called in a process of its own: what the memory is that a call adds depends on what the heap holds.
+        apart: after is called in a process of its own, on the CPU only: the memory that a call adds depends on what the heap holds.
         rounds: at most so many rounds.
     """
 

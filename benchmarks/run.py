@@ -122,7 +122,7 @@ def measure_case(case: Case, family: str, threads: int, args: argparse.Namespace
         if case.work is not None:
             row["roof"] = roof_of(case, case.work(inputs), row["ours_ms"], machine, threads)
         rows.append(row)
-    if case.after is not None and not args.quick:
+    if case.after is not None and not args.quick and (device.type == "cpu" or not case.apart):
         rows[-1] |= after_apart(case, family, threads) if case.apart else case.after(inputs)
     return rows
 
@@ -135,10 +135,10 @@ def after_apart(case: Case, family: str, threads: int) -> Row:
     return json.loads(out.splitlines()[-1])
 
 
-def print_after(family: str, wanted: tuple[str, str, str], threads: int) -> None:
+def print_after(family: str, row: tuple[str, str, str], threads: int) -> None:
     torch.set_num_threads(threads)
     cases = importlib.import_module(f"bench_{family}").cases()
-    case = next(case for case in cases if case.apart and (case.name, case.mode, str(case.dtype)) == wanted)
+    case = next(case for case in cases if case.apart and (case.name, case.mode, str(case.dtype)) == row)
     print(json.dumps(case.after(prepared(case, case.make(torch.device("cpu"), 0)))))
 
 

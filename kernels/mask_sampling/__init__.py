@@ -31,8 +31,8 @@ __all__ = [
     "mask_sampling_multiblock",
     "mask_sampling_race",
     "mask_sampling_rank",
-    "mask_sampling_top",
     "mask_sampling_spans",
+    "mask_sampling_top",
     "mask_sampling_uniform",
     "mask_sampling_words",
 ]

@@ -111,7 +111,7 @@ def _cells_kernel(slot_ptr, count_ptr, keep_ptr, hide_ptr, restore_ptr, blocks, 
     # One program owns BLOCK patches of a row of cells; slot [B, N]: the cells' split, ascending. max_keep, max_mask: of patches.
     b = (tl.program_id(0) // blocks).to(tl.int64)
     i = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    patches = high.to(tl.int64) * wide * N
+    patches = high * wide * N
     real = i < patches
     width = tl.maximum(across * wide, 1)
     line, x = i // width, i % width

@@ -302,18 +302,21 @@ Split rank_floats(const Tensor& noise_any, const Tensor& num_keep_any, const std
   return split_rows(num_keep, lengths, tokens, max_keep, max_mask, ascending, Cells{}, order_row);
 }
 
+// Orders the tokens of a row by sign times their numbers.
+bool order_doubles(const double* values, int64_t length, int sign, Scratch& scratch) {
+  thread_local std::vector<uint64_t> keys;
+  keys.resize(length);
+  for (int64_t n = 0; n < length; ++n) keys[n] = ordered_bits(sign * values[n]);
+  order_given_row(keys.data(), length, scratch.order, scratch.other);
+  return false;
+}
+
 Split rank_doubles(const Tensor& noise_any, const Tensor& num_keep, const std::optional<Tensor>& lengths, int64_t max_keep,
                    int64_t max_mask, bool ascending) {
   const Tensor noise = contiguous_or_copy(noise_any);
   const int64_t tokens = noise.size(1);
   const double* values = static_cast<const double*>(noise.const_data_ptr());
-  auto order_row = [&](int64_t b, int64_t length, Scratch& scratch) {
-    thread_local std::vector<uint64_t> keys;
-    keys.resize(tokens);
-    for (int64_t n = 0; n < length; ++n) keys[n] = ordered_bits(values[b * tokens + n]);
-    order_given_row(keys.data(), length, scratch.order, scratch.other);
-    return false;
-  };
+  auto order_row = [&](int64_t b, int64_t length, Scratch& scratch) { return order_doubles(values + b * tokens, length, 1, scratch); };
   return split_rows(num_keep, lengths, tokens, max_keep, max_mask, ascending, Cells{}, order_row);
 }
 
@@ -332,13 +335,7 @@ bool order_highest(const float* values, int64_t length, int64_t count, Scratch& 
   return order_keys(keys, length, count, true, scratch);
 }
 
-bool order_highest(const double* values, int64_t length, int64_t, Scratch& scratch) {
-  thread_local std::vector<uint64_t> keys;
-  keys.resize(length);
-  for (int64_t n = 0; n < length; ++n) keys[n] = ordered_bits(-values[n]);
-  order_given_row(keys.data(), length, scratch.order, scratch.other);
-  return false;
-}
+bool order_highest(const double* values, int64_t length, int64_t, Scratch& scratch) { return order_doubles(values, length, -1, scratch); }
 
 template <class T>
 void mark_highest(const Tensor& score, int64_t count, uint8_t* to) {

@@ -38,6 +38,7 @@ template <class P>
 struct Gemm {  // P = float or double
   using Vec = typename VecFor<P>::type;
   using Sum = P;
+  using Value = P;                  // as it lies in rows that are read unpacked
   static constexpr int kStep = 1;   // values of k in one packed element
   static constexpr int kSteps = 1;  // packed steps are a multiple of it, filled up with zeros
   static constexpr int kWidth = Vec::width, kRows = kTileRows, kCols = 2 * kWidth;
@@ -52,10 +53,15 @@ template <>
 struct Gemm<Bf16Pair> {
   using Vec = VecF;
   using Sum = float;
+  using Value = bf16;
   static constexpr int kStep = 2, kSteps = 1;
   static constexpr int kWidth = VecF::width, kRows = kTileRows, kCols = 2 * kWidth;
 
-  static inline __m512i all(const Bf16Pair* a) { return _mm512_set1_epi32(int(a->bits)); }
+  static inline __m512i all(const void* a) {
+    int32_t pair;  // at any address
+    memcpy(&pair, a, sizeof(pair));
+    return _mm512_set1_epi32(pair);
+  }
   static inline __m512i load(const Bf16Pair* b) { return _mm512_loadu_si512(b); }
   static inline VecF multiply_add(__m512i a, __m512i b, VecF sum) {
     return {_mm512_dpbf16_ps(sum.v, __m512bh(a), __m512bh(b))};

@@ -20,7 +20,9 @@ constexpr int kStridedVectors = 2;
 constexpr int strided_rows(int vectors) { return 12 / vectors; }
 #endif
 
-// An A has a Walk<R>: R rows of it, of which walk[r] is the element at the step that was gone to.
+// What is multiplied is a P of common/gemm.h: a float or double, or a pair of bfloat16, two values of a row of A by a word of B.
+//
+// An A has a Walk<R>: R rows of it, of which walk[r] is where the element lies at the step that was gone to.
 template <class S>
 struct StridedA {
   const S* at;
@@ -34,7 +36,7 @@ struct StridedA {
 
     explicit Walk(const StridedA& a) : at(a.at), row(a.row), step(a.step), now(a.at) {}
     inline void go_to(int64_t s) { now = at + s * step; }
-    inline S operator[](int r) const { return now[r * row]; }
+    inline const S* operator[](int r) const { return now + r * row; }
   };
   inline StridedA tile(int64_t i) const { return {at + i * row, row, step}; }
   inline void fetch(int64_t, int64_t, int64_t) const {}
@@ -61,8 +63,8 @@ struct StridedB {
   inline StridedB columns(int64_t j) const { return {at + j, stride}; }
 };
 
-// Rows as they are picked, their steps next to each other.
-template <class S>
+// Rows as they are picked, their steps of kStep values next to each other.
+template <class S, int kStep = 1>
 struct PickedRowsA {
   PickedB<S> from;
 
@@ -75,14 +77,14 @@ struct PickedRowsA {
 #pragma GCC unroll 12
       for (int r = 0; r < R; ++r) rows[r] = in_register(a.from.row(r));  // one by one: as vectors it takes long
     }
-    inline void go_to(int64_t s) { now = s; }
-    inline S operator[](int r) const { return rows[r][now]; }
+    inline void go_to(int64_t s) { now = s * kStep; }
+    inline const S* operator[](int r) const { return rows[r] + now; }
   };
   inline PickedRowsA tile(int64_t i) const { return {from.rows(i)}; }
   // Rows [begin, end), on their way to the L1 cache.
   inline void fetch(int64_t begin, int64_t end, int64_t steps) const {
     for (int64_t i = begin; i < end; ++i) {
-      for (int64_t s = 0; s < steps; s += 64 / int64_t(sizeof(S))) __builtin_prefetch(from.row(i) + s);
+      for (int64_t s = 0; s < steps * kStep; s += 64 / int64_t(sizeof(S))) __builtin_prefetch(from.row(i) + s);
     }
   }
 };
@@ -99,7 +101,7 @@ struct PickedStepsA {
 
     explicit Walk(const PickedStepsA& a) : from(a.from) {}
     inline void go_to(int64_t s) { now = from.row(s); }
-    inline S operator[](int r) const { return now[r]; }
+    inline const S* operator[](int r) const { return now + r; }
   };
   inline PickedStepsA tile(int64_t i) const { return {from.columns(i)}; }
   inline void fetch(int64_t, int64_t, int64_t) const {}
@@ -128,8 +130,10 @@ struct ScatteredC {
   inline ScatteredC tile(int64_t i, int64_t j) const { return {to + j, offsets + i}; }
 };
 
-template <class V, int R, int C, class A, class B, class Result>
+template <class P, int R, int C, class A, class B, class Result>
 static void strided_tile(int64_t steps, const A& a, const B& right, const Result& result) {
+  using G = Gemm<P>;
+  using V = typename G::Vec;
   // Copied, because the compiler takes it that a store of a vector may change them.
   const Result c = result;
   const B b = right;
@@ -150,15 +154,15 @@ static void strided_tile(int64_t steps, const A& a, const B& right, const Result
   typename A::template Walk<R> left(a);
   for (int64_t s = 0; s < steps; ++s) {
     left.go_to(s);
-    const typename V::scalar* from = b.row(s);
-    V column[C];
+    const P* from = b.row(s);
+    decltype(G::load(from)) column[C];
 #pragma GCC unroll 4
-    for (int v = 0; v < C; ++v) column[v] = V::load(from + v * V::width);
+    for (int v = 0; v < C; ++v) column[v] = G::load(from + v * V::width);
 #pragma GCC unroll 12
     for (int r = 0; r < R; ++r) {
-      const V row = V::all(left[r]);
+      const auto row = G::all(left[r]);
 #pragma GCC unroll 4
-      for (int v = 0; v < C; ++v) sum[r][v] = fma(row, column[v], sum[r][v]);
+      for (int v = 0; v < C; ++v) sum[r][v] = G::multiply_add(row, column[v], sum[r][v]);
     }
   }
 #pragma GCC unroll 12
@@ -172,41 +176,41 @@ static void strided_tile(int64_t steps, const A& a, const B& right, const Result
 template <class A, class B, class Result>
 using StridedTile = void (*)(int64_t, const A&, const B&, const Result&);
 
-template <class V, class A, class B, class Result, int C, int R = strided_rows(C)>
+template <class P, class A, class B, class Result, int C, int R = strided_rows(C)>
 static inline StridedTile<A, B, Result> strided_kernel(int64_t rows) {
   if constexpr (R > 1) {
-    if (rows < R) return strided_kernel<V, A, B, Result, C, R - 1>(rows);
+    if (rows < R) return strided_kernel<P, A, B, Result, C, R - 1>(rows);
   }
-  return &strided_tile<V, R, C, A, B, Result>;
+  return &strided_tile<P, R, C, A, B, Result>;
 }
 
-template <class V, class A, class B, class Result, int C = kStridedVectors>
+template <class P, class A, class B, class Result, int C = kStridedVectors>
 static inline StridedTile<A, B, Result> strided_kernel(int64_t rows, int64_t vectors) {
   if constexpr (C > 1) {
-    if (vectors < C) return strided_kernel<V, A, B, Result, C - 1>(rows, vectors);
+    if (vectors < C) return strided_kernel<P, A, B, Result, C - 1>(rows, vectors);
   }
-  return strided_kernel<V, A, B, Result, C>(rows);
+  return strided_kernel<P, A, B, Result, C>(rows);
 }
 
 // A: StridedA, PickedRowsA or PickedStepsA. B: StridedB or PickedB. Result: StridedC or ScatteredC.
-template <class V, class A, class B, class Result>
+template <class P, class A, class B, class Result>
 static void multiply_picked(int64_t rows, int64_t columns, int64_t steps, const A& a, const B& b, const Result& c) {
-  constexpr int64_t kWide = kStridedVectors * V::width;
+  constexpr int64_t kWidth = Gemm<P>::kWidth, kWide = kStridedVectors * kWidth;
   for (int64_t j = 0; j < columns; j += kWide) {
-    const int64_t vectors = min_of<int64_t>(columns - j, kWide) / V::width, most = strided_rows(int(vectors));
-    const StridedTile<A, B, Result> whole = strided_kernel<V, A, B, Result>(most, vectors);
+    const int64_t vectors = min_of<int64_t>(columns - j, kWide) / kWidth, most = strided_rows(int(vectors));
+    const StridedTile<A, B, Result> whole = strided_kernel<P, A, B, Result>(most, vectors);
     for (int64_t i = 0; i < rows; i += most) {
       if (j == 0) a.fetch(i + most, min_of(rows, i + 2 * most), steps);
-      const StridedTile<A, B, Result> kernel = rows - i >= most ? whole : strided_kernel<V, A, B, Result>(rows - i, vectors);
+      const StridedTile<A, B, Result> kernel = rows - i >= most ? whole : strided_kernel<P, A, B, Result>(rows - i, vectors);
       kernel(steps, a.tile(i), b.columns(j), c.tile(i, j));
     }
   }
 }
 
-template <class V, class Result = StridedC<typename V::scalar>>
-static void multiply_strided(int64_t rows, int64_t columns, int64_t steps, const StridedA<typename V::scalar>& a,
-                             const typename V::scalar* b, int64_t b_stride, const Result& c) {
-  multiply_picked<V>(rows, columns, steps, a, StridedB<typename V::scalar>{b, b_stride}, c);
+template <class P, class Result = StridedC<typename Gemm<P>::Sum>>
+static void multiply_strided(int64_t rows, int64_t columns, int64_t steps, const StridedA<P>& a, const P* b, int64_t b_stride,
+                             const Result& c) {
+  multiply_picked<P>(rows, columns, steps, a, StridedB<P>{b, b_stride}, c);
 }
 
 }  // namespace MASKOPS_ISA_NS

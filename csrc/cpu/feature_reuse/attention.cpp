@@ -129,10 +129,10 @@ void query_tile(const CachedAttention& a, int64_t item, const Buffers<V>& use) {
   for (int64_t j = 0; j < a.counts[b]; j += kBlock) {
     const int64_t count = min_of(kBlock, a.counts[b] - j);
     collect<V, T>(a, a.k_cache, a.k, b, h, list + j, count, use.keys);
-    multiply_strided<V>(count, columns, a.D, {use.keys, width, 1}, use.queries, kTile, {use.scores, kTile, false});
+    multiply_strided<S>(count, columns, a.D, {use.keys, width, 1}, use.queries, kTile, {use.scores, kTile, false});
     soften<V>(use, count, columns);
     collect<V, T>(a, a.v_cache, a.v, b, h, list + j, count, use.values);
-    multiply_strided<V>(rows, width, count, {use.scores, 1, kTile}, use.values, width, {use.sums, width, j > 0, use.decay});
+    multiply_strided<S>(rows, width, count, {use.scores, 1, kTile}, use.values, width, {use.sums, width, j > 0, use.decay});
   }
   write_rows<V, T>(a, use, b, h, first, rows);
 }

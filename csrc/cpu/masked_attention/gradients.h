@@ -50,7 +50,7 @@ struct FloatGradients {
     const S* transposed = queries.template transposed<T>(place, query, a.q.row, at.rows, a.D, S(a.scale * kLog2E));
     make_scores<V, T>(a, at, transposed, of.keys, scores);
     const S* grad_tile = grads.template transposed<T>(place, grad, a.grad.row, at.rows, a.D, S(1));
-    multiply_strided<V>(at.keys, round_up(at.rows, V::width), a.D, {of.values.data, of.values.stride, 1}, grad_tile, kTile,
+    multiply_strided<S>(at.keys, round_up(at.rows, V::width), a.D, {of.values.data, of.values.stride, 1}, grad_tile, kTile,
                         {products, kTile, false});
   }
   void add_kv(const TilePair& at, int64_t place, const T* query, const T* grad, const S* weights, const S* slopes, S* grad_k, S* grad_v) const {

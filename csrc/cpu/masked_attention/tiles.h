@@ -226,7 +226,7 @@ static inline void make_scores(const Attention& a, const TilePair& at, const typ
                                typename V::scalar* scores) {
   const int64_t columns = round_up(at.rows, V::width);
   if (a.bias.data != nullptr) bias_of<V, T>(a, at, scores);
-  multiply_strided<V>(at.keys, columns, a.D, {keys.data, keys.stride, 1}, queries, kTile, {scores, kTile, a.bias.data != nullptr});
+  multiply_strided<typename V::scalar>(at.keys, columns, a.D, {keys.data, keys.stride, 1}, queries, kTile, {scores, kTile, a.bias.data != nullptr});
 }
 
 // Pair by pair, where a row that somebody must not see is not finite: to[onto] += left[j, i] right[from].
@@ -246,7 +246,7 @@ template <class V>
 static inline void add_by_query(const TilePair& at, const typename V::scalar* left, const Rows<typename V::scalar>& right, int64_t width,
                                 const StridedC<typename V::scalar>& to) {
   if (at.seen == nullptr || all_finite<V>(right, at.keys, width)) {
-    return multiply_strided<V>(at.rows, width, at.keys, {left, 1, kTile}, right.data, right.stride, to);
+    return multiply_strided<typename V::scalar>(at.rows, width, at.keys, {left, 1, kTile}, right.data, right.stride, to);
   }
   for (int64_t i = 0; i < at.rows; ++i) {
     const auto times = !to.add ? 0 : to.times == nullptr ? 1 : to.times[i];
@@ -260,7 +260,7 @@ template <class V>
 static inline void add_by_key(const TilePair& at, const typename V::scalar* left, const Rows<typename V::scalar>& right, int64_t width,
                               typename V::scalar* to) {
   if (at.seen != nullptr && !all_finite<V>(right, at.rows, width)) return add_seen<V>(at, left, right, width, true, to);
-  multiply_strided<V>(at.keys, width, at.rows, {left, kTile, 1}, right.data, right.stride, {to, width, true});
+  multiply_strided<typename V::scalar>(at.keys, width, at.rows, {left, kTile, 1}, right.data, right.stride, {to, width, true});
 }
 
 }  // namespace MASKOPS_ISA_NS

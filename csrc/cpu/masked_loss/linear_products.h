@@ -102,7 +102,7 @@ struct FloatLoss {
     for (int64_t q = 0; q < a.d_panels(); ++q) {
       const S* along = at<S>(a.along, q * a.stride * kPanel);
       for (int64_t m = 0; m < a.stride; m += steps) {
-        multiply_strided<V>(count, width(q), min_of(steps, a.stride - m), {slopes + m, a.stride, 1}, along + m * kPanel, kPanel,
+        multiply_strided<S>(count, width(q), min_of(steps, a.stride - m), {slopes + m, a.stride, 1}, along + m * kPanel, kPanel,
                             StridedC<S>{sums + q * kPanel, wide, m > 0});
       }
     }
@@ -124,7 +124,7 @@ struct FloatLoss {
     for (int64_t i = 0; i < tiles; ++i) {
       const S* panel = at<S>(a.panels, i * tile_panels() + q * kTile * kPanel);
       const S* slope = at<S>(a.logits, i * kTile * a.stride + m);
-      multiply_strided<V>(rows, width(q), classes(first + i), {slope, 1, a.stride}, panel, kPanel, StridedC<S>{to, kPanel, true});
+      multiply_strided<S>(rows, width(q), classes(first + i), {slope, 1, a.stride}, panel, kPanel, StridedC<S>{to, kPanel, true});
     }
   }
 
@@ -147,7 +147,7 @@ struct FloatLoss {
       const int64_t rows = min_of(kPanel, a.stride - p * kPanel);
       const S* across = at<S>(a.across, p * a.D * kPanel);
       for (int64_t d = 0; d < a.D; d += depth) {
-        multiply_strided<V>(count, rows, min_of(depth, a.D - d), {panels + d * kTile, depth, 1}, across + d * kPanel, kPanel,
+        multiply_strided<S>(count, rows, min_of(depth, a.D - d), {panels + d * kTile, depth, 1}, across + d * kPanel, kPanel,
                             StridedC<S>{logits + p * kPanel, a.stride, d > 0});
       }
     }

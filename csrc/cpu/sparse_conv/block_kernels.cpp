@@ -26,7 +26,7 @@ struct Panels {
   using V = typename VecFor<T>::type;
   using A = typename V::scalar;
   using P = P_;
-  using Row = typename Operand<P>::Row;
+  using Row = typename Gemm<P>::Value;
   static constexpr int64_t kWidth = kStridedVectors * V::width, kStep = Gemm<P>::kStep;
   using Stored = T;
   static constexpr bool kWide = sizeof(T) == sizeof(A);  // no conversion

@@ -6,28 +6,10 @@
 namespace maskops {
 inline namespace MASKOPS_ISA_NS {
 
-// What is multiplied: single channels in the precision of sums, or pairs of channels in bfloat16.
-template <class P>
-struct Operand {
-  using Row = P;  // elements of the rows of x
-  static inline auto all(const Row* row, int64_t step) { return Gemm<P>::Vec::all(row[step]); }
-};
-#if MASKOPS_ISA_LEVEL == 2
-template <>
-struct Operand<Bf16Pair> {
-  using Row = bf16;
-  static inline __m512i all(const Row* row, int64_t step) {
-    int32_t pair;  // at any address
-    memcpy(&pair, row + 2 * step, sizeof(pair));
-    return _mm512_set1_epi32(pair);
-  }
-};
-#endif
-
 // R rows by N vectors of columns: the sum over `count` kernel places of rows[place, r] times weights[place], `steps` operands each.
 // It begins with `begin`, the same for all rows, or with the rows of `from`.
 template <class P, int R, int N>
-static void product_tile(int64_t count, const typename Operand<P>::Row* const* rows, const P* const* weights, int64_t steps,
+static void product_tile(int64_t count, const typename Gemm<P>::Value* const* rows, const P* const* weights, int64_t steps,
                          const typename Gemm<P>::Sum* begin, const typename Gemm<P>::Sum* from, typename Gemm<P>::Sum* const* to) {
   using G = Gemm<P>;
   using V = typename G::Vec;
@@ -41,7 +23,7 @@ static void product_tile(int64_t count, const typename Operand<P>::Row* const* r
     }
   }
   for (int64_t i = 0; i < count; ++i, rows += R) {
-    const typename Operand<P>::Row* row[R];
+    const typename Gemm<P>::Value* row[R];
 #pragma GCC unroll 12
     for (int r = 0; r < R; ++r) row[r] = rows[r];
     const P* b = weights[i];
@@ -51,7 +33,7 @@ static void product_tile(int64_t count, const typename Operand<P>::Row* const* r
       for (int v = 0; v < N; ++v) column[v] = G::load(b + v * V::width);
 #pragma GCC unroll 12
       for (int r = 0; r < R; ++r) {
-        const auto value = Operand<P>::all(row[r], s);
+        const auto value = G::all(row[r] + s * G::kStep);
 #pragma GCC unroll 4
         for (int v = 0; v < N; ++v) sum[r][v] = G::multiply_add(value, column[v], sum[r][v]);
       }
@@ -98,7 +80,7 @@ static void outer_tile(int64_t steps, const typename V::scalar* const* rows, int
 template <class P>
 struct Product {
   using Sum = typename Gemm<P>::Sum;
-  using Row = typename Operand<P>::Row;
+  using Row = typename Gemm<P>::Value;
   using Call = void (*)(int64_t, const Row* const*, const P* const*, int64_t, const Sum*, const Sum*, Sum* const*);
   template <int R, int N>
   static constexpr Call tile = &product_tile<P, R, N>;

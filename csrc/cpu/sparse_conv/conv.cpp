@@ -24,9 +24,11 @@ ConvArgs args_of(const Tensor& x, const Tensor& map, int64_t columns, int64_t gr
   args.K = map.size(0), args.M = map.size(1);
   args.groups = groups;
   args.dtype = static_cast<int>(dtype_of(x));
-  // Groups of fewer channels would leave most of the tiles empty.
+  // Groups of fewer channels would leave most of the tiles empty. Rows are read in words of two channels.
   constexpr int64_t kLeast = 8;
-  args.amx = args.dtype == static_cast<int>(Dtype::kBFloat16) && use_amx() && args.C >= kLeast * groups && args.D >= kLeast * groups;
+  const bool half = args.dtype == static_cast<int>(Dtype::kBFloat16);
+  args.amx = half && use_amx() && args.C >= kLeast * groups && args.D >= kLeast * groups;
+  args.pairs = half && use_bf16_dot() && args.C / groups % 2 == 0;
   return args;
 }
 

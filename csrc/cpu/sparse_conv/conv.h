@@ -18,7 +18,7 @@ struct ConvArgs {
   void* partial;       // [chunks, K, C / G, D], both as they are summed
   int64_t x_stride, grad_stride, N, M, K, C, D, groups;
   int dtype;
-  bool amx;            // multiplied in its tiles
+  bool amx, pairs;     // multiplied in its tiles, or bfloat16 in twos by vdpbf16ps
 
   // Rows of the result that are summed at a time: fixed, as sums over the chunks of the weight's gradient depend on it.
   static constexpr int64_t kChunk = 8192, kMostChunks = 16;

@@ -1,0 +1,119 @@
+// How the kernels of sparse_conv lay out a tile, and the rows of x that a kernel place reads.
+#pragma once
+
+#include "common/gemm_strided.h"
+#include "cpu/sparse_conv/conv.h"
+#include "cpu/sparse_conv/types.h"
+
+#include <type_traits>
+
+namespace maskops {
+inline namespace MASKOPS_ISA_NS {
+
+// Storage type T; P: what is multiplied, see gemm.h.
+template <class T, class P_ = typename VecFor<T>::type::scalar>
+struct ConvShape {
+  using Stored = T;
+  using P = P_;
+  using V = typename Gemm<P>::Vec;
+  using A = typename Gemm<P>::Sum;
+  static constexpr int64_t kStep = Gemm<P>::kStep;
+  static constexpr bool kWhereTheyLie = std::is_same_v<T, typename Gemm<P>::Value>;  // rows need no gathering
+  static constexpr bool kPairs = kStep == 2;
+  int64_t group_in, group_out, padded;  // channels of a group; `padded`: group_out in whole vectors
+  int64_t tile, width;                  // rows of a tile; sums of a row
+  int64_t pairs, sum_rows;              // at a time, and rows of sums, for the gradient of the weight
+  bool depthwise, in_place;             // in_place: the weight needs no packing
+
+  explicit ConvShape(const ConvArgs& args) {
+    group_in = args.C / args.groups, group_out = args.D / args.groups;
+    depthwise = group_in == 1 && group_out == 1;
+    padded = depthwise ? 1 : round_up(group_out, V::width);
+    width = depthwise ? round_up(args.D, V::width) : padded * args.groups;
+    in_place = kWhereTheyLie && !kPairs && (depthwise || padded == group_out);
+    const int64_t most = args.amx ? 2 * kTileMost : kTileMost;
+    tile = max_of<int64_t>(32, min_of<int64_t>(most, kTileBytes / (width * int64_t(sizeof(A)) + 1) / 32 * 32));
+    pairs = args.amx || kPairs ? 256 : 128;
+    sum_rows = args.amx ? round_up(group_in, 16) : group_in;
+  }
+  int64_t steps() const { return group_in / kStep; }  // kStep divides group_in, where there is a forward pass
+  int64_t weight_stride(const ConvArgs& args) const { return in_place ? args.D : width; }
+  int64_t weight_size(const ConvArgs& args) const { return steps() * weight_stride(args); }  // of a kernel place
+  const P* weight(const ConvArgs& args, int64_t k) const {
+    const void* from = in_place ? args.weight : args.packed;
+    return static_cast<const P*>(from) + k * weight_size(args);
+  }
+  // Groups as they are packed: of a depthwise convolution all are one.
+  int64_t parts(const ConvArgs& args) const { return depthwise ? 1 : args.groups; }
+
+  // Of 64, 96, 128 and 192 rows, 96 were fastest for 32 and 64 channels, on two threads of an Intel Xeon. A register of AMX is filled by
+  // 16 rows of a place, so more of them at a time leave less of it empty.
+  static constexpr int64_t kTileMost = 96, kTileBytes = 48 << 10;
+};
+
+// Those of map[0, count) that read something: at[] = first + i * unit for the i-th, and row[] which row of x. Returns how many, or -1
+// for a row that x lacks. Both lists need room for kRowSlack more.
+constexpr int64_t kRowSlack = 16;
+static inline int64_t rows_of(const int32_t* map, int64_t count, int64_t N, int64_t first, int64_t unit, int32_t* at, int32_t* row) {
+  int64_t found = 0;
+#if MASKOPS_ISA_LEVEL == 2
+  const __m512i none = _mm512_set1_epi32(-1), last = _mm512_set1_epi32(int32_t(min_of<int64_t>(N - 1, INT32_MAX)));
+  const __m512i numbers = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), step = _mm512_set1_epi32(int32_t(16 * unit));
+  __m512i places = _mm512_add_epi32(_mm512_mullo_epi32(numbers, _mm512_set1_epi32(int32_t(unit))), _mm512_set1_epi32(int32_t(first)));
+  __mmask16 bad = 0;
+  for (int64_t i = 0; i < count; i += 16, places = _mm512_add_epi32(places, step)) {
+    const __m512i n = _mm512_mask_loadu_epi32(none, VecF::first(min_of<int64_t>(16, count - i)), map + i);
+    const __mmask16 some = _mm512_cmpgt_epi32_mask(n, none);
+    bad |= _mm512_cmplt_epi32_mask(n, none) | _mm512_cmpgt_epi32_mask(n, last);
+    _mm512_storeu_si512(at + found, _mm512_maskz_compress_epi32(some, places));
+    _mm512_storeu_si512(row + found, _mm512_maskz_compress_epi32(some, n));
+    found += __builtin_popcount(some);
+  }
+  return bad == 0 ? found : -1;
+#else
+  bool good = true;
+  for (int64_t i = 0; i < count; ++i) {
+    const int32_t n = map[i];
+    at[found] = int32_t(first + i * unit);
+    row[found] = n;
+    found += n >= 0;
+    good &= n >= -1 && n < N;
+  }
+  return good ? found : -1;
+#endif
+}
+
+// Rows of x, widened, side by side, each as wide as `stride`. The next ones are fetched: they lie anywhere.
+template <class T, class A>
+static void gather(const T* x, int64_t x_stride, const int32_t* row, int64_t count, int64_t channels, A* to, int64_t stride) {
+  constexpr int64_t kAhead = 4, kLine = 64 / int64_t(sizeof(T));
+  for (int64_t r = 0; r < count; ++r) {
+    if (r + kAhead < count) {
+      const T* next = x + int64_t(row[r + kAhead]) * x_stride;
+      for (int64_t c = 0; c < channels; c += kLine) __builtin_prefetch(next + c);
+    }
+    widen(x + int64_t(row[r]) * x_stride, channels, to + r * stride);
+  }
+}
+
+// Rows of x as they are multiplied with each other, row by row or two rows to a step, of which the last is filled up with zeros.
+template <class T, class A>
+static void gather_steps(const T* x, int64_t x_stride, const int32_t* row, int64_t count, int64_t channels, A* to, int64_t stride) {
+  gather(x, x_stride, row, count, channels, to, stride);
+}
+#if MASKOPS_ISA_LEVEL == 2
+static inline void gather_steps(const bf16* x, int64_t x_stride, const int32_t* row, int64_t count, int64_t channels, Bf16Pair* to,
+                                int64_t stride) {
+  constexpr int64_t kAhead = 4, kLine = 32;
+  for (int64_t r = 0; r < count; r += 2, to += stride) {
+    for (int64_t next = r + kAhead; next < min_of(count, r + kAhead + 2); ++next) {
+      for (int64_t c = 0; c < channels; c += kLine) __builtin_prefetch(x + row[next] * x_stride + c);
+    }
+    const bf16 *even = x + row[r] * x_stride, *odd = r + 1 < count ? x + row[r + 1] * x_stride : nullptr;
+    for (int64_t c = 0; c < channels; c += 16) _mm512_storeu_si512(to + c, amx_pair(even, odd, c, first_words(channels - c)));
+  }
+}
+#endif
+
+}  // namespace MASKOPS_ISA_NS
+}  // namespace maskops

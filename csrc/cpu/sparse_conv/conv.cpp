@@ -81,16 +81,20 @@ Tensor sparse_conv_grad_weight(const Tensor& grad_any, const Tensor& x_any, cons
   const ConvKernels& kernels = pick_ConvKernels();
   const Buffer partial(kernels.partial_bytes(args));
   args.partial = partial.get();
-  const int64_t items = args.chunks() * args.K, bytes = kernels.bytes(args), work = args.C / groups * args.D;
+  // Places of a chunk go together as far as that leaves some items to each thread.
+  const int64_t chunks = args.chunks(), bytes = kernels.bytes(args), work = args.C / groups * args.D;
+  const int64_t wanted = (4 * torch::stable::get_num_threads() + chunks - 1) / chunks;
+  const int64_t places = std::clamp<int64_t>(args.K / wanted, 1, kernels.weight_places(args)), parts = (args.K + places - 1) / places;
   std::atomic<bool> good{true};
-  share_out(items, args.M / args.chunks() * work / 8, [&](const NextItem& next) {
+  share_out(chunks * parts, args.M / chunks * places * work / 8, [&](const NextItem& next) {
     const Buffer buffer(bytes);
     for (int64_t item; next(&item);) {
-      if (!kernels.weight_chunk(args, item, item + 1, buffer.get())) good = false;
+      const int64_t k = item % parts * places;
+      if (!kernels.weight_chunk(args, item / parts, k, std::min(args.K, k + places), buffer.get())) good = false;
     }
   });
   if (!good) fail_map(args);
-  parallel_for(args.K, args.chunks() * work, [&](int64_t begin, int64_t end) { kernels.sum_chunks(args, begin, end); });
+  parallel_for(args.K, chunks * work, [&](int64_t begin, int64_t end) { kernels.sum_chunks(args, begin, end); });
   return out;
 }
 

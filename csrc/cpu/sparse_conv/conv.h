@@ -36,8 +36,8 @@ struct ConvKernels {
   // Tiles [begin, end) of the result; false if the map holds a row that x lacks.
   bool (*forward)(const ConvArgs&, int64_t begin, int64_t end, void* buffer);
   int64_t (*partial_bytes)(const ConvArgs&);
-  // Item = chunk * K + k.
-  bool (*weight_chunk)(const ConvArgs&, int64_t begin, int64_t end, void* buffer);
+  int64_t (*weight_places)(const ConvArgs&);                        // that a thread takes at a time, where there are enough
+  bool (*weight_chunk)(const ConvArgs&, int64_t chunk, int64_t k_begin, int64_t k_end, void* buffer);
   void (*sum_chunks)(const ConvArgs&, int64_t k_begin, int64_t k_end);
 };
 MASKOPS_DECLARE_KERNELS(ConvKernels)

@@ -33,7 +33,7 @@ struct ConvShape {
     in_place = kWhereTheyLie && !kPairs && (depthwise || padded == group_out);
     const int64_t most = args.amx ? 2 * kTileMost : kTileMost;
     tile = max_of<int64_t>(32, min_of<int64_t>(most, kTileBytes / (width * int64_t(sizeof(A)) + 1) / 32 * 32));
-    pairs = args.amx || kPairs ? 256 : 128;
+    pairs = kPairs ? 384 : 256;
     sum_rows = args.amx ? round_up(group_in, 16) : group_in;
   }
   int64_t steps() const { return group_in / kStep; }  // kStep divides group_in, where there is a forward pass
@@ -43,12 +43,19 @@ struct ConvShape {
     const void* from = in_place ? args.weight : args.packed;
     return static_cast<const P*>(from) + k * weight_size(args);
   }
+  // For the gradient of the weight: rows of x and of grad, and places whose sums lie beside them, in the second cache.
+  int64_t block(const ConvArgs& args) const {
+    const int64_t rows = kBlockBytes / ((args.C + args.D) * int64_t(sizeof(T)) + 1);
+    return max_of<int64_t>(1, rows / pairs) * pairs;
+  }
+  int64_t places() const { return max_of<int64_t>(1, kSumBytes / (sum_rows * width * int64_t(sizeof(A)) + 1)); }
+
   // Groups as they are packed: of a depthwise convolution all are one.
   int64_t parts(const ConvArgs& args) const { return depthwise ? 1 : args.groups; }
 
   // Of 64, 96, 128 and 192 rows, 96 were fastest for 32 and 64 channels, on two threads of an Intel Xeon. A register of AMX is filled by
   // 16 rows of a place, so more of them at a time leave less of it empty.
-  static constexpr int64_t kTileMost = 96, kTileBytes = 48 << 10;
+  static constexpr int64_t kTileMost = 96, kTileBytes = 48 << 10, kBlockBytes = 256 << 10, kSumBytes = 192 << 10;
 };
 
 // Those of map[0, count) that read something: at[] = first + i * unit for the i-th, and row[] which row of x. Returns how many, or -1
@@ -81,6 +88,11 @@ static inline int64_t rows_of(const int32_t* map, int64_t count, int64_t N, int6
   }
   return good ? found : -1;
 #endif
+}
+
+// A piece of the map on its way to the first cache: the lines of a place are far from those of the last one.
+static inline void fetch_map(const int32_t* map, int64_t count) {
+  for (int64_t i = 0; i < count; i += 16) __builtin_prefetch(map + i);
 }
 
 // Rows of x, widened, side by side, each as wide as `stride`. The next ones are fetched: they lie anywhere.

@@ -100,6 +100,7 @@ bool forward_typed(const ConvArgs& args, const Shape& shape, int64_t begin, int6
     const int64_t first = tile * shape.tile, count = min_of(shape.tile, args.M - first);
     begin_tile(args, shape, count, own.sums);
     for (int64_t k = 0; k < args.K; ++k) {
+      if (k + 1 < args.K) fetch_map(args.map + (k + 1) * args.M + first, count);
       const int64_t found = rows_of(args.map + k * args.M + first, count, args.N, 0, shape.width, own.at, own.row);
       good &= found >= 0;
       if (found > 0) add_place(args, shape, own, k, found);
@@ -214,18 +215,21 @@ bool sum_pairs(const ConvArgs& args, const Shape& shape, int64_t k, int64_t firs
   return good;
 }
 
+// Rows are gone through in blocks that stay in the second cache, as do the sums of so many places, while each place reads them.
 template <class Shape>
-bool weight_chunk_typed(const ConvArgs& args, const Shape& shape, int64_t begin, int64_t end, void* buffer) {
+bool weight_chunk_typed(const ConvArgs& args, const Shape& shape, int64_t chunk, int64_t k_begin, int64_t k_end, void* buffer) {
   using A = typename Shape::A;
   Pieces pieces(buffer);
   const PairBuffers<Shape> own(args, shape, pieces);
   const int64_t chunks = args.chunks(), size = shape.sum_rows * shape.width;
+  const int64_t begin = chunk * args.M / chunks, end = (chunk + 1) * args.M / chunks, block = shape.block(args);
+  A* sums = static_cast<A*>(args.partial) + (chunk * args.K + k_begin) * size;
+  memset(sums, 0, size_t((k_end - k_begin) * size) * sizeof(A));
   bool good = true;
-  for (int64_t item = begin; item < end; ++item) {
-    const int64_t chunk = item / args.K, k = item % args.K;
-    A* sums = static_cast<A*>(args.partial) + item * size;
-    memset(sums, 0, size_t(size) * sizeof(A));
-    good &= sum_pairs(args, shape, k, chunk * args.M / chunks, (chunk + 1) * args.M / chunks, own, sums);
+  for (int64_t first = begin; first < end; first += block) {
+    for (int64_t k = k_begin; k < k_end; ++k) {
+      good &= sum_pairs(args, shape, k, first, min_of(end, first + block), own, sums + (k - k_begin) * size);
+    }
   }
   return good;
 }
@@ -296,8 +300,11 @@ int64_t partial_bytes(const ConvArgs& args) {
     return args.chunks() * args.K * shape.sum_rows * shape.width * int64_t(sizeof(typename decltype(shape)::A));
   });
 }
-bool weight_chunk(const ConvArgs& args, int64_t begin, int64_t end, void* buffer) {
-  return in_scope(args, [&](const auto& shape) { return weight_chunk_typed(args, shape, begin, end, buffer); });
+int64_t weight_places(const ConvArgs& args) {
+  return with_shape(args, [](const auto& shape) { return shape.places(); });
+}
+bool weight_chunk(const ConvArgs& args, int64_t chunk, int64_t k_begin, int64_t k_end, void* buffer) {
+  return in_scope(args, [&](const auto& shape) { return weight_chunk_typed(args, shape, chunk, k_begin, k_end, buffer); });
 }
 void sum_chunks(const ConvArgs& args, int64_t k_begin, int64_t k_end) {
   with_shape(args, [&](const auto& shape) { sum_chunks_typed(args, shape, k_begin, k_end); });
@@ -305,8 +312,8 @@ void sum_chunks(const ConvArgs& args, int64_t k_begin, int64_t k_end) {
 
 }  // namespace
 
-extern const ConvKernels ConvKernels_table{&packed_bytes, &pack,          &tile_rows,    &bytes,
-                                           &forward,      &partial_bytes, &weight_chunk, &sum_chunks};
+extern const ConvKernels ConvKernels_table{&packed_bytes,  &pack,          &tile_rows,    &bytes,     &forward,
+                                           &partial_bytes, &weight_places, &weight_chunk, &sum_chunks};
 
 }  // namespace MASKOPS_ISA_NS
 }  // namespace maskops

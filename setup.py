@@ -29,6 +29,7 @@ ISA_FLAGS = {
         "-mavx512dq",
         "-mavx512vl",
         "-mavx512bf16",
+        "-mbmi2",
         "-mfma",
         "-mf16c",
         "-mprefer-vector-width=512",

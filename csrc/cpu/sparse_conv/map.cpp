@@ -9,6 +9,7 @@
 
 #include "common/parallel.h"
 #include "cpu/sparse_conv/columns.h"
+#include "cpu/sparse_conv/map.h"
 #include "math/sparse_conv_check.h"
 
 namespace maskops {
@@ -40,7 +41,7 @@ std::string text_of(const int32_t* row, int64_t columns) {
 // The places of coords, each of which may be there once, and the row of each by its number.
 class PlacesByNumber {
  public:
-  PlacesByNumber(const char* op, const Tensor& coords) : columns_(coords.size(0) / 4), row_of_(static_cast<size_t>(coords.size(0))) {
+  PlacesByNumber(const char* op, const Tensor& coords) : columns_(coords.size(0) / 16), row_of_(static_cast<size_t>(coords.size(0) + kColumnSlack)) {
     const Places places{int32_data(coords), coords.size(1)};
     const int64_t rows = coords.size(0);
     for (int64_t n = 0; n < rows; ++n) {
@@ -57,6 +58,23 @@ class PlacesByNumber {
         row_of_[static_cast<size_t>(Columns::number_of(*column, Columns::bit_of(place.at[2])))] = static_cast<int32_t>(n);
       }
     });
+  }
+
+  // The column of `place` moved to a line (k0, k1) of the kernel, and of those beside it what the places `own` of it may read.
+  NearColumns near(const ConvGeometry& g, const Place& place, int64_t line, uint64_t own) const {
+    NearColumns found{};
+    int32_t high = 0, middle = 0;
+    const auto k0 = static_cast<int32_t>(line / g.size[1]), k1 = static_cast<int32_t>(line % g.size[1]);
+    if (!g.source(0, place.at[0], k0, &high) || !g.source(1, place.at[1], k1, &middle)) return found;
+    const int32_t before = g.padding[2], after = g.size[2] - 1 - before, word = Columns::word_of(place.at[2]);
+    const bool wanted[3] = {before > 0 && std::countr_zero(own) < before, true, after > 0 && std::countl_zero(own) < after};
+    for (int32_t side = 0; side < 3; ++side) {
+      if (!wanted[side]) continue;
+      const Column& column = *columns_.at(place.batch, high, middle, word + side - 1);
+      found.bits[side] = column.bits;
+      found.rows[side] = row_of_.data() + column.first;
+    }
+    return found;
   }
 
   // What the places (k0, k1, every k2) of the kernel read for `place`, as rows of the map, which are `stride` apart. cursor: for
@@ -138,37 +156,34 @@ void find_all(const PlacesByNumber& known, const ConvGeometry& g, const Places& 
   }
 }
 
-// Of a kernel that lies alike around its place, over places that read one another: what a reads at k, reads a at the opposite place.
-// The first half of the kernel is looked up, the other half, which holds -1, is written from it.
-void find_half(const PlacesByNumber& known, const ConvGeometry& g, const Places& places, int64_t rows, int64_t begin, int64_t end,
-               int32_t* out) {
-  const int64_t K = g.places(), middle = K / 2;
-  std::vector<PlacesByNumber::Cursor> cursors(static_cast<size_t>(middle / g.size[2] + 1));  // up to the line of the middle
-  Place before{};
-  for (int64_t m = begin; m < end; ++m) {
-    const Place place = places[m];
-    if (m == begin || !same_line(place, before)) PlacesByNumber::forget(g, place, cursors);
-    before = place;
-    out[middle * rows + m] = static_cast<int32_t>(m);
-    int64_t k = 0;
-    for (PlacesByNumber::Cursor& cursor : cursors) {
-      const int32_t count = static_cast<int32_t>(std::min<int64_t>(g.size[2], middle - k));
-      known.find(g, place, cursor, count, out + k * rows + m, rows);
-      for (int64_t last = k + count; k < last; ++k) {
-        const int32_t n = out[k * rows + m];
-        if (n >= 0) out[(K - 1 - k) * rows + n] = static_cast<int32_t>(m);
-      }
-    }
-  }
+// Whether find_columns serves: places of x among themselves, whose columns lie alike, and no further apart than a column is long.
+bool by_columns(const ConvGeometry& g) {
+  bool same = !g.divides && g.dilation[2] == 1;
+  for (int axis = 0; axis < kConvAxes; ++axis) same = same && g.stride[axis] == 1;
+  return same && g.padding[2] < 64 && g.size[2] - g.padding[2] <= 64;
 }
 
-bool is_symmetric(const ConvGeometry& g) {
-  bool same = !g.divides;
-  for (int axis = 0; axis < kConvAxes; ++axis) {
-    same = same && g.stride[axis] == 1 && g.size[axis] % 2 == 1 &&
-           g.padding[axis] == static_cast<int64_t>(g.dilation[axis]) * (g.size[axis] / 2);
+// The same of places among themselves: rows that follow each other in a column are looked up together.
+void find_columns(const PlacesByNumber& known, const ConvGeometry& g, const Places& places, int64_t rows, int64_t begin, int64_t end,
+                  int32_t* out) {
+  const ConvMapKernels& kernels = pick_ConvMapKernels();
+  for (int64_t m = begin; m < end;) {
+    const Place place = places[m];
+    const int32_t word = Columns::word_of(place.at[2]);
+    uint64_t own = Columns::bit_of(place.at[2]);
+    int64_t next = m + 1;
+    for (; next < end; ++next) {
+      const Place more = places[next];
+      const uint64_t bit = Columns::bit_of(more.at[2]);
+      if (!same_line(place, more) || Columns::word_of(more.at[2]) != word || bit <= own) break;
+      own |= bit;
+    }
+    int32_t* to = out + m;
+    for (int64_t line = 0; line < static_cast<int64_t>(g.size[0]) * g.size[1]; ++line, to += g.size[2] * rows) {
+      kernels.find_line(known.near(g, place, line, own), own, -g.padding[2], g.size[2], to, rows);
+    }
+    m = next;
   }
-  return same;
 }
 
 Tensor sparse_conv_map(const Tensor& coords_any, const Tensor& out_coords_any, const Sizes& kernel_size, const Sizes& stride,
@@ -183,13 +198,8 @@ Tensor sparse_conv_map(const Tensor& coords_any, const Tensor& out_coords_any, c
   const int64_t rows = out_coords.size(0), K = g.places();
   Tensor map = empty_like_device(coords, {K, rows}, ScalarType::Int);
   int32_t* out = static_cast<int32_t*>(map.mutable_data_ptr());
-  if (same && is_symmetric(g)) {
-    int32_t* half = out + (K / 2 + 1) * rows;
-    parallel_for(K / 2 * rows, 4, [&](int64_t begin, int64_t end) { std::fill(half + begin, half + end, -1); });
-    parallel_for(rows, K * 8, [&](int64_t begin, int64_t end) { find_half(known, g, places, rows, begin, end, out); });
-  } else {
-    parallel_for(rows, K * 16, [&](int64_t begin, int64_t end) { find_all(known, g, places, rows, begin, end, out); });
-  }
+  const auto find = same && by_columns(g) ? &find_columns : &find_all;
+  parallel_for(rows, K * 16, [&](int64_t begin, int64_t end) { find(known, g, places, rows, begin, end, out); });
   return map;
 }
 

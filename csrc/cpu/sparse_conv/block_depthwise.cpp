@@ -22,17 +22,22 @@ struct Window {
   using V = typename VecFor<T>::type;
   using A = typename V::scalar;
   int64_t padded, height, width;
+  int64_t places;   // of the weight, and one for the bias
   const T** at;     // [height, width]: x, or zeros
   T* zeros;
 
   Window(const DepthwiseArgs& args, void* buffer, int64_t* bytes = nullptr) {
     padded = round_up(args.C, V::width);
-    height = args.window_h(), width = args.window_w();
+    height = args.window_h(), width = args.window_w(), places = args.taps() + 1;
     Pieces pieces(buffer);
     at = pieces.take<const T*>(height * width);
     zeros = pieces.take<T>(padded);
     if (bytes != nullptr) *bytes = pieces.bytes;
   }
+
+  // Where the weight as it is packed, or its gradient, has channel c of a place: all places of a vector of channels lie side by side, or
+  // with many channels they would meet in few sets of the cache.
+  int64_t weight_at(int64_t place, int64_t c) const { return (c / V::width * places + place) * V::width + c % V::width; }
 
   // The addresses for an active cell.
   void find(const DepthwiseArgs& args, int64_t cell) const {
@@ -57,6 +62,12 @@ struct Window {
       }
     }
   }
+  // Of the next channels, a share of the lines: positions are as far apart as they have channels, too far for the CPU to foresee. To be
+  // called `parts` times while the channels up to c are worked on.
+  void fetch(const DepthwiseArgs& args, int64_t c, int64_t part, int64_t parts) const {
+    if (c >= args.C || c * int64_t(sizeof(T)) % 64 != 0) return;
+    for (int64_t i = part * height / parts * width, end = (part + 1) * height / parts * width; i < end; ++i) __builtin_prefetch(at[i] + c);
+  }
   void clear(const DepthwiseArgs& args) const { memset(zeros, 0, size_t(padded) * sizeof(T)); }
 };
 
@@ -74,21 +85,21 @@ inline void store_part(V value, T* to, int64_t left) {
 // X positions by N vectors from channel c on; at: the first address of the run. `left` channels follow.
 template <class T, int KW, int S, int X, int N, bool Whole>
 void forward_run(const DepthwiseArgs& args, const Window<T>& window, const T* const* at, int64_t c, int64_t left,
-                 const typename Window<T>::A* begin, T* out) {
+                 const typename Window<T>::A* weight, T* out) {
   using V = typename Window<T>::V;
+  const int64_t next = window.places * V::width;
   V sum[X][N];
 #pragma GCC unroll 8
   for (int x = 0; x < X; ++x) {
 #pragma GCC unroll 4
-    for (int n = 0; n < N; ++n) sum[x][n] = V::load(begin + c + n * V::width);
+    for (int n = 0; n < N; ++n) sum[x][n] = V::load(weight + args.taps() * V::width + n * next);
   }
-  const auto* weight = static_cast<const typename Window<T>::A*>(args.packed) + c;
   for (int64_t ky = 0; ky < args.kh; ++ky, at += window.width) {
     V w[KW][N];
 #pragma GCC unroll 7
-    for (int k = 0; k < KW; ++k, weight += window.padded) {
+    for (int k = 0; k < KW; ++k, weight += V::width) {
 #pragma GCC unroll 4
-      for (int n = 0; n < N; ++n) w[k][n] = V::load(weight + n * V::width);
+      for (int n = 0; n < N; ++n) w[k][n] = V::load(weight + n * next);
     }
 #pragma GCC unroll 32
     for (int j = 0; j < (X - 1) * S + KW; ++j) {
@@ -118,12 +129,11 @@ void forward_run(const DepthwiseArgs& args, const Window<T>& window, const T* co
 // Kernel sizes and strides without a version of their own.
 template <class T>
 void forward_any(const DepthwiseArgs& args, const Window<T>& window, const T* const* at, int64_t c, int64_t left,
-                 const typename Window<T>::A* begin, T* out) {
+                 const typename Window<T>::A* weight, T* out) {
   using V = typename Window<T>::V;
-  V sum = V::load(begin + c);
-  const auto* weight = static_cast<const typename Window<T>::A*>(args.packed) + c;
+  V sum = V::load(weight + args.taps() * V::width);
   for (int64_t ky = 0; ky < args.kh; ++ky, at += window.width) {
-    for (int64_t kx = 0; kx < args.kw; ++kx, weight += window.padded) {
+    for (int64_t kx = 0; kx < args.kw; ++kx, weight += V::width) {
       sum = fma(load_part<V>(at[kx] + c, left), V::load(weight), sum);
     }
   }
@@ -131,7 +141,7 @@ void forward_any(const DepthwiseArgs& args, const Window<T>& window, const T* co
 }
 
 template <class T, int KW, int S>
-void forward_line(const DepthwiseArgs& args, const Window<T>& window, const T* const* at, int64_t c, const typename Window<T>::A* begin,
+void forward_line(const DepthwiseArgs& args, const Window<T>& window, const T* const* at, int64_t c, const typename Window<T>::A* weight,
                   T* out, int64_t count, int64_t* done_channels) {
   using V = typename Window<T>::V;
   const int64_t left = args.C - c;
@@ -141,16 +151,16 @@ void forward_line(const DepthwiseArgs& args, const Window<T>& window, const T* c
   int64_t x = 0;
   if (pair) {
     for (; x + kShort <= count; x += kShort) {
-      forward_run<T, KW, S, kShort, kShortVectors, true>(args, window, at + x * S, c, left, begin, out + x * args.C);
+      forward_run<T, KW, S, kShort, kShortVectors, true>(args, window, at + x * S, c, left, weight, out + x * args.C);
     }
-    for (; x < count; ++x) forward_run<T, KW, S, 1, kShortVectors, true>(args, window, at + x * S, c, left, begin, out + x * args.C);
+    for (; x < count; ++x) forward_run<T, KW, S, 1, kShortVectors, true>(args, window, at + x * S, c, left, weight, out + x * args.C);
     return;
   }
   for (; whole && x + kLong <= count; x += kLong) {
-    forward_run<T, KW, S, kLong, 1, true>(args, window, at + x * S, c, left, begin, out + x * args.C);
+    forward_run<T, KW, S, kLong, 1, true>(args, window, at + x * S, c, left, weight, out + x * args.C);
   }
-  for (; x + 2 <= count; x += 2) forward_run<T, KW, S, 2, 1, false>(args, window, at + x * S, c, left, begin, out + x * args.C);
-  for (; x < count; ++x) forward_run<T, KW, S, 1, 1, false>(args, window, at + x * S, c, left, begin, out + x * args.C);
+  for (; x + 2 <= count; x += 2) forward_run<T, KW, S, 2, 1, false>(args, window, at + x * S, c, left, weight, out + x * args.C);
+  for (; x < count; ++x) forward_run<T, KW, S, 1, 1, false>(args, window, at + x * S, c, left, weight, out + x * args.C);
 }
 
 template <class T>
@@ -161,22 +171,23 @@ void forward_typed(const DepthwiseArgs& args, int64_t number, void* buffer) {
   const int64_t width = args.W / args.sx, top = cell / args.w % args.h * ch, left = cell % args.w * cw;
   window.clear(args);
   window.find(args, cell);
-  const auto* begin = static_cast<const typename Window<T>::A*>(args.packed) + args.taps() * window.padded;  // the bias
   T* out = static_cast<T*>(args.out) + ((image * (args.H / args.sy) + top) * width + left) * args.C;
   int64_t step = V::width;
   for (int64_t c = 0; c < args.C; c += step) {
+    const auto* weight = static_cast<const typename Window<T>::A*>(args.packed) + window.weight_at(0, c);
     for (int64_t y = 0; y < ch; ++y) {
       const T* const* at = window.at + y * args.sy * window.width;
       T* line = out + y * width * args.C;
+      window.fetch(args, c + V::width, y, ch);
       const int64_t kind = args.sx > 2 ? 0 : args.kw * 2 + args.sx - 1;
       switch (kind) {
-        case 6: forward_line<T, 3, 1>(args, window, at, c, begin, line, cw, &step); break;
-        case 7: forward_line<T, 3, 2>(args, window, at, c, begin, line, cw, &step); break;
-        case 10: forward_line<T, 5, 1>(args, window, at, c, begin, line, cw, &step); break;
-        case 14: forward_line<T, 7, 1>(args, window, at, c, begin, line, cw, &step); break;
+        case 6: forward_line<T, 3, 1>(args, window, at, c, weight, line, cw, &step); break;
+        case 7: forward_line<T, 3, 2>(args, window, at, c, weight, line, cw, &step); break;
+        case 10: forward_line<T, 5, 1>(args, window, at, c, weight, line, cw, &step); break;
+        case 14: forward_line<T, 7, 1>(args, window, at, c, weight, line, cw, &step); break;
         default:
           step = V::width;
-          for (int64_t x = 0; x < cw; ++x) forward_any(args, window, at + x * args.sx, c, args.C - c, begin, line + x * args.C);
+          for (int64_t x = 0; x < cw; ++x) forward_any(args, window, at + x * args.sx, c, args.C - c, weight, line + x * args.C);
       }
     }
   }
@@ -186,12 +197,12 @@ void forward_typed(const DepthwiseArgs& args, int64_t number, void* buffer) {
 
 // One line of the kernel over X positions: sums of KW places, each value of x multiplied with all gradients that it met.
 template <class T, int KW, int S, int X>
-void weight_run(const Window<T>& window, const T* const* at, int64_t c, int64_t left, const typename Window<T>::V* grad,
+void weight_run(const T* const* at, int64_t c, int64_t left, const typename Window<T>::V* grad,
                 typename Window<T>::A* sums) {
   using V = typename Window<T>::V;
   V sum[KW];
 #pragma GCC unroll 7
-  for (int k = 0; k < KW; ++k) sum[k] = V::load(sums + k * window.padded);
+  for (int k = 0; k < KW; ++k) sum[k] = V::load(sums + k * V::width);
 #pragma GCC unroll 32
   for (int j = 0; j < (X - 1) * S + KW; ++j) {
     const V value = load_part<V>(at[j] + c, left);
@@ -202,7 +213,7 @@ void weight_run(const Window<T>& window, const T* const* at, int64_t c, int64_t 
     }
   }
 #pragma GCC unroll 7
-  for (int k = 0; k < KW; ++k) sum[k].store(sums + k * window.padded);
+  for (int k = 0; k < KW; ++k) sum[k].store(sums + k * V::width);
 }
 
 template <class T, int KW, int S, int X>
@@ -214,12 +225,12 @@ void weight_lines(const DepthwiseArgs& args, const Window<T>& window, const T* c
 #pragma GCC unroll 8
   for (int x = 0; x < X; ++x) grad[x] = load_part<V>(grad_at + x * args.C + c, left);
   for (int64_t ky = 0; ky < args.kh; ++ky) {
-    weight_run<T, KW, S, X>(window, at + ky * window.width, c, left, grad, sums + ky * KW * window.padded + c);
+    weight_run<T, KW, S, X>(at + ky * window.width, c, left, grad, sums + ky * KW * V::width);
   }
   V total = grad[0];
 #pragma GCC unroll 8
   for (int x = 1; x < X; ++x) total = total + grad[x];
-  auto* bias = sums + args.taps() * window.padded + c;
+  auto* bias = sums + args.taps() * V::width;
   (V::load(bias) + total).store(bias);
 }
 
@@ -231,11 +242,11 @@ void weight_any(const DepthwiseArgs& args, const Window<T>& window, const T* con
   const V grad = load_part<V>(grad_at + c, left);
   for (int64_t ky = 0; ky < args.kh; ++ky) {
     for (int64_t kx = 0; kx < args.kw; ++kx) {
-      auto* to = sums + (ky * args.kw + kx) * window.padded + c;
+      auto* to = sums + (ky * args.kw + kx) * V::width;
       fma(load_part<V>(at[ky * window.width + kx] + c, left), grad, V::load(to)).store(to);
     }
   }
-  auto* bias = sums + args.taps() * window.padded + c;
+  auto* bias = sums + args.taps() * V::width;
   (V::load(bias) + grad).store(bias);
 }
 
@@ -254,9 +265,9 @@ template <class T>
 void weight_chunk_typed(const DepthwiseArgs& args, int64_t chunk, void* buffer) {
   using V = typename Window<T>::V;
   const Window<T> window(args, buffer);
-  const int64_t size = (args.taps() + 1) * window.padded, ch = args.cell_h(), cw = args.cell_w(), width = args.W / args.sx;
-  auto* sums = static_cast<typename Window<T>::A*>(args.partial) + chunk * size;
-  memset(sums, 0, size_t(size) * sizeof(*sums));
+  const int64_t size = window.places * window.padded, ch = args.cell_h(), cw = args.cell_w(), width = args.W / args.sx;
+  auto* partial = static_cast<typename Window<T>::A*>(args.partial) + chunk * size;
+  memset(partial, 0, size_t(size) * sizeof(*partial));
   window.clear(args);
   for (int64_t number = chunk * args.count / args.chunks(); number < (chunk + 1) * args.count / args.chunks(); ++number) {
     const int64_t cell = args.active[number], image = cell / (args.h * args.w);
@@ -264,9 +275,11 @@ void weight_chunk_typed(const DepthwiseArgs& args, int64_t chunk, void* buffer) 
     window.find(args, cell);
     const T* grad = static_cast<const T*>(args.grad) + ((image * (args.H / args.sy) + top) * width + left) * args.C;
     for (int64_t c = 0; c < args.C; c += V::width) {
+      auto* sums = partial + window.weight_at(0, c);
       for (int64_t y = 0; y < ch; ++y) {
         const T* const* at = window.at + y * args.sy * window.width;
         const T* line = grad + y * width * args.C;
+        window.fetch(args, c + V::width, y, ch);
         const int64_t kind = args.sx > 2 ? 0 : args.kw * 2 + args.sx - 1;
         switch (kind) {
           case 6: weight_line<T, 3, 1>(args, window, at, c, line, cw, sums); break;
@@ -285,12 +298,13 @@ template <class T>
 void sum_chunks_typed(const DepthwiseArgs& args) {
   int64_t bytes = 0;
   const Window<T> window(args, nullptr, &bytes);
-  const int64_t taps = args.taps(), size = (taps + 1) * window.padded;
+  const int64_t taps = args.taps(), size = window.places * window.padded;
   const auto* sums = static_cast<const typename Window<T>::A*>(args.partial);
   for (int64_t c = 0; c < args.C; ++c) {
     for (int64_t t = 0; t <= taps; ++t) {
-      auto sum = sums[t * window.padded + c];
-      for (int64_t chunk = 1; chunk < args.chunks(); ++chunk) sum += sums[chunk * size + t * window.padded + c];
+      const int64_t at = window.weight_at(t, c);
+      auto sum = sums[at];
+      for (int64_t chunk = 1; chunk < args.chunks(); ++chunk) sum += sums[chunk * size + at];
       from_float(sum, t < taps ? static_cast<T*>(args.grad_weight) + c * taps + t : static_cast<T*>(args.grad_bias) + c);
     }
   }
@@ -302,11 +316,11 @@ void pack_typed(const DepthwiseArgs& args) {
   const Window<T> window(args, nullptr, &bytes);
   const int64_t taps = args.taps();
   auto* to = static_cast<typename Window<T>::A*>(args.packed);
-  memset(to, 0, size_t((taps + 1) * window.padded) * sizeof(*to));
+  memset(to, 0, size_t(window.places * window.padded) * sizeof(*to));
   for (int64_t c = 0; c < args.C; ++c) {
     const T* from = static_cast<const T*>(args.weight) + c * taps;
-    for (int64_t t = 0; t < taps; ++t) to[t * window.padded + c] = to_float(from[args.flipped ? taps - 1 - t : t]);
-    if (args.bias != nullptr) to[taps * window.padded + c] = to_float(static_cast<const T*>(args.bias)[c]);
+    for (int64_t t = 0; t < taps; ++t) to[window.weight_at(t, c)] = to_float(from[args.flipped ? taps - 1 - t : t]);
+    if (args.bias != nullptr) to[window.weight_at(taps, c)] = to_float(static_cast<const T*>(args.bias)[c]);
   }
 }
 

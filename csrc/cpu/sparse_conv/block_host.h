@@ -2,8 +2,13 @@
 #pragma once
 
 #if MASKOPS_ISA_LEVEL == 0
+#include <algorithm>
 #include <cstring>
 #include <vector>
+
+#ifdef __SSE2__
+#include <emmintrin.h>
+#endif
 
 #include "common/check.h"
 #include "common/parallel.h"
@@ -23,6 +28,21 @@ inline Tensor empty_images(const Tensor& like, int64_t B, int64_t C, int64_t H, 
   return empty_images(like, B, C, H, W, like.scalar_type());
 }
 
+// Past the caches where `far`: nobody is to read it soon.
+inline void fill_bytes(char* to, int byte, int64_t count, [[maybe_unused]] bool far) {
+#ifdef __SSE2__
+  if (far) {
+    const int64_t begin = std::min<int64_t>(count, -reinterpret_cast<intptr_t>(to) & 63), lines = (count - begin) / 64;
+    std::memset(to, byte, static_cast<size_t>(begin));
+    const __m128i value = _mm_set1_epi8(static_cast<char>(byte));
+    auto* at = reinterpret_cast<__m128i*>(to + begin);
+    for (int64_t i = 0; i < 4 * lines; ++i) _mm_stream_si128(at + i, value);
+    to += begin + lines * 64, count -= begin + lines * 64;
+  }
+#endif
+  std::memset(to, byte, static_cast<size_t>(count));
+}
+
 struct Cells {
   Tensor mask;                  // [B, h, w], contiguous
   const bool* data;
@@ -35,6 +55,7 @@ struct Cells {
       if (data[i]) active.push_back(static_cast<int32_t>(i));
     }
   }
+  static constexpr int64_t kFarBytes = 4 << 20;
   int64_t count() const { return static_cast<int64_t>(active.size()); }
 
   // Zeros (or bytes) into the hidden cells of images in channels_last memory.
@@ -42,6 +63,7 @@ struct Cells {
     const int64_t H = x.size(2), ch = H / h, run = x.size(3) / w * x.size(1) * static_cast<int64_t>(x.element_size());
     char* to = static_cast<char*>(x.mutable_data_ptr());
     if (run == 0) return;
+    const bool far = B * H * w * run >= kFarBytes;
     parallel_for(B * H, w * run, [&](int64_t begin, int64_t end) {
       for (int64_t line = begin; line < end; ++line) {
         const bool* seen = data + (line / H * h + line % H / ch) * w;
@@ -49,10 +71,13 @@ struct Cells {
         for (int64_t i = 0; i < w;) {
           int64_t j = i;
           while (j < w && !seen[j]) ++j;
-          std::memset(at + i * run, byte, static_cast<size_t>((j - i) * run));
+          fill_bytes(at + i * run, byte, (j - i) * run, far);
           i = j + 1;
         }
       }
+#ifdef __SSE2__
+      if (far) _mm_sfence();
+#endif
     });
   }
 };

@@ -290,8 +290,8 @@ std::tuple<Tensor, Tensor> sparse_conv_block_grad_weight(const Tensor& grad_any,
     run_depthwise_weight(args);
     return {grad_weight, grad_bias};
   }
-  const bool amx = in_amx(x, C / groups, true);
-  const Source source(x, cells, amx);
+  const bool pairs = as_pairs(x, C / groups), amx = in_amx(x, C / groups, true);
+  const Source source(x, cells, pairs || amx);
   const Rows rows(cells, axis_of(kernel[0], stride[0], padding[0], H / cells.h, false),
                   axis_of(kernel[1], stride[1], padding[1], W / cells.w, false), source.compact);
   BlockConvArgs args{};
@@ -299,7 +299,7 @@ std::tuple<Tensor, Tensor> sparse_conv_block_grad_weight(const Tensor& grad_any,
   args.grad = grad.const_data_ptr(), args.grad_weight = grad_weight.mutable_data_ptr(), args.grad_bias = grad_bias.mutable_data_ptr();
   args.M = rows.M, args.taps = rows.taps, args.row_stride = C, args.out_stride = O;
   args.depth = C / groups, args.columns = O / groups, args.groups = groups;
-  args.dtype = static_cast<int>(dtype_of(x)), args.amx = amx;
+  args.dtype = static_cast<int>(dtype_of(x)), args.pairs = pairs, args.amx = amx;
   const BlockConvKernels& kernels = pick_BlockConvKernels();
   const Buffer partial(kernels.partial_bytes(args));
   args.partial = partial.get();

@@ -25,7 +25,7 @@ struct BlockConvArgs {
   int64_t depth, columns, groups;                  // channels of a group that are summed over, and that come out
   int64_t of_group, of_depth, of_column;           // strides of weight; that of taps is 1
   int dtype;
-  bool pairs;  // of channels are multiplied at once, by vdpbf16ps; not for the gradient of the weight
+  bool pairs;  // are multiplied at once, by vdpbf16ps: of channels, or of rows for the gradient of the weight
   bool amx;    // products of bfloat16 in AMX tiles
 
   // Fixed, as the order of sums depends on it.

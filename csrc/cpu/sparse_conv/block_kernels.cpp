@@ -6,10 +6,9 @@
 #include "cpu/sparse_conv/block.h"
 
 #include "common/gemm_pack.h"
-#include "common/pieces.h"
 #include "cpu/sparse_conv/block_amx.h"
+#include "cpu/sparse_conv/block_pairs.h"
 #include "cpu/sparse_conv/block_tile.h"
-#include "cpu/sparse_conv/types.h"
 
 namespace maskops {
 inline namespace MASKOPS_ISA_NS {
@@ -338,10 +337,10 @@ void pack(const BlockConvArgs& args, int64_t begin, int64_t end) {
 }
 int64_t bytes(const BlockConvArgs& args) {
   const auto other = [&] {
-    return with_panels(args, [](auto p) {
+    return with_panels(args, [&](auto p) {
       int64_t result = 0;
       Buffers<decltype(p)>(p, nullptr, &result);
-      return result;
+      return max_of(result, pair_block_bytes(args));
     });
   };
   return choose(args, [](auto block) { return block.bytes(); }, other);
@@ -373,6 +372,12 @@ int64_t weight_items(const BlockConvArgs& args) {
   return choose(args, [](auto block) { return block.weight_items(); }, other);
 }
 void weight_chunk(const BlockConvArgs& args, int64_t item, void* buffer) {
+#if MASKOPS_ISA_LEVEL == 2
+  if (args.pairs) {
+    static_assert(PairBlock::kPartial == Panels<bf16>::kWidth);
+    return PairBlock(args, buffer).weight_chunk(item, static_cast<float*>(args.partial), bias_sums<bf16>(args, Panels<bf16>(args)));
+  }
+#endif
   const auto amx = [&](auto block) {
     [[maybe_unused]] const typename decltype(block)::Scope scope;
     static_assert(decltype(block)::kPartial == Panels<bf16>::kWidth);

@@ -188,8 +188,13 @@ DepthwiseArgs depthwise_args(const Tensor& x, const Cells& cells, int64_t H, int
   return args;
 }
 
+bool in_twos(const DepthwiseArgs& args) {
+  return args.dtype == static_cast<int>(Dtype::kBFloat16) && use_bf16_dot() && args.has_pairs();
+}
+
 void run_depthwise(DepthwiseArgs& args) {
   const DepthwiseKernels& kernels = pick_DepthwiseKernels();
+  args.pairs = in_twos(args);
   const Buffer packed(kernels.packed_bytes(args));
   args.packed = packed.get();
   kernels.pack(args);
@@ -265,6 +270,7 @@ Tensor sparse_conv_block_grad_input(const Tensor& grad_any, const Tensor& weight
 
 void run_depthwise_weight(DepthwiseArgs& args) {
   const DepthwiseKernels& kernels = pick_DepthwiseKernels();
+  args.pairs = in_twos(args);
   const Buffer partial(kernels.partial_bytes(args));
   args.partial = partial.get();
   share_items(args.chunks(), args.count * args.cell_h() * args.cell_w() * args.taps() * args.C / args.chunks() / 8,

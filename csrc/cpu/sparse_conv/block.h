@@ -65,7 +65,10 @@ struct DepthwiseArgs {
   int64_t uy, ux;         // x has only every uy-th line and ux-th column of [H, W]: for the gradient through a stride
   bool flipped;           // the weight is, for the gradient of x
   int dtype;
+  bool pairs;             // bfloat16 in twos by vdpbf16ps
 
+  // Kernel sizes and strides along a line that are multiplied in twos.
+  bool has_pairs() const { return (sx == 1 && (kw == 3 || kw == 5 || kw == 7)) || (sx == 2 && kw == 3); }
   int64_t taps() const { return kh * kw; }
   int64_t cell_h() const { return H / h / sy; }  // of the result
   int64_t cell_w() const { return W / w / sx; }

@@ -1,10 +1,8 @@
 // Depthwise block-masked convolution, compiled once per instruction set. The addresses of all positions that a cell reads are found
 // once; then a run of positions on a line is summed in registers, one vector of channels at a time: each value that is loaded is
 // multiplied into all positions of the run that read it, so that a line of a 7 x 7 kernel costs 14 loads for 56 multiply-adds.
-#include "cpu/sparse_conv/block.h"
-
-#include "common/pieces.h"
-#include "cpu/sparse_conv/types.h"
+#include "cpu/sparse_conv/block_depthwise_pairs.h"
+#include "cpu/sparse_conv/block_window.h"
 
 namespace maskops {
 inline namespace MASKOPS_ISA_NS {
@@ -16,60 +14,6 @@ constexpr int kLong = 8, kShort = 4, kShortVectors = 2;
 #else
 constexpr int kLong = 4, kShort = 2, kShortVectors = 1;
 #endif
-
-template <class T>
-struct Window {
-  using V = typename VecFor<T>::type;
-  using A = typename V::scalar;
-  int64_t padded, height, width;
-  int64_t places;   // of the weight, and one for the bias
-  const T** at;     // [height, width]: x, or zeros
-  T* zeros;
-
-  Window(const DepthwiseArgs& args, void* buffer, int64_t* bytes = nullptr) {
-    padded = round_up(args.C, V::width);
-    height = args.window_h(), width = args.window_w(), places = args.taps() + 1;
-    Pieces pieces(buffer);
-    at = pieces.take<const T*>(height * width);
-    zeros = pieces.take<T>(padded);
-    if (bytes != nullptr) *bytes = pieces.bytes;
-  }
-
-  // Where the weight as it is packed, or its gradient, has channel c of a place: all places of a vector of channels lie side by side, or
-  // with many channels they would meet in few sets of the cache.
-  int64_t weight_at(int64_t place, int64_t c) const { return (c / V::width * places + place) * V::width + c % V::width; }
-
-  // The addresses for an active cell.
-  void find(const DepthwiseArgs& args, int64_t cell) const {
-    const int64_t own_h = args.H / args.h, own_w = args.W / args.w, image = cell / (args.h * args.w);
-    const int64_t top = cell / args.w % args.h * own_h - args.py, left = cell % args.w * own_w - args.px;
-    const bool* cells = args.cells + image * args.h * args.w;
-    for (int64_t i = 0; i < height; ++i) {
-      const int64_t y = top + i;
-      const T** to = at + i * width;
-      if (y < 0 || y >= args.H || y % args.uy != 0) {
-        for (int64_t j = 0; j < width; ++j) to[j] = zeros;
-        continue;
-      }
-      const bool* row = cells + y / own_h * args.w;
-      const T* from = static_cast<const T*>(args.x) + (image * (args.H / args.uy) + y / args.uy) * (args.W / args.ux) * args.C;
-      // A cell at a time: their borders on this line.
-      for (int64_t j = 0; j < width;) {
-        const int64_t x = left + j, in = x < 0 ? -1 : x / own_w;
-        const int64_t end = min_of(width, x < 0 ? -left : (in + 1) * own_w - left);
-        const bool seen = x >= 0 && x < args.W && row[in];
-        for (; j < end; ++j) to[j] = seen && (left + j) % args.ux == 0 ? from + (left + j) / args.ux * args.C : zeros;
-      }
-    }
-  }
-  // Of the next channels, a share of the lines: positions are as far apart as they have channels, too far for the CPU to foresee. To be
-  // called `parts` times while the channels up to c are worked on.
-  void fetch(const DepthwiseArgs& args, int64_t c, int64_t part, int64_t parts) const {
-    if (c >= args.C || c * int64_t(sizeof(T)) % 64 != 0) return;
-    for (int64_t i = part * height / parts * width, end = (part + 1) * height / parts * width; i < end; ++i) __builtin_prefetch(at[i] + c);
-  }
-  void clear(const DepthwiseArgs& args) const { memset(zeros, 0, size_t(padded) * sizeof(T)); }
-};
 
 // N vectors of channels of which the last may be partial.
 template <class V, class T>
@@ -167,11 +111,10 @@ template <class T>
 void forward_typed(const DepthwiseArgs& args, int64_t number, void* buffer) {
   using V = typename Window<T>::V;
   const Window<T> window(args, buffer);
-  const int64_t cell = args.active[number], image = cell / (args.h * args.w), ch = args.cell_h(), cw = args.cell_w();
-  const int64_t width = args.W / args.sx, top = cell / args.w % args.h * ch, left = cell % args.w * cw;
+  const int64_t cell = args.active[number], ch = args.cell_h(), cw = args.cell_w(), width = args.W / args.sx;
   window.clear(args);
   window.find(args, cell);
-  T* out = static_cast<T*>(args.out) + ((image * (args.H / args.sy) + top) * width + left) * args.C;
+  T* out = static_cast<T*>(args.out) + first_position(args, cell) * args.C;
   int64_t step = V::width;
   for (int64_t c = 0; c < args.C; c += step) {
     const auto* weight = static_cast<const typename Window<T>::A*>(args.packed) + window.weight_at(0, c);
@@ -270,10 +213,9 @@ void weight_chunk_typed(const DepthwiseArgs& args, int64_t chunk, void* buffer) 
   memset(partial, 0, size_t(size) * sizeof(*partial));
   window.clear(args);
   for (int64_t number = chunk * args.count / args.chunks(); number < (chunk + 1) * args.count / args.chunks(); ++number) {
-    const int64_t cell = args.active[number], image = cell / (args.h * args.w);
-    const int64_t top = cell / args.w % args.h * ch, left = cell % args.w * cw;
+    const int64_t cell = args.active[number];
     window.find(args, cell);
-    const T* grad = static_cast<const T*>(args.grad) + ((image * (args.H / args.sy) + top) * width + left) * args.C;
+    const T* grad = static_cast<const T*>(args.grad) + first_position(args, cell) * args.C;
     for (int64_t c = 0; c < args.C; c += V::width) {
       auto* sums = partial + window.weight_at(0, c);
       for (int64_t y = 0; y < ch; ++y) {
@@ -319,19 +261,32 @@ void pack_typed(const DepthwiseArgs& args) {
   memset(to, 0, size_t(window.places * window.padded) * sizeof(*to));
   for (int64_t c = 0; c < args.C; ++c) {
     const T* from = static_cast<const T*>(args.weight) + c * taps;
-    for (int64_t t = 0; t < taps; ++t) to[window.weight_at(t, c)] = to_float(from[args.flipped ? taps - 1 - t : t]);
-    if (args.bias != nullptr) to[window.weight_at(taps, c)] = to_float(static_cast<const T*>(args.bias)[c]);
+    auto* channel = to + window.weight_at(0, c);
+    for (int64_t t = 0; t < taps; ++t) channel[t * Window<T>::V::width] = to_float(from[args.flipped ? taps - 1 - t : t]);
+    if (args.bias != nullptr) channel[taps * Window<T>::V::width] = to_float(static_cast<const T*>(args.bias)[c]);
   }
 }
 
+// pairs(kernels) where bfloat16 is multiplied in twos, else other(type).
+template <class Pairs, class Other>
+auto choose(const DepthwiseArgs& args, [[maybe_unused]] const Pairs& pairs, const Other& other) {
+#if MASKOPS_ISA_LEVEL == 2
+  if (args.pairs) return pairs(DepthwisePairs(args));
+#endif
+  return by_dtype(args.dtype, other);
+}
+
 int64_t sums_bytes(const DepthwiseArgs& args) {
-  return by_dtype(args.dtype, [&](auto of) {
+  return choose(args, [](auto pairs) { return pairs.sums_bytes(); }, [&](auto of) {
     using A = typename Window<decltype(of)>::A;
     return (args.taps() + 1) * round_up(args.C, VecFor<decltype(of)>::type::width) * int64_t(sizeof(A));
   });
 }
+int64_t packed_bytes(const DepthwiseArgs& args) {
+  return choose(args, [](auto pairs) { return pairs.packed_bytes(); }, [&](auto) { return sums_bytes(args); });
+}
 void pack(const DepthwiseArgs& args) {
-  by_dtype(args.dtype, [&](auto of) { pack_typed<decltype(of)>(args); });
+  choose(args, [](auto pairs) { pairs.pack(); }, [&](auto of) { pack_typed<decltype(of)>(args); });
 }
 int64_t bytes(const DepthwiseArgs& args) {
   return by_dtype(args.dtype, [&](auto of) {
@@ -341,19 +296,20 @@ int64_t bytes(const DepthwiseArgs& args) {
   });
 }
 void forward(const DepthwiseArgs& args, int64_t cell, void* buffer) {
-  by_dtype(args.dtype, [&](auto of) { forward_typed<decltype(of)>(args, cell, buffer); });
+  choose(args, [&](auto pairs) { pairs.forward(cell, buffer); }, [&](auto of) { forward_typed<decltype(of)>(args, cell, buffer); });
 }
 int64_t partial_bytes(const DepthwiseArgs& args) { return args.chunks() * sums_bytes(args); }
 void weight_chunk(const DepthwiseArgs& args, int64_t chunk, void* buffer) {
-  by_dtype(args.dtype, [&](auto of) { weight_chunk_typed<decltype(of)>(args, chunk, buffer); });
+  choose(args, [&](auto pairs) { pairs.weight_chunk(chunk, buffer); },
+         [&](auto of) { weight_chunk_typed<decltype(of)>(args, chunk, buffer); });
 }
 void sum_chunks(const DepthwiseArgs& args) {
-  by_dtype(args.dtype, [&](auto of) { sum_chunks_typed<decltype(of)>(args); });
+  choose(args, [](auto pairs) { pairs.sum_chunks(); }, [&](auto of) { sum_chunks_typed<decltype(of)>(args); });
 }
 
 }  // namespace
 
-extern const DepthwiseKernels DepthwiseKernels_table{&sums_bytes, &pack,         &bytes,     &forward,
+extern const DepthwiseKernels DepthwiseKernels_table{&packed_bytes, &pack,         &bytes,     &forward,
                                                      &partial_bytes, &weight_chunk, &sum_chunks};
 
 }  // namespace MASKOPS_ISA_NS

@@ -192,12 +192,20 @@ bool in_twos(const DepthwiseArgs& args) {
   return args.dtype == static_cast<int>(Dtype::kBFloat16) && use_bf16_dot() && args.has_pairs();
 }
 
+// body(begin, end) over channels in whole blocks; each: of the values of a place.
+template <class Body>
+void each_block(const DepthwiseArgs& args, int64_t each, const Body& body) {
+  constexpr int64_t kBlock = DepthwiseArgs::kBlock;
+  parallel_for((args.C + kBlock - 1) / kBlock, kBlock * args.taps() * each * 4,
+               [&](int64_t begin, int64_t end) { body(begin * kBlock, std::min(args.C, end * kBlock)); });
+}
+
 void run_depthwise(DepthwiseArgs& args) {
   const DepthwiseKernels& kernels = pick_DepthwiseKernels();
   args.pairs = in_twos(args);
   const Buffer packed(kernels.packed_bytes(args));
   args.packed = packed.get();
-  kernels.pack(args);
+  each_block(args, 1, [&](int64_t begin, int64_t end) { kernels.pack(args, begin, end); });
   share_items(args.count, args.cell_h() * args.cell_w() * args.taps() * args.C / 8, kernels.bytes(args),
               [&](int64_t cell, void* buffer) { kernels.forward(args, cell, buffer); });
 }
@@ -275,7 +283,7 @@ void run_depthwise_weight(DepthwiseArgs& args) {
   args.partial = partial.get();
   share_items(args.chunks(), args.count * args.cell_h() * args.cell_w() * args.taps() * args.C / args.chunks() / 8,
               kernels.bytes(args), [&](int64_t chunk, void* buffer) { kernels.weight_chunk(args, chunk, buffer); });
-  kernels.sum_chunks(args);
+  each_block(args, args.chunks(), [&](int64_t begin, int64_t end) { kernels.sum_chunks(args, begin, end); });
 }
 
 std::tuple<Tensor, Tensor> sparse_conv_block_grad_weight(const Tensor& grad_any, const Tensor& x_any, const Tensor& cells_any,

@@ -66,6 +66,7 @@ struct DepthwiseArgs {
   bool flipped;           // the weight is, for the gradient of x
   int dtype;
   bool pairs;             // bfloat16 in twos by vdpbf16ps
+  static constexpr int64_t kBlock = 32;  // channels, a multiple of every vector
 
   // Kernel sizes and strides along a line that are multiplied in twos.
   bool has_pairs() const { return (sx == 1 && (kw == 3 || kw == 5 || kw == 7)) || (sx == 2 && kw == 3); }
@@ -83,12 +84,12 @@ struct DepthwiseArgs {
 
 struct DepthwiseKernels {
   int64_t (*packed_bytes)(const DepthwiseArgs&);
-  void (*pack)(const DepthwiseArgs&);
+  void (*pack)(const DepthwiseArgs&, int64_t begin, int64_t end);  // channels, in blocks of kBlock
   int64_t (*bytes)(const DepthwiseArgs&);
   void (*forward)(const DepthwiseArgs&, int64_t cell, void* buffer);  // the number of an active cell
   int64_t (*partial_bytes)(const DepthwiseArgs&);
   void (*weight_chunk)(const DepthwiseArgs&, int64_t chunk, void* buffer);
-  void (*sum_chunks)(const DepthwiseArgs&);
+  void (*sum_chunks)(const DepthwiseArgs&, int64_t begin, int64_t end);
 };
 MASKOPS_DECLARE_KERNELS(DepthwiseKernels)
 

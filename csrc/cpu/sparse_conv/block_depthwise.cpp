@@ -14,6 +14,7 @@ constexpr int kLong = 8, kShort = 4, kShortVectors = 2;
 #else
 constexpr int kLong = 4, kShort = 2, kShortVectors = 1;
 #endif
+constexpr int64_t kMostTaps = 49;
 
 // N vectors of channels of which the last may be partial.
 template <class V, class T>
@@ -236,34 +237,41 @@ void weight_chunk_typed(const DepthwiseArgs& args, int64_t chunk, void* buffer) 
   }
 }
 
+// Channels [begin, end), begin a multiple of every vector.
 template <class T>
-void sum_chunks_typed(const DepthwiseArgs& args) {
-  int64_t bytes = 0;
-  const Window<T> window(args, nullptr, &bytes);
+void sum_chunks_typed(const DepthwiseArgs& args, int64_t begin, int64_t end) {
+  using V = typename Window<T>::V;
+  using A = typename Window<T>::A;
+  const Window<T> window(args, nullptr);
   const int64_t taps = args.taps(), size = window.places * window.padded;
-  const auto* sums = static_cast<const typename Window<T>::A*>(args.partial);
-  for (int64_t c = 0; c < args.C; ++c) {
-    for (int64_t t = 0; t <= taps; ++t) {
-      const int64_t at = window.weight_at(t, c);
-      auto sum = sums[at];
-      for (int64_t chunk = 1; chunk < args.chunks(); ++chunk) sum += sums[chunk * size + at];
-      from_float(sum, t < taps ? static_cast<T*>(args.grad_weight) + c * taps + t : static_cast<T*>(args.grad_bias) + c);
+  alignas(64) A block[V::width * (kMostTaps + 1)];
+  for (int64_t c = begin; c < end; c += V::width) {
+    const A* from = static_cast<const A*>(args.partial) + window.weight_at(0, c);
+    for (int64_t i = 0; i < window.places * V::width; i += V::width) {
+      V sum = V::load(from + i);
+      for (int64_t chunk = 1; chunk < args.chunks(); ++chunk) sum = sum + V::load(from + chunk * size + i);
+      sum.store(block + i);
+    }
+    for (int64_t i = 0; i < min_of<int64_t>(V::width, end - c); ++i) {
+      T* to = static_cast<T*>(args.grad_weight) + (c + i) * taps;
+      for (int64_t t = 0; t < taps; ++t) from_float(block[t * V::width + i], to + t);
+      from_float(block[taps * V::width + i], static_cast<T*>(args.grad_bias) + c + i);
     }
   }
 }
 
 template <class T>
-void pack_typed(const DepthwiseArgs& args) {
-  int64_t bytes = 0;
-  const Window<T> window(args, nullptr, &bytes);
+void pack_typed(const DepthwiseArgs& args, int64_t begin, int64_t end) {
+  using V = typename Window<T>::V;
+  const Window<T> window(args, nullptr);
   const int64_t taps = args.taps();
   auto* to = static_cast<typename Window<T>::A*>(args.packed);
-  memset(to, 0, size_t(window.places * window.padded) * sizeof(*to));
-  for (int64_t c = 0; c < args.C; ++c) {
+  memset(to + window.weight_at(0, begin), 0, size_t(window.places * round_up(end - begin, V::width)) * sizeof(*to));
+  for (int64_t c = begin; c < end; ++c) {
     const T* from = static_cast<const T*>(args.weight) + c * taps;
     auto* channel = to + window.weight_at(0, c);
-    for (int64_t t = 0; t < taps; ++t) channel[t * Window<T>::V::width] = to_float(from[args.flipped ? taps - 1 - t : t]);
-    if (args.bias != nullptr) channel[taps * Window<T>::V::width] = to_float(static_cast<const T*>(args.bias)[c]);
+    for (int64_t t = 0; t < taps; ++t) channel[t * V::width] = to_float(from[args.flipped ? taps - 1 - t : t]);
+    if (args.bias != nullptr) channel[taps * V::width] = to_float(static_cast<const T*>(args.bias)[c]);
   }
 }
 
@@ -285,8 +293,8 @@ int64_t sums_bytes(const DepthwiseArgs& args) {
 int64_t packed_bytes(const DepthwiseArgs& args) {
   return choose(args, [](auto pairs) { return pairs.packed_bytes(); }, [&](auto) { return sums_bytes(args); });
 }
-void pack(const DepthwiseArgs& args) {
-  choose(args, [](auto pairs) { pairs.pack(); }, [&](auto of) { pack_typed<decltype(of)>(args); });
+void pack(const DepthwiseArgs& args, int64_t begin, int64_t end) {
+  choose(args, [&](auto pairs) { pairs.pack(begin, end); }, [&](auto of) { pack_typed<decltype(of)>(args, begin, end); });
 }
 int64_t bytes(const DepthwiseArgs& args) {
   return by_dtype(args.dtype, [&](auto of) {
@@ -303,8 +311,8 @@ void weight_chunk(const DepthwiseArgs& args, int64_t chunk, void* buffer) {
   choose(args, [&](auto pairs) { pairs.weight_chunk(chunk, buffer); },
          [&](auto of) { weight_chunk_typed<decltype(of)>(args, chunk, buffer); });
 }
-void sum_chunks(const DepthwiseArgs& args) {
-  choose(args, [](auto pairs) { pairs.sum_chunks(); }, [&](auto of) { sum_chunks_typed<decltype(of)>(args); });
+void sum_chunks(const DepthwiseArgs& args, int64_t begin, int64_t end) {
+  choose(args, [&](auto pairs) { pairs.sum_chunks(begin, end); }, [&](auto of) { sum_chunks_typed<decltype(of)>(args, begin, end); });
 }
 
 }  // namespace

@@ -33,10 +33,12 @@ struct DepthwisePairs {
   int64_t sums_size() const { return (taps + 1) * kChannels; }
   int64_t sums_bytes() const { return blocks * sums_size() * 4; }
 
-  void pack() const {
-    memset(args.packed, 0, size_t(packed_bytes()));
-    for (int64_t c = 0; c < args.C; ++c) {
-      float* block = static_cast<float*>(args.packed) + c / kChannels * packed_size();
+  // Channels [begin, end), begin a multiple of kChannels.
+  void pack(int64_t begin, int64_t end) const {
+    float* const packed = static_cast<float*>(args.packed) + begin / kChannels * packed_size();
+    memset(packed, 0, size_t((end - begin + kChannels - 1) / kChannels * packed_size()) * sizeof(float));
+    for (int64_t c = begin; c < end; ++c) {
+      float* block = packed + (c - begin) / kChannels * packed_size();
       const int64_t word = kOrder.at[c % kChannels], step = args.flipped ? -1 : 1;
       const bf16* from = static_cast<const bf16*>(args.weight) + c * taps + (args.flipped ? taps - 1 : 0);
       bf16* to = reinterpret_cast<bf16*>(block) + 2 * word;
@@ -81,14 +83,21 @@ struct DepthwisePairs {
     }
   }
 
-  void sum_chunks() const {
-    const float* sums = static_cast<const float*>(args.partial);
-    for (int64_t c = 0; c < args.C; ++c) {
-      const int64_t block = c / kChannels * sums_size() + kOrder.at[c % kChannels];
-      for (int64_t t = 0; t <= taps; ++t) {
-        float sum = 0;
-        for (int64_t chunk = 0; chunk < args.chunks(); ++chunk) sum += sums[chunk * blocks * sums_size() + block + t * kChannels];
-        from_float(sum, t < taps ? static_cast<bf16*>(args.grad_weight) + c * taps + t : static_cast<bf16*>(args.grad_bias) + c);
+  void sum_chunks(int64_t begin, int64_t end) const {
+    constexpr int64_t kMostTaps = 49;
+    alignas(64) float block[(kMostTaps + 1) * kChannels];
+    for (int64_t c = begin; c < end; c += kChannels) {
+      const float* from = static_cast<const float*>(args.partial) + c / kChannels * sums_size();
+      for (int64_t i = 0; i < sums_size(); i += VecF::width) {
+        VecF sum = VecF::load(from + i);
+        for (int64_t chunk = 1; chunk < args.chunks(); ++chunk) sum = sum + VecF::load(from + chunk * blocks * sums_size() + i);
+        sum.store(block + i);
+      }
+      for (int64_t i = 0; i < min_of(kChannels, end - c); ++i) {
+        const float* channel = block + kOrder.at[i];
+        bf16* to = static_cast<bf16*>(args.grad_weight) + (c + i) * taps;
+        for (int64_t t = 0; t < taps; ++t) from_float(channel[t * kChannels], to + t);
+        from_float(channel[taps * kChannels], static_cast<bf16*>(args.grad_bias) + c + i);
       }
     }
   }

@@ -26,7 +26,7 @@
 #define MASKOPS_EXPORT extern "C" __attribute__((visibility("default")))
 
 // The C interface of the library _C, also reached from maskops._host and from ctypes.
-MASKOPS_EXPORT int maskops_isa_in_use();            // 0 portable, 1 AVX2 + FMA + F16C, 2 AVX-512 (F, BW, DQ, VL)
+MASKOPS_EXPORT int maskops_isa_in_use();            // 0 portable, 1 AVX2 + FMA + F16C, 2 AVX-512 (F, BW, DQ, VL) + BMI2
 MASKOPS_EXPORT int maskops_isa_best();              // the highest level that this CPU and this build have
 MASKOPS_EXPORT int maskops_set_isa(int level);      // 0 on success, -1 when the level is not available
 MASKOPS_EXPORT int maskops_bf16_products();          // how level 2 multiplies bfloat16: 0 as floats, 1 vdpbf16ps, 2 AMX

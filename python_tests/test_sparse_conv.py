@@ -18,6 +18,7 @@ from maskops.nn import (
     SubMConv2d,
     SubMConv3d,
 )
+from maskops.testing import instruction_set, instruction_sets
 from maskops.testing.sparse_conv import places
 
 DENSE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -132,19 +133,35 @@ def test_hostile_places() -> None:
         assert torch.equal(own, plain)
 
 
+@pytest.mark.parametrize("order", ["ascending", "shuffled", "halves"])
 @pytest.mark.parametrize(
-    "size,dilation", [((3, 3, 3), (1, 1, 1)), ((1, 1, 7), (1, 1, 1)), ((5, 3, 1), (1, 2, 1)), ((3, 1, 5), (2, 1, 3))]
+    "size,padding,dilation",
+    [
+        ((3, 3, 3), (1, 1, 1), (1, 1, 1)),
+        ((1, 1, 7), (0, 0, 3), (1, 1, 1)),
+        ((5, 3, 1), (4, 2, 0), (1, 2, 1)),
+        ((1, 2, 65), (0, 0, 1), (1, 1, 1)),
+        ((3, 1, 127), (1, 0, 63), (1, 1, 1)),
+        ((1, 1, 128), (0, 0, 64), (1, 1, 1)),  # further than a column is long
+        ((3, 1, 5), (2, 0, 6), (2, 1, 3)),
+    ],
 )
-def test_the_half_that_is_mirrored_equals_the_one_that_is_looked_up(size: tuple, dilation: tuple) -> None:
-    """A copy of the places as those of the result is looked up whole; places lie across the 64 that share an entry, and below 0."""
+def test_columns_equal_places_looked_up_one_by_one(size: tuple, padding: tuple, dilation: tuple, order: str) -> None:
+    """A copy of the places as those of the result is looked up place by place; columns of 64 are crossed, and begin below 0."""
     g, threads = torch.Generator().manual_seed(0), torch.get_num_threads()
-    coords = places(g, 4000, 2, 12, 12, 200) - torch.tensor([0, 5, 0, 70], dtype=torch.int32)
-    whole = maskops.kernel_map(coords, size, dilation=dilation, out_coords=coords.clone()).map
-    assert torch.equal(whole, maskops.kernel_map(coords, size, dilation=dilation, backend="reference").map)
+    coords = places(g, 1500, 2, 6, 6, 200) - torch.tensor([0, 5, 0, 70], dtype=torch.int32)
+    if order == "shuffled":
+        coords = coords[torch.randperm(len(coords), generator=g)]
+    elif order == "halves":
+        coords = torch.cat([coords[700:], coords[:700]])
+    sizes = {"padding": padding, "dilation": dilation}
+    whole = maskops.kernel_map(coords, size, out_coords=coords.clone(), **sizes).map
+    assert torch.equal(whole, maskops.kernel_map(coords, size, out_coords=coords, backend="reference", **sizes).map)
     try:
-        for count in (1, 3):
+        for count, name in itertools.product((1, 3), instruction_sets()):
             torch.set_num_threads(count)
-            assert torch.equal(maskops.kernel_map(coords, size, dilation=dilation).map, whole)
+            with instruction_set(name):
+                assert torch.equal(maskops.kernel_map(coords, size, out_coords=coords, **sizes).map, whole)
     finally:
         torch.set_num_threads(threads)
 

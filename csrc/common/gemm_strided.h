@@ -131,7 +131,7 @@ struct ScatteredC {
 };
 
 template <class P, int R, int C, class A, class B, class Result>
-static void strided_tile(int64_t steps, const A& a, const B& right, const Result& result) {
+static inline void strided_tile(int64_t steps, const A& a, const B& right, const Result& result) {
   using G = Gemm<P>;
   using V = typename G::Vec;
   // Copied, because the compiler takes it that a store of a vector may change them.
@@ -173,37 +173,52 @@ static void strided_tile(int64_t steps, const A& a, const B& right, const Result
   }
 }
 
+// All rows: whole tiles, then one of the rows that are left. With `ahead`, the rows of the next tile are fetched. One call for all tiles:
+// what stands between two of them is not hidden behind their multiply-adds.
+template <class P, int R, int C, class A, class B, class Result>
+static void strided_tiles(int64_t rows, int64_t steps, const A& a, const B& b, const Result& c, bool ahead);
+
 template <class A, class B, class Result>
-using StridedTile = void (*)(int64_t, const A&, const B&, const Result&);
+using StridedTiles = void (*)(int64_t, int64_t, const A&, const B&, const Result&, bool);
 
 template <class P, class A, class B, class Result, int C, int R = strided_rows(C)>
-static inline StridedTile<A, B, Result> strided_kernel(int64_t rows) {
+static inline StridedTiles<A, B, Result> strided_kernel(int64_t rows) {
   if constexpr (R > 1) {
     if (rows < R) return strided_kernel<P, A, B, Result, C, R - 1>(rows);
   }
-  return &strided_tile<P, R, C, A, B, Result>;
+  return &strided_tiles<P, R, C, A, B, Result>;
 }
 
 template <class P, class A, class B, class Result, int C = kStridedVectors>
-static inline StridedTile<A, B, Result> strided_kernel(int64_t rows, int64_t vectors) {
+static inline StridedTiles<A, B, Result> strided_kernel(int64_t rows, int64_t vectors) {
   if constexpr (C > 1) {
     if (vectors < C) return strided_kernel<P, A, B, Result, C - 1>(rows, vectors);
   }
   return strided_kernel<P, A, B, Result, C>(rows);
 }
 
+template <class P, int R, int C, class A, class B, class Result>
+static void strided_tiles(int64_t rows, int64_t steps, const A& a, const B& b, const Result& c, bool ahead) {
+  if constexpr (R < strided_rows(C)) {
+    strided_tile<P, R, C>(steps, a, b, c);
+  } else {
+    int64_t i = 0;
+    for (; i + R <= rows; i += R) {
+      if (ahead) a.fetch(i + R, min_of(rows, i + 2 * R), steps);
+      strided_tile<P, R, C>(steps, a.tile(i), b, c.tile(i, 0));
+    }
+    if (i < rows) strided_kernel<P, A, B, Result, C>(rows - i)(rows - i, steps, a.tile(i), b, c.tile(i, 0), false);
+  }
+}
+
 // A: StridedA, PickedRowsA or PickedStepsA. B: StridedB or PickedB. Result: StridedC or ScatteredC.
 template <class P, class A, class B, class Result>
 static void multiply_picked(int64_t rows, int64_t columns, int64_t steps, const A& a, const B& b, const Result& c) {
   constexpr int64_t kWidth = Gemm<P>::kWidth, kWide = kStridedVectors * kWidth;
+  if (rows <= 0) return;
   for (int64_t j = 0; j < columns; j += kWide) {
-    const int64_t vectors = min_of<int64_t>(columns - j, kWide) / kWidth, most = strided_rows(int(vectors));
-    const StridedTile<A, B, Result> whole = strided_kernel<P, A, B, Result>(most, vectors);
-    for (int64_t i = 0; i < rows; i += most) {
-      if (j == 0) a.fetch(i + most, min_of(rows, i + 2 * most), steps);
-      const StridedTile<A, B, Result> kernel = rows - i >= most ? whole : strided_kernel<P, A, B, Result>(rows - i, vectors);
-      kernel(steps, a.tile(i), b.columns(j), c.tile(i, j));
-    }
+    const int64_t vectors = min_of<int64_t>(columns - j, kWide) / kWidth;
+    strided_kernel<P, A, B, Result>(rows, vectors)(rows, steps, a, b.columns(j), c.tile(0, j), j == 0);
   }
 }
 

@@ -91,6 +91,7 @@ struct State {
     MASKOPS_FEATURE("avx2");
     MASKOPS_FEATURE("fma");
     MASKOPS_FEATURE("f16c");
+    MASKOPS_FEATURE("bmi2");
     MASKOPS_FEATURE("avx512f");
     MASKOPS_FEATURE("avx512bw");
     MASKOPS_FEATURE("avx512dq");

@@ -258,3 +258,18 @@ def test_errors_name_the_argument() -> None:
         SubMConv2d(4, 6, 3, groups=4)
     with pytest.raises(ValueError, match="kernel_size must be one to three numbers, one per axis, got 3"):
         SparseInverseConv(4, 4, 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradient_of_the_weight_over_several_blocks(dtype: torch.dtype) -> None:
+    """More rows than are multiplied, and than stay in the cache, at a time, on every instruction set."""
+    g = torch.Generator().manual_seed(0)
+    x, grad = (torch.randn(rows, 200, generator=g).to(dtype) for rows in (900, 1100))
+    map = torch.randint(-400, 900, (9, 1100), generator=g, dtype=torch.int32).clamp(min=-1)
+    exact = torch.ops.maskops_reference._sparse_conv_grad_weight(grad.double(), x.double(), map, 2)
+    for name in instruction_sets():
+        with instruction_set(name):
+            own = torch.ops.maskops._sparse_conv_grad_weight(grad, x, map, 2)
+        assert (own.double() - exact).abs().max() <= (1e-5 if dtype == torch.float32 else 5e-3) * exact.abs().max(), (
+            name
+        )

@@ -18,6 +18,7 @@ import maskops
 from maskops.models.cnn import ConvNeXt, Permute, ResNet
 from maskops.nn import MaskedBatchNorm2d, block_mask, to_block_masked
 from maskops.reference.sparse_conv_block import position_mask
+from maskops.testing import instruction_set, instruction_sets
 
 CELLS = torch.tensor([[[1, 0, 1], [1, 1, 0]], [[0, 0, 0], [0, 1, 0]]], dtype=torch.bool)
 
@@ -288,3 +289,31 @@ def test_errors_name_the_argument() -> None:
         maskops.masked_batch_norm(x, CELLS, None, None, training=True, process_group=True)
     with pytest.raises(TypeError, match="block_mask: cells must be a tensor or None, got str"):
         block_mask("x")
+
+
+def test_zeros_of_large_images_pass_the_caches_and_fill_their_cells() -> None:
+    """Runs of 40 positions of 5 channels begin and end anywhere in a line of the cache."""
+    g = torch.Generator().manual_seed(0)
+    x, cells = torch.randn(2, 5, 480, 360, generator=g), torch.rand(2, 6, 9, generator=g) < 0.4
+    weight = torch.randn(5, 5, 1, 1, generator=g)
+    out = maskops.block_masked_conv(x, weight, cells)
+    mask = cells.repeat_interleave(80, 1).repeat_interleave(40, 2)[:, None]
+    torch.testing.assert_close(out, torch.conv2d(x, weight).masked_fill(~mask, 0.0))
+    assert not out.masked_select(~mask).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradient_of_the_weight_over_several_tiles(dtype: torch.dtype) -> None:
+    """More rows and channels than are multiplied at a time, on every instruction set."""
+    g = torch.Generator().manual_seed(0)
+    x, grad = (torch.randn(1, C, 24, 24, generator=g).to(dtype) for C in (80, 70))
+    cells = torch.rand(1, 3, 3, generator=g) < 0.7
+    args = (cells, [3, 3], [1, 1], [1, 1], 1)
+    exact = torch.ops.maskops_reference._sparse_conv_block_grad_weight(grad.double(), x.double(), *args)
+    for name in instruction_sets():
+        with instruction_set(name):
+            found = torch.ops.maskops._sparse_conv_block_grad_weight(grad, x, *args)
+        for own, true in zip(found, exact, strict=True):
+            assert (own.double() - true).abs().max() <= (1e-5 if dtype == torch.float32 else 5e-3) * true.abs().max(), (
+                name
+            )

@@ -189,7 +189,7 @@ DepthwiseArgs depthwise_args(const Tensor& x, const Cells& cells, int64_t H, int
 }
 
 bool in_twos(const DepthwiseArgs& args) {
-  return args.dtype == static_cast<int>(Dtype::kBFloat16) && use_bf16_dot() && args.has_pairs();
+  return args.dtype == static_cast<int>(Dtype::kBFloat16) && use_bf16_dot() && args.has_line();
 }
 
 // body(begin, end) over channels in whole blocks; each: of the values of a place.

@@ -9,6 +9,8 @@
 
 namespace maskops {
 
+constexpr int64_t kMostTaps = 49;  // kernels of up to 7 x 7
+
 struct BlockConvArgs {
   const void* rows;         // of x, in the precision of sums or, where pairs or amx, in bfloat16; row_stride apart
   const int32_t* source;    // [taps, M]
@@ -68,8 +70,8 @@ struct DepthwiseArgs {
   bool pairs;             // bfloat16 in twos by vdpbf16ps
   static constexpr int64_t kBlock = 32;  // channels, a multiple of every vector
 
-  // Kernel sizes and strides along a line that are multiplied in twos.
-  bool has_pairs() const { return (sx == 1 && (kw == 3 || kw == 5 || kw == 7)) || (sx == 2 && kw == 3); }
+  // Whether there are kernels for this size and stride along a line: see by_line() of block_window.h.
+  bool has_line() const { return (sx == 1 && (kw == 3 || kw == 5 || kw == 7)) || (sx == 2 && kw == 3); }
   int64_t taps() const { return kh * kw; }
   int64_t cell_h() const { return H / h / sy; }  // of the result
   int64_t cell_w() const { return W / w / sx; }

@@ -14,7 +14,6 @@ constexpr int kLong = 8, kShort = 4, kShortVectors = 2;
 #else
 constexpr int kLong = 4, kShort = 2, kShortVectors = 1;
 #endif
-constexpr int64_t kMostTaps = 49;
 
 // N vectors of channels of which the last may be partial.
 template <class V, class T>
@@ -123,15 +122,11 @@ void forward_typed(const DepthwiseArgs& args, int64_t number, void* buffer) {
       const T* const* at = window.at + y * args.sy * window.width;
       T* line = out + y * width * args.C;
       window.fetch(args, c + V::width, y, ch);
-      const int64_t kind = args.sx > 2 ? 0 : args.kw * 2 + args.sx - 1;
-      switch (kind) {
-        case 6: forward_line<T, 3, 1>(args, window, at, c, weight, line, cw, &step); break;
-        case 7: forward_line<T, 3, 2>(args, window, at, c, weight, line, cw, &step); break;
-        case 10: forward_line<T, 5, 1>(args, window, at, c, weight, line, cw, &step); break;
-        case 14: forward_line<T, 7, 1>(args, window, at, c, weight, line, cw, &step); break;
-        default:
-          step = V::width;
-          for (int64_t x = 0; x < cw; ++x) forward_any(args, window, at + x * args.sx, c, args.C - c, weight, line + x * args.C);
+      if (args.has_line()) {
+        by_line(args, [&]<int KW, int S>() { forward_line<T, KW, S>(args, window, at, c, weight, line, cw, &step); });
+      } else {
+        step = V::width;
+        for (int64_t x = 0; x < cw; ++x) forward_any(args, window, at + x * args.sx, c, args.C - c, weight, line + x * args.C);
       }
     }
   }
@@ -223,14 +218,10 @@ void weight_chunk_typed(const DepthwiseArgs& args, int64_t chunk, void* buffer) 
         const T* const* at = window.at + y * args.sy * window.width;
         const T* line = grad + y * width * args.C;
         window.fetch(args, c + V::width, y, ch);
-        const int64_t kind = args.sx > 2 ? 0 : args.kw * 2 + args.sx - 1;
-        switch (kind) {
-          case 6: weight_line<T, 3, 1>(args, window, at, c, line, cw, sums); break;
-          case 7: weight_line<T, 3, 2>(args, window, at, c, line, cw, sums); break;
-          case 10: weight_line<T, 5, 1>(args, window, at, c, line, cw, sums); break;
-          case 14: weight_line<T, 7, 1>(args, window, at, c, line, cw, sums); break;
-          default:
-            for (int64_t x = 0; x < cw; ++x) weight_any(args, window, at + x * args.sx, c, line + x * args.C, sums);
+        if (args.has_line()) {
+          by_line(args, [&]<int KW, int S>() { weight_line<T, KW, S>(args, window, at, c, line, cw, sums); });
+        } else {
+          for (int64_t x = 0; x < cw; ++x) weight_any(args, window, at + x * args.sx, c, line + x * args.C, sums);
         }
       }
     }
@@ -241,22 +232,11 @@ void weight_chunk_typed(const DepthwiseArgs& args, int64_t chunk, void* buffer) 
 template <class T>
 void sum_chunks_typed(const DepthwiseArgs& args, int64_t begin, int64_t end) {
   using V = typename Window<T>::V;
-  using A = typename Window<T>::A;
   const Window<T> window(args, nullptr);
-  const int64_t taps = args.taps(), size = window.places * window.padded;
-  alignas(64) A block[V::width * (kMostTaps + 1)];
+  const auto* sums = static_cast<const typename Window<T>::A*>(args.partial);
   for (int64_t c = begin; c < end; c += V::width) {
-    const A* from = static_cast<const A*>(args.partial) + window.weight_at(0, c);
-    for (int64_t i = 0; i < window.places * V::width; i += V::width) {
-      V sum = V::load(from + i);
-      for (int64_t chunk = 1; chunk < args.chunks(); ++chunk) sum = sum + V::load(from + chunk * size + i);
-      sum.store(block + i);
-    }
-    for (int64_t i = 0; i < min_of<int64_t>(V::width, end - c); ++i) {
-      T* to = static_cast<T*>(args.grad_weight) + (c + i) * taps;
-      for (int64_t t = 0; t < taps; ++t) from_float(block[t * V::width + i], to + t);
-      from_float(block[taps * V::width + i], static_cast<T*>(args.grad_bias) + c + i);
-    }
+    sum_channels<T, V, V::width>(args, sums + window.weight_at(0, c), window.places * window.padded, c, min_of<int64_t>(V::width, end - c),
+                                 [](int64_t i) { return i; });
   }
 }
 

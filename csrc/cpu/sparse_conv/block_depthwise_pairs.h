@@ -58,7 +58,7 @@ struct DepthwisePairs {
     for (int64_t c = 0; c < args.C; c += kChannels) {
       for (int64_t y = 0; y < ch; ++y) {
         window.fetch(args, c + kChannels, y, ch);
-        by_kernel([&]<int KW, int S>() { forward_line<KW, S>(window, y, c, out + y * width * args.C + c); });
+        by_line(args, [&]<int KW, int S>() { forward_line<KW, S>(window, y, c, out + y * width * args.C + c); });
       }
     }
   }
@@ -77,41 +77,29 @@ struct DepthwisePairs {
         float* sums = partial + c / kChannels * sums_size();
         for (int64_t y = 0; y < ch; ++y) {
           window.fetch(args, c + kChannels, y, ch);
-          by_kernel([&]<int KW, int S>() { weight_line<KW, S>(window, y, c, grad + y * width * args.C + c, sums); });
+          by_line(args, [&]<int KW, int S>() { weight_line<KW, S>(window, y, c, grad + y * width * args.C + c, sums); });
         }
       }
     }
   }
 
   void sum_chunks(int64_t begin, int64_t end) const {
-    constexpr int64_t kMostTaps = 49;
-    alignas(64) float block[(kMostTaps + 1) * kChannels];
     for (int64_t c = begin; c < end; c += kChannels) {
       const float* from = static_cast<const float*>(args.partial) + c / kChannels * sums_size();
-      for (int64_t i = 0; i < sums_size(); i += VecF::width) {
-        VecF sum = VecF::load(from + i);
-        for (int64_t chunk = 1; chunk < args.chunks(); ++chunk) sum = sum + VecF::load(from + chunk * blocks * sums_size() + i);
-        sum.store(block + i);
-      }
-      for (int64_t i = 0; i < min_of(kChannels, end - c); ++i) {
-        const float* channel = block + kOrder.at[i];
-        bf16* to = static_cast<bf16*>(args.grad_weight) + (c + i) * taps;
-        for (int64_t t = 0; t < taps; ++t) from_float(channel[t * kChannels], to + t);
-        from_float(channel[taps * kChannels], static_cast<bf16*>(args.grad_bias) + c + i);
-      }
+      sum_channels<bf16, VecF, kChannels>(args, from, blocks * sums_size(), c, min_of(kChannels, end - c),
+                                          [](int64_t i) { return kOrder.at[i]; });
     }
   }
 
  private:
-  // The kernel sizes and strides of DepthwiseArgs::has_pairs.
+  // run.template operator()<X>(x) over the positions of a line, X at a time.
   template <class Run>
-  void by_kernel(const Run& run) const {
-    switch (args.kw * 2 + args.sx - 1) {
-      case 6: return run.template operator()<3, 1>();
-      case 7: return run.template operator()<3, 2>();
-      case 10: return run.template operator()<5, 1>();
-      default: return run.template operator()<7, 1>();
-    }
+  void by_run(const Run& run) const {
+    const int64_t count = args.cell_w();
+    int64_t x = 0;
+    for (; x + 8 <= count; x += 8) run.template operator()<8>(x);
+    for (; x + 4 <= count; x += 4) run.template operator()<4>(x);
+    for (; x < count; ++x) run.template operator()<1>(x);
   }
 
   static inline __m512i word(__m512i even, __m512i odd, int half) {
@@ -122,11 +110,7 @@ struct DepthwisePairs {
   template <int KW, int S>
   void forward_line(const Window<bf16>& window, int64_t y, int64_t c, bf16* out) const {
     const bf16* const* at = window.at + y * args.sy * window.width;
-    const int64_t count = args.cell_w();
-    int64_t x = 0;
-    for (; x + 8 <= count; x += 8) forward_run<KW, S, 8>(window, at + x * S, c, out + x * args.C);
-    for (; x + 4 <= count; x += 4) forward_run<KW, S, 4>(window, at + x * S, c, out + x * args.C);
-    for (; x < count; ++x) forward_run<KW, S, 1>(window, at + x * S, c, out + x * args.C);
+    by_run([&]<int X>(int64_t x) { forward_run<KW, S, X>(window, at + x * S, c, out + x * args.C); });
   }
 
   // X positions; at: the first address of the run.
@@ -176,11 +160,7 @@ struct DepthwisePairs {
   template <int KW, int S>
   void weight_line(const Window<bf16>& window, int64_t y, int64_t c, const bf16* grad, float* sums) const {
     const bf16* const* at = window.at + y * args.sy * window.width;
-    const int64_t count = args.cell_w();
-    int64_t x = 0;
-    for (; x + 8 <= count; x += 8) weight_run<KW, S, 8>(window, at + x * S, c, grad + x * args.C, sums);
-    for (; x + 4 <= count; x += 4) weight_run<KW, S, 4>(window, at + x * S, c, grad + x * args.C, sums);
-    for (; x < count; ++x) weight_run<KW, S, 1>(window, at + x * S, c, grad + x * args.C, sums);
+    by_run([&]<int X>(int64_t x) { weight_run<KW, S, X>(window, at + x * S, c, grad + x * args.C, sums); });
   }
 
   // X positions, two at a time; one alone has a zero beside it.

@@ -17,7 +17,7 @@ namespace {
 constexpr int64_t kTile = 96;          // rows of a tile, a multiple of every strided_rows()
 constexpr int64_t kPartBytes = 32768;  // of a panel that is used at a time
 constexpr int64_t kFewChannels = 16;   // fewer are gathered
-constexpr int64_t kMostTaps = 49, kMostRows = 12;
+constexpr int64_t kMostRows = 12;
 
 // Storage type T; P: what is multiplied.
 template <class T, class P_ = typename VecFor<T>::type::scalar>

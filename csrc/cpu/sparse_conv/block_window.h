@@ -68,5 +68,34 @@ inline int64_t first_position(const DepthwiseArgs& args, int64_t cell) {
   return (image * (args.H / args.sy) + top) * (args.W / args.sx) + left;
 }
 
+// run.template operator()<kernel size, stride>() of a line that has_line().
+template <class Run>
+void by_line(const DepthwiseArgs& args, const Run& run) {
+  switch (args.kw * 2 + args.sx - 1) {
+    case 6: return run.template operator()<3, 1>();
+    case 7: return run.template operator()<3, 2>();
+    case 10: return run.template operator()<5, 1>();
+    default: return run.template operator()<7, 1>();
+  }
+}
+
+// The gradients of the weight and the bias of `channels` channels from c on: sums of all chunks, `each` apart, in which channel i of place t
+// is at t * width + at(i).
+template <class T, class V, int64_t width, class At>
+void sum_channels(const DepthwiseArgs& args, const typename V::scalar* from, int64_t each, int64_t c, int64_t channels, const At& at) {
+  const int64_t taps = args.taps();
+  alignas(64) typename V::scalar block[width * (kMostTaps + 1)];
+  for (int64_t i = 0; i < width * (taps + 1); i += V::width) {
+    V sum = V::load(from + i);
+    for (int64_t chunk = 1; chunk < args.chunks(); ++chunk) sum = sum + V::load(from + chunk * each + i);
+    sum.store(block + i);
+  }
+  for (int64_t i = 0; i < channels; ++i) {
+    T* to = static_cast<T*>(args.grad_weight) + (c + i) * taps;
+    for (int64_t t = 0; t < taps; ++t) from_float(block[t * width + at(i)], to + t);
+    from_float(block[taps * width + at(i)], static_cast<T*>(args.grad_bias) + c + i);
+  }
+}
+
 }  // namespace MASKOPS_ISA_NS
 }  // namespace maskops

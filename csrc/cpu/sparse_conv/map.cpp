@@ -34,6 +34,18 @@ struct Places {
 
 bool same_line(const Place& a, const Place& b) { return a.batch == b.batch && a.at[0] == b.at[0] && a.at[1] == b.at[1]; }
 
+// Whether most rows follow the last one in its column, as in ascending order: then columns are few and long. Tells from a sample.
+bool in_columns(const Places& places, int64_t rows) {
+  const int64_t sample = std::min<int64_t>(rows - 1, 1024);
+  int64_t following = 0;
+  for (int64_t i = 0; i < sample; ++i) {
+    const int64_t n = i * (rows - 1) / sample;
+    const Place a = places[n], b = places[n + 1];
+    following += same_line(a, b) && b.at[2] > a.at[2] && Columns::word_of(a.at[2]) == Columns::word_of(b.at[2]);
+  }
+  return 4 * following > 3 * sample;
+}
+
 std::string text_of(const int32_t* row, int64_t columns) {
   return join_sizes(std::vector<int64_t>(row, row + columns));
 }
@@ -41,7 +53,8 @@ std::string text_of(const int32_t* row, int64_t columns) {
 // The places of coords, each of which may be there once, and the row of each by its number.
 class PlacesByNumber {
  public:
-  PlacesByNumber(const char* op, const Tensor& coords) : columns_(coords.size(0) / 16), row_of_(static_cast<size_t>(coords.size(0) + kColumnSlack)) {
+  PlacesByNumber(const char* op, const Tensor& coords, bool in_columns)
+      : columns_(coords.size(0) / (in_columns ? 16 : 4)), row_of_(static_cast<size_t>(coords.size(0) + kColumnSlack)) {
     const Places places{int32_data(coords), coords.size(1)};
     const int64_t rows = coords.size(0);
     for (int64_t n = 0; n < rows; ++n) {
@@ -156,6 +169,39 @@ void find_all(const PlacesByNumber& known, const ConvGeometry& g, const Places& 
   }
 }
 
+// Of a kernel that lies alike around its place, over places that read one another: what a reads at k, reads a at the opposite place.
+// The first half of the kernel is looked up, the other half, which holds -1, is written from it.
+void find_half(const PlacesByNumber& known, const ConvGeometry& g, const Places& places, int64_t rows, int64_t begin, int64_t end,
+               int32_t* out) {
+  const int64_t K = g.places(), middle = K / 2;
+  std::vector<PlacesByNumber::Cursor> cursors(static_cast<size_t>(middle / g.size[2] + 1));  // up to the line of the middle
+  Place before{};
+  for (int64_t m = begin; m < end; ++m) {
+    const Place place = places[m];
+    if (m == begin || !same_line(place, before)) PlacesByNumber::forget(g, place, cursors);
+    before = place;
+    out[middle * rows + m] = static_cast<int32_t>(m);
+    int64_t k = 0;
+    for (PlacesByNumber::Cursor& cursor : cursors) {
+      const int32_t count = static_cast<int32_t>(std::min<int64_t>(g.size[2], middle - k));
+      known.find(g, place, cursor, count, out + k * rows + m, rows);
+      for (int64_t last = k + count; k < last; ++k) {
+        const int32_t n = out[k * rows + m];
+        if (n >= 0) out[(K - 1 - k) * rows + n] = static_cast<int32_t>(m);
+      }
+    }
+  }
+}
+
+bool is_symmetric(const ConvGeometry& g) {
+  bool same = !g.divides;
+  for (int axis = 0; axis < kConvAxes; ++axis) {
+    same = same && g.stride[axis] == 1 && g.size[axis] % 2 == 1 &&
+           g.padding[axis] == static_cast<int64_t>(g.dilation[axis]) * (g.size[axis] / 2);
+  }
+  return same;
+}
+
 // Whether find_columns serves: places of x among themselves, whose columns lie alike, and no further apart than a column is long.
 bool by_columns(const ConvGeometry& g) {
   bool same = !g.divides && g.dilation[2] == 1;
@@ -193,13 +239,25 @@ Tensor sparse_conv_map(const Tensor& coords_any, const Tensor& out_coords_any, c
                     coords_any.stride(0) == out_coords_any.stride(0) && coords_any.stride(1) == out_coords_any.stride(1);
   const Tensor coords = contiguous_or_copy(coords_any), out_coords = same ? coords : contiguous_or_copy(out_coords_any);
   const ConvGeometry g = geometry_of(kernel_size, stride, padding, dilation, transposed);
-  const PlacesByNumber known(kKernelMap, coords);
+  const bool columns = in_columns({int32_data(coords), coords.size(1)}, coords.size(0));
+  const PlacesByNumber known(kKernelMap, coords, columns);
   const Places places{int32_data(out_coords), out_coords.size(1)};
   const int64_t rows = out_coords.size(0), K = g.places();
   Tensor map = empty_like_device(coords, {K, rows}, ScalarType::Int);
   int32_t* out = static_cast<int32_t*>(map.mutable_data_ptr());
-  const auto find = same && by_columns(g) ? &find_columns : &find_all;
-  parallel_for(rows, K * 16, [&](int64_t begin, int64_t end) { find(known, g, places, rows, begin, end, out); });
+  // Long columns are looked up as such; single places that read one another are looked up for half of the kernel.
+  const auto each_row = [&](auto find) {
+    parallel_for(rows, K * 16, [&](int64_t begin, int64_t end) { find(known, g, places, rows, begin, end, out); });
+  };
+  if (same && columns && by_columns(g)) {
+    each_row(find_columns);
+  } else if (same && is_symmetric(g)) {
+    int32_t* half = out + (K / 2 + 1) * rows;
+    parallel_for(K / 2 * rows, 4, [&](int64_t begin, int64_t end) { std::fill(half + begin, half + end, -1); });
+    each_row(find_half);
+  } else {
+    each_row(find_all);
+  }
   return map;
 }
 
